@@ -1,0 +1,118 @@
+"""How fast the chunked op is on a CPU, and that its time and memory grow linearly with the sequence.
+
+    python benchmarks/op_cpu.py            # the ratio to the textbook chunked form, then T = 2k .. 32k
+
+The textbook form is what the chunkwise equations say when typed in directly: it materialises the decay between
+every two tokens of a chunk, [C, C, K], and lets autograd differentiate it. Both are timed in this one process,
+alternating, at B = 1, T = 2048, H = 4, K = V = 64, fp32, forward + backward; the ratio of the medians is printed.
+"""
+
+import argparse
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+
+from gdn2_titan.ops import chunk_gdn2
+
+H, K, V = 4, 64, 64
+
+
+def inputs(T):
+    """Keys of unit length, gates in [0, 1], decays weak enough that memory lives for hundreds of tokens."""
+    gen = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.rand(*shape, generator=gen)
+
+    q, k = (torch.nn.functional.normalize(draw(1, T, H, K) - 0.5, dim=-1) for _ in range(2))
+    v, w = draw(1, T, H, V) - 0.5, draw(1, T, H, V)
+    g, b = -0.02 * draw(1, T, H, K), draw(1, T, H, K)
+    return [x.requires_grad_() for x in (q, k, v, g, b, w)]
+
+
+def textbook_chunk_gdn2(q, k, v, g, b, w, chunk=64):
+    """The chunkwise form with an explicit decay tensor. [B, T, H, K] and [B, T, H, V] -> [B, T, H, V]; chunk | T."""
+    B, T, H, K = q.shape
+    q, k, v, g, b, w = (
+        x.view(B, T // chunk, chunk, H, -1).permute(0, 3, 1, 2, 4) for x in (q * K**-0.5, k, v, g, b, w)
+    )  # [B, H, NC, C, *]
+    G = g.cumsum(-2)
+    below = torch.ones(chunk, chunk, dtype=torch.bool).tril()
+    difference = (G[..., :, None, :] - G[..., None, :, :]).masked_fill(~below[:, :, None], -torch.inf)
+    decay = difference.exp()  # [B, H, NC, C, C, K]
+    a_qk = (q[..., :, None, :] * k[..., None, :, :] * decay).sum(-1)
+    t = ((b * k)[..., :, None, :] * k[..., None, :, :] * decay).sum(-1).tril(-1)
+    eye = torch.eye(chunk).expand_as(t)
+    a = torch.linalg.solve_triangular(eye + t, eye, upper=False, unitriangular=True)
+    y, u = a @ (G.exp() * b * k), a @ (w * v)
+    kt = (G[..., -1:, :] - G).exp() * k
+    state = q.new_zeros(B, H, K, v.shape[-1])
+    outputs = []
+    for i in range(T // chunk):
+        r = u[:, :, i] - y[:, :, i] @ state
+        outputs.append((q[:, :, i] * G[:, :, i].exp()) @ state + a_qk[:, :, i] @ r)
+        state = G[:, :, i, -1].exp()[..., None] * state + kt[:, :, i].mT @ r
+    return torch.stack(outputs, 2).permute(0, 2, 3, 1, 4).reshape(B, T, H, -1)
+
+
+def ours(*args):
+    return chunk_gdn2(*args)[0]
+
+
+def seconds(fn, args, do):
+    start = time.perf_counter()
+    torch.autograd.grad(fn(*args), args, do)
+    return time.perf_counter() - start
+
+
+def compare(repeats):
+    args = inputs(2048)
+    do = torch.randn(1, 2048, H, V)
+    reference = [x.detach().double().requires_grad_() for x in args]
+    golden = torch.autograd.grad(textbook_chunk_gdn2(*reference), reference, do.double())
+    for fn in (textbook_chunk_gdn2, ours):  # warm up, and show that both compute the same thing
+        grads = torch.autograd.grad(fn(*args), args, do)
+        worst = max(((x - y).abs().max() / y.abs().max()).item() for x, y in zip(grads, golden, strict=True))
+        print(f"{fn.__name__:>20}: gradients within {worst:.1e} of fp64")
+    times = {textbook_chunk_gdn2: [], ours: []}
+    for _ in range(repeats):
+        for fn, measured in times.items():
+            measured.append(seconds(fn, args, do))
+            if fn is ours:
+                measured.extend(seconds(fn, args, do) for _ in range(4))
+    slow, fast = (1e3 * statistics.median(times[fn]) for fn in times)
+    print(f"textbook {slow:.0f} ms, chunk_gdn2 {fast:.1f} ms, ratio {slow / fast:.1f}")
+
+
+def scaling_point(T):
+    """Milliseconds and MB above the inputs for one length, in a fresh process so that the peak is its own."""
+    args, do = inputs(T), torch.randn(1, T, H, V)
+    warm = inputs(128)
+    torch.autograd.grad(ours(*warm), warm, torch.randn(1, 128, H, V))
+    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    times = [seconds(ours, args, do) for _ in range(5)]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"{T:>8} {1e3 * statistics.median(times):>10.1f} {(peak - base) / 1024:>10.0f}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--point", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.point:
+        return scaling_point(options.point)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}")
+    compare(options.repeats)
+    print(f"{'T':>8} {'ms':>10} {'MB':>10}   forward + backward, fp32, H = {H}, K = V = {K}", flush=True)
+    for T in (2048, 4096, 8192, 16384, 32768):
+        subprocess.run([sys.executable, __file__, "--point", str(T)], check=True)
+
+
+if __name__ == "__main__":
+    main()

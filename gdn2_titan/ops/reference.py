@@ -1,0 +1,86 @@
+"""The definition: Gated DeltaNet-2 token by token (arXiv 2605.22791, the recurrence of section 3).
+
+Per head, with state S [K, V] and natural-log decay g <= 0,
+
+    S_t = (I - k_t (b_t * k_t)^T) Diag(exp(g_t)) S_{t-1} + k_t (w_t * v_t)^T        o_t = scale * S_t^T q_t
+
+Everything else in this package is measured against this file, in fp64.
+"""
+
+import torch
+
+from .gates import activate, compute_dtype
+from .validation import check_cu_seqlens, check_inputs
+
+__all__ = ["naive_recurrent_gdn2", "recur"]
+
+
+def recur(q, k, v, g, b, w, state, scale):
+    """The recurrence over one batch of sequences of equal length, every gate already applied.
+
+    Args: q, k, g, b [B, T, H, K]; v, w [B, T, HV, V]; state [B, HV, K, V]. One dtype for all.
+    Returns: o [B, T, HV, V], final state [B, HV, K, V].
+    """
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    state = state.reshape(B, H, HV // H, K, V)  # value head j reads key head j // (HV // H)
+    v = v.reshape(B, T, H, HV // H, V)
+    w = w.reshape(B, T, H, HV // H, V)
+    outputs = []
+    for t in range(T):
+        decayed = g[:, t].exp()[:, :, None, :, None] * state  # [B, H, HV/H, K, V]
+        read = torch.einsum("bhk,bhjkv->bhjv", b[:, t] * k[:, t], decayed)
+        state = decayed + torch.einsum("bhk,bhjv->bhjkv", k[:, t], w[:, t] * v[:, t] - read)
+        outputs.append(scale * torch.einsum("bhk,bhjkv->bhjv", q[:, t], state))
+    o = torch.stack(outputs, 1) if outputs else v.new_zeros(v.shape)
+    return o.reshape(B, T, HV, V), state.reshape(B, HV, K, V)
+
+
+def naive_recurrent_gdn2(
+    q, k, v, g, b, w,
+    scale=None,
+    initial_state=None,
+    output_final_state=False,
+    use_qk_l2norm_in_kernel=False,
+    use_gate_in_kernel=False,
+    A_log=None,
+    dt_bias=None,
+    use_sigmoid_in_kernel=False,
+    erase_scale=1.0,
+    cu_seqlens=None,
+    resets=None,
+):  # fmt: skip
+    """Gated DeltaNet-2 one token at a time, differentiated by autograd: slow, readable, the definition.
+
+    Arguments, shapes, returns and errors are those of :func:`gdn2_titan.ops.chunk_gdn2` (less ``backend``).
+    Computes in fp64 for fp64 inputs, in fp32 for all others.
+    """
+    scale = check_inputs(
+        q, k, v, g, b, w, scale, initial_state, use_gate_in_kernel, A_log, dt_bias,
+        use_sigmoid_in_kernel, erase_scale, cu_seqlens, resets,
+    )  # fmt: skip
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    dtype, out_dtype = compute_dtype(q), v.dtype
+    q, k, g, b, w = activate(
+        q, k, g, b, w, A_log, dt_bias, resets,
+        l2norm=use_qk_l2norm_in_kernel, gate=use_gate_in_kernel,
+        sigmoid=use_sigmoid_in_kernel, erase_scale=erase_scale,
+    )  # fmt: skip
+    v = v.to(dtype)
+    if cu_seqlens is None:
+        N, spans = B, None
+    else:
+        check_cu_seqlens(cu_seqlens, T)
+        bounds = cu_seqlens.tolist()
+        N, spans = len(bounds) - 1, list(zip(bounds[:-1], bounds[1:], strict=True))
+    state = q.new_zeros(N, HV, K, V) if initial_state is None else initial_state.to(dtype)
+    if spans is None:
+        o, final_state = recur(q, k, v, g, b, w, state, scale)
+    else:
+        parts = [
+            recur(*(x[:, i:j] for x in (q, k, v, g, b, w)), state[n : n + 1], scale) for n, (i, j) in enumerate(spans)
+        ]
+        o = torch.cat([part[0] for part in parts], 1)
+        final_state = torch.cat([part[1] for part in parts], 0)
+    return o.to(out_dtype), final_state if output_final_state else None
