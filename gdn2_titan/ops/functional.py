@@ -1,0 +1,115 @@
+"""The public functions: defaults, validation, docstrings. Each ends in one operator of ``library``."""
+
+from .library import chunk_gdn2_op, recurrent_gdn2_op
+from .reference import naive_recurrent_gdn2
+from .validation import check_inputs
+
+__all__ = ["chunk_gdn2", "fused_recurrent_gdn2", "recurrent_gdn2"]
+
+BACKENDS = ("auto", "torch", "reference")
+
+
+def _call(
+    op, q, k, v, g, b, w, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
+    A_log, dt_bias, use_sigmoid_in_kernel, erase_scale, cu_seqlens, resets, backend,
+):  # fmt: skip
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(map(repr, BACKENDS))}")
+    if backend == "reference":
+        return naive_recurrent_gdn2(
+            q, k, v, g, b, w, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
+            A_log, dt_bias, use_sigmoid_in_kernel, erase_scale, cu_seqlens, resets,
+        )  # fmt: skip
+    scale = check_inputs(
+        q, k, v, g, b, w, scale, initial_state, use_gate_in_kernel, A_log, dt_bias,
+        use_sigmoid_in_kernel, erase_scale, cu_seqlens, resets,
+    )  # fmt: skip
+    o, final_state = op(
+        q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets, scale,
+        use_qk_l2norm_in_kernel, use_gate_in_kernel, use_sigmoid_in_kernel, float(erase_scale),
+    )  # fmt: skip
+    return o, final_state if output_final_state else None
+
+
+def chunk_gdn2(
+    q, k, v, g, b, w,
+    scale=None,
+    initial_state=None,
+    output_final_state=False,
+    use_qk_l2norm_in_kernel=False,
+    use_gate_in_kernel=False,
+    A_log=None,
+    dt_bias=None,
+    use_sigmoid_in_kernel=False,
+    erase_scale=1.0,
+    cu_seqlens=None,
+    resets=None,
+    backend="auto",
+):  # fmt: skip
+    """Gated DeltaNet-2 over whole sequences, chunk by chunk: for training and prefill.
+
+    Per head, with state S [K, V] (arXiv 2605.22791; the recurrence in ``reference``),
+
+        S_t = (I - k_t (b_t * k_t)^T) Diag(exp(g_t)) S_{t-1} + k_t (w_t * v_t)^T        o_t = scale * S_t^T q_t
+
+    Args:
+        q, k: query and key [B, T, H, K]; float16, bfloat16, float32 or float64. Keys should have length 1.
+        v: value [B, T, HV, V], q's dtype. HV is a multiple of H: value head j reads key head j // (HV // H).
+        g: natural-log decay per key channel [B, T, H, K], <= 0, -inf allowed; float32 recommended.
+        b: erase gate [B, T, H, K] in [0, 1], or [0, 2] for negative eigenvalues.
+        w: write gate [B, T, HV, V] in [0, 1].
+        scale: of the output; None means K ** -0.5.
+        initial_state: [N, HV, K, V]; None means zeros. N is B, or the number of packed sequences.
+        output_final_state: return the final state too.
+        use_qk_l2norm_in_kernel: use q / sqrt(sum(q^2) + 1e-6), and k likewise.
+        use_gate_in_kernel: g is raw, and the decay is -exp(A_log[h]) * softplus(g + dt_bias[h, :]).
+        A_log: [H], with use_gate_in_kernel.
+        dt_bias: [H, K] or [H * K] or None, with use_gate_in_kernel.
+        use_sigmoid_in_kernel: b and w are logits, and the gates are erase_scale * sigmoid(b) and sigmoid(w).
+        erase_scale: 1.0, or 2.0 to allow negative eigenvalues, with use_sigmoid_in_kernel.
+        cu_seqlens: int32 or int64 [N + 1], from 0 to T: B is 1 and sequences are packed end to end; the state starts
+            afresh, or at initial_state[n], in each. Empty sequences are allowed.
+        resets: bool [B, T], True where a token begins a new document: the state before it is forgotten, the initial
+            state included. Fixed shapes, so it compiles once and shards with the sequence.
+        backend: "auto" (the fastest for the device), "torch" (chunked PyTorch), "reference" (token by token, autograd).
+
+    Returns:
+        o [B, T, HV, V] in v's dtype, and the final state [N, HV, K, V] (float64 for float64 inputs, float32 otherwise)
+        or None. Both carry gradients to every tensor input. State, decay and sums are kept in that same precision.
+        Only the inputs are saved for the backward pass.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what is allowed.
+    """
+    return _call(
+        chunk_gdn2_op, q, k, v, g, b, w, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel,
+        use_gate_in_kernel, A_log, dt_bias, use_sigmoid_in_kernel, erase_scale, cu_seqlens, resets, backend,
+    )  # fmt: skip
+
+
+def recurrent_gdn2(
+    q, k, v, g, b, w,
+    scale=None,
+    initial_state=None,
+    output_final_state=False,
+    use_qk_l2norm_in_kernel=False,
+    use_gate_in_kernel=False,
+    A_log=None,
+    dt_bias=None,
+    use_sigmoid_in_kernel=False,
+    erase_scale=1.0,
+    cu_seqlens=None,
+    resets=None,
+    backend="auto",
+):  # fmt: skip
+    """Gated DeltaNet-2 one token after the other: for decoding. Arguments, returns and errors of :func:`chunk_gdn2`.
+
+    Gradients flow here too, by the chunked backward.
+    """
+    return _call(
+        recurrent_gdn2_op, q, k, v, g, b, w, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel,
+        use_gate_in_kernel, A_log, dt_bias, use_sigmoid_in_kernel, erase_scale, cu_seqlens, resets, backend,
+    )  # fmt: skip
+
+
+fused_recurrent_gdn2 = recurrent_gdn2

@@ -1,0 +1,146 @@
+"""torch.library: the operators ``torch.ops.gdn2_titan.*``, their shapes, their gradients and their FLOPs.
+
+One functional op forward and one backward, opaque to the compiler. Every public function of ``functional`` ends here.
+The PyTorch kernels serve any device; a faster one for a device is one ``register_kernel`` away.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import chunked
+from .flops import backward_flops, forward_flops
+from .gates import activate, compute_dtype
+from .reference import recur
+from .validation import check_cu_seqlens
+
+__all__ = ["chunk_gdn2_op", "recurrent_gdn2_op"]
+
+
+def _options(l2norm, gate, sigmoid, erase_scale):
+    return {"l2norm": l2norm, "gate": gate, "sigmoid": sigmoid, "erase_scale": erase_scale}
+
+
+def _no_autocast(x):
+    """Autocast reaches into an op's eager body but not into its compiled call: the two must not differ."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+@torch.library.custom_op("gdn2_titan::chunk_gdn2", mutates_args=())
+def chunk_gdn2_op(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor,
+    A_log: Tensor | None, dt_bias: Tensor | None, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, resets: Tensor | None,
+    scale: float, l2norm: bool, gate: bool, sigmoid: bool, erase_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    with _no_autocast(q):
+        o, final_state = chunked.chunk_forward(
+            q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets, scale,
+            _options(l2norm, gate, sigmoid, erase_scale),
+        )  # fmt: skip
+    return o.contiguous(), final_state.contiguous()
+
+
+@torch.library.custom_op("gdn2_titan::recurrent_gdn2", mutates_args=())
+def recurrent_gdn2_op(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor,
+    A_log: Tensor | None, dt_bias: Tensor | None, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, resets: Tensor | None,
+    scale: float, l2norm: bool, gate: bool, sigmoid: bool, erase_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    dtype = compute_dtype(q)
+    with _no_autocast(q):
+        options = _options(l2norm, gate, sigmoid, erase_scale)
+        q, k, g, b, w = activate(q, k, g, b, w, A_log, dt_bias, resets, **options)
+        if cu_seqlens is None:
+            bounds = None
+            N = B
+        else:
+            check_cu_seqlens(cu_seqlens, T)
+            bounds = cu_seqlens.tolist()
+            N = len(bounds) - 1
+        state = q.new_zeros(N, HV, K, V) if initial_state is None else initial_state.to(dtype)
+        inputs = q, k, v.to(dtype), g, b, w
+        if bounds is None:
+            o, final_state = recur(*inputs, state, scale)
+        else:
+            o, final_state = torch.empty_like(inputs[2]), state.clone()
+            for n, (i, j) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+                span = (x[:, i:j] for x in inputs)
+                o[:, i:j], final_state[n : n + 1] = recur(*span, state[n : n + 1], scale)
+    return o.to(v.dtype).contiguous(), final_state.contiguous()
+
+
+@torch.library.custom_op("gdn2_titan::chunk_gdn2_backward", mutates_args=())
+def chunk_gdn2_backward_op(
+    do: Tensor | None, dfinal_state: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor,
+    A_log: Tensor | None, dt_bias: Tensor | None, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, resets: Tensor | None,
+    scale: float, l2norm: bool, gate: bool, sigmoid: bool, erase_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v, g, b, w, A_log, dt_bias, initial_state; empty where the input is absent."""
+    with _no_autocast(q):
+        grads = chunked.chunk_backward(
+            do, dfinal_state, q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets, scale,
+            _options(l2norm, gate, sigmoid, erase_scale),
+        )  # fmt: skip
+    return tuple(q.new_empty(0) if x is None else x.contiguous() for x in grads)
+
+
+def _fake_forward(q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, *rest):
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    state = q.new_empty((N, v.shape[2], q.shape[3], v.shape[3]), dtype=compute_dtype(q))
+    return v.new_empty(v.shape), state
+
+
+chunk_gdn2_op.register_fake(_fake_forward)
+recurrent_gdn2_op.register_fake(_fake_forward)
+
+
+@chunk_gdn2_backward_op.register_fake
+def _(do, dfinal_state, q, k, v, g, b, w, A_log, dt_bias, initial_state, *rest):
+    return tuple(
+        q.new_empty(0) if x is None else x.new_empty(x.shape)
+        for x in (q, k, v, g, b, w, A_log, dt_bias, initial_state)
+    )  # fmt: skip
+
+
+TENSORS = 11  # the leading arguments of the forward ops; the rest are plain numbers
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:TENSORS])
+    ctx.numbers = inputs[TENSORS:]
+
+
+def _backward(ctx, do, dfinal_state):
+    if do is None and dfinal_state is None:
+        return (None,) * (TENSORS + len(ctx.numbers))
+    inputs = ctx.saved_tensors
+    # The recurrent op too: its gradient is the same function of the same inputs.
+    grads = chunk_gdn2_backward_op(do, dfinal_state, *inputs, *ctx.numbers)
+    present = [None if x is None else grad for x, grad in zip(inputs[:9], grads, strict=True)]
+    return (*present, None, None, *(None for _ in ctx.numbers))
+
+
+chunk_gdn2_op.register_autograd(_backward, setup_context=_setup_context)
+recurrent_gdn2_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _sizes(q_shape, v_shape):
+    B, T, H, K = q_shape
+    return B * T, H, K, v_shape[2] // H * v_shape[3]
+
+
+@register_flop_formula([torch.ops.gdn2_titan.chunk_gdn2, torch.ops.gdn2_titan.recurrent_gdn2])
+def _(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs):
+    return forward_flops(*_sizes(q_shape, v_shape))
+
+
+@register_flop_formula(torch.ops.gdn2_titan.chunk_gdn2_backward)
+def _(do_shape, dfinal_shape, q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs):
+    return backward_flops(*_sizes(q_shape, v_shape))
