@@ -1,0 +1,64 @@
+"""Softmax attention with rotary positions and grouped key/value heads, full or in a sliding window."""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
+
+from .init import fill_
+
+__all__ = ["Attention", "rotary_angles"]
+
+INIT_STD = 0.02
+
+
+@functools.cache
+def _compiled_flex_attention():
+    return torch.compile(flex_attention)
+
+
+def rotary_angles(positions, head_dim, theta):
+    """positions [T] or [B, T] -> cosines and sines stacked, fp32 [2, ..., T, 1, head_dim / 2]."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    angle = positions[..., None, None].float() * frequency
+    return torch.stack((angle.cos(), angle.sin()))
+
+
+def _rotate(x, angles):
+    """x [B, T, heads, head_dim]: each pair (x_i, x_{i + head_dim / 2}) turned by its angle."""
+    cos, sin = angles
+    first, second = x.float().chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal softmax attention: x [B, T, D] -> [B, T, D]. Heads of size D / num_heads."""
+
+    def __init__(self, hidden_size, num_heads, num_kv_heads=None):
+        super().__init__()
+        num_kv_heads = num_kv_heads or num_heads
+        self.head_dim = hidden_size // num_heads
+        self.q_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=False)
+
+    def forward(self, x, angles, mask):
+        """angles: of ``rotary_angles``; mask: of ``masks.attention_mask``."""
+        B, T, _ = x.shape
+        q, k, v = (p(x).view(B, T, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = _rotate(q, angles), _rotate(k, angles)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, heads, T, head_dim]
+        grouped = q.shape[1] != k.shape[1]
+        if mask is None or isinstance(mask, torch.Tensor):
+            o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        else:
+            o = _compiled_flex_attention()(q, k, v, block_mask=mask, enable_gqa=grouped)
+        return self.o_proj(o.transpose(1, 2).flatten(2))
+
+    def init_weights(self, output_scale=1.0):
+        for projection in (self.q_proj, self.k_proj, self.v_proj):
+            fill_(projection.weight, lambda x: nn.init.normal_(x, std=INIT_STD))
+        fill_(self.o_proj.weight, lambda x: nn.init.normal_(x, std=INIT_STD * output_scale))

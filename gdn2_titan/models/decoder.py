@@ -1,0 +1,129 @@
+"""The decoder: embeddings, pre-norm blocks of mixer and SwiGLU MLP, norm, output head. Read top to bottom."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .args import GDN2ModelArgs
+from .attention import INIT_STD, Attention, rotary_angles
+from .init import depth_scale, fill_
+from .layer import GatedDeltaNet2
+from .masks import attention_mask
+
+__all__ = ["Block", "GDN2Model"]
+
+
+class SwiGLU(nn.Module):
+    """x [..., D] -> [..., D] through a hidden size of ``size``."""
+
+    def __init__(self, hidden_size, size):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, size, bias=False)
+        self.down_proj = nn.Linear(size, hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    def init_weights(self, output_scale=1.0):
+        for projection in (self.gate_proj, self.up_proj):
+            fill_(projection.weight, lambda x: nn.init.normal_(x, std=INIT_STD))
+        fill_(self.down_proj.weight, lambda x: nn.init.normal_(x, std=INIT_STD * output_scale))
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, args: GDN2ModelArgs, layer: int):
+        super().__init__()
+        self.kind = args.mixer(layer)
+        self.output_scale = depth_scale(args.n_layers)
+        self.mixer_norm = nn.RMSNorm(args.hidden_size, eps=args.norm_eps)
+        if self.kind == "gdn2":
+            self.mixer = GatedDeltaNet2(
+                args.hidden_size,
+                args.num_heads,
+                args.head_dim,
+                num_v_heads=args.num_v_heads,
+                expand_v=args.expand_v,
+                conv_size=args.conv_size,
+                erase_gate=args.erase_gate,
+                write_gate=args.write_gate,
+                tied_gates=args.tied_gates,
+                decay=args.decay,
+                allow_neg_eigval=args.allow_neg_eigval,
+                output_gate=args.output_gate,
+                norm_eps=args.norm_eps,
+            )
+        else:
+            self.mixer = Attention(args.hidden_size, args.attn_heads, args.attn_kv_heads)
+        self.mlp_norm = nn.RMSNorm(args.hidden_size, eps=args.norm_eps)
+        self.mlp = SwiGLU(args.hidden_size, args.mlp_size)
+
+    def forward(self, x, resets=None, angles=None, mask=None):
+        """x [B, T, D]; resets bool [B, T] or None; angles and mask for softmax layers -> [B, T, D]."""
+        h = self.mixer_norm(x)
+        x = x + (self.mixer(h, resets) if self.kind == "gdn2" else self.mixer(h, angles, mask))
+        return x + self.mlp(self.mlp_norm(x))
+
+    def init_weights(self):
+        nn.init.ones_(self.mixer_norm.weight)
+        nn.init.ones_(self.mlp_norm.weight)
+        self.mixer.init_weights(self.output_scale)
+        self.mlp.init_weights(self.output_scale)
+
+
+class GDN2Model(nn.Module):
+    """Token ids [B, T] -> logits [B, T, vocab_size].
+
+    ``tok_embeddings``, any of ``layers``, ``norm`` and ``lm_head`` may be absent (None) in a pipeline stage: what comes in
+    is then hidden states, and what goes out too. Build it on the meta device if you like; ``init_weights`` fills it.
+
+    Raises:
+        ValueError: naming the field of ``args`` that no model can be built from.
+    """
+
+    def __init__(self, args: GDN2ModelArgs):
+        super().__init__()
+        args.validate()
+        self.args = args
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.hidden_size)
+        self.layers = nn.ModuleDict({str(i): Block(args, i) for i in range(args.n_layers)})
+        self.norm = nn.RMSNorm(args.hidden_size, eps=args.norm_eps)
+        self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+
+    def forward(self, tokens, resets=None):
+        """tokens: ids [B, T] (or hidden states [B, T, D]); resets: bool [B, T], True where a document begins."""
+        h = self.tok_embeddings(tokens) if self.tok_embeddings is not None else tokens
+        B, T, _ = h.shape
+        kinds = [self.args.mixer(int(name)) for name in self.layers]  # by name: a stage holds some of the layers
+        angles, masks = None, {}
+        if set(kinds) - {"gdn2"}:
+            positions = torch.arange(T, device=h.device)
+            angles = rotary_angles(positions, self.args.hidden_size // self.args.attn_heads, self.args.rope_theta)
+            for kind in set(kinds) - {"gdn2"}:
+                window = self.args.window if kind == "swa" else None
+                masks[kind] = attention_mask(B, T, window, resets, h.device)
+        for kind, block in zip(kinds, self.layers.values(), strict=True):
+            h = block(h, resets, angles, masks.get(kind))
+        h = self.norm(h) if self.norm is not None else h
+        return self.lm_head(h) if self.lm_head is not None else h
+
+    def init_weights(self, buffer_device=None):
+        """Fill every parameter and buffer, from whatever device the model was built on to where it now lies.
+
+        The random stream is the same for every parallel layout (see ``init``). buffer_device: where buffers shall lie
+        if not beside the parameters (TorchTitan's CPU offload).
+        """
+        if self.tok_embeddings is not None:
+            fill_(self.tok_embeddings.weight, lambda x: nn.init.normal_(x, std=INIT_STD))
+        for block in self.layers.values():
+            block.init_weights()
+        if self.norm is not None:
+            nn.init.ones_(self.norm.weight)
+        if self.lm_head is not None:
+            fill_(self.lm_head.weight, lambda x: nn.init.normal_(x, std=INIT_STD))
+        if buffer_device is not None:
+            for module in self.modules():
+                if isinstance(module, GatedDeltaNet2):
+                    module.statistics = module.statistics.to(buffer_device)

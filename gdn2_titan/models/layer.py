@@ -1,0 +1,207 @@
+"""The Gated DeltaNet-2 layer (arXiv 2605.22791): projections, short convolutions, gates, the op, the gated norm.
+
+Shapes: B batch, T tokens, D hidden size, H key heads of size K, HV value heads of size V.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gdn2_titan.ops import causal_conv1d, chunk_gdn2, recurrent_gdn2
+
+from .init import fill_, xavier_
+
+__all__ = ["GDN2State", "GatedDeltaNet2", "STATISTICS"]
+
+XAVIER_GAIN = 2**-2.5
+STATISTICS = (
+    "erase_gate_mean", "erase_gate_std", "write_gate_mean", "write_gate_std",
+    "half_life_mean", "half_life_std", "state_norm",
+)  # fmt: skip
+# Slower decays than this (ln 2 / 1e-6 = 693,147 tokens of half-life) are reported as this.
+SLOWEST_DECAY = 1e-6
+
+
+class GDN2State(NamedTuple):
+    """What a layer carries from one segment of a sequence to the next."""
+
+    q_conv: torch.Tensor  # [B, H * K, conv_size - 1]
+    k_conv: torch.Tensor  # [B, H * K, conv_size - 1]
+    v_conv: torch.Tensor  # [B, HV * V, conv_size - 1]
+    memory: torch.Tensor  # [B, HV, K, V] fp32
+
+
+class ShortConvolution(nn.Module):
+    """Depthwise causal convolution and SiLU over [B, T, channels]."""
+
+    def __init__(self, channels, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, width))
+
+    def forward(self, x, resets=None, state=None, return_state=False):
+        return causal_conv1d(
+            x, self.weight, activation="silu", initial_state=state, output_final_state=return_state, resets=resets
+        )
+
+    def init_weights(self):
+        bound = self.weight.shape[1] ** -0.5  # as nn.Conv1d: fan-in is the width
+        fill_(self.weight, lambda x: nn.init.uniform_(x, -bound, bound))
+
+
+class DecayParameters(nn.Module):
+    """A_log [H] and dt_bias [H, K] (or [H, 1] for a scalar decay), a module of their own so that a mixed-precision
+    policy can leave them in fp32 while it casts the layer around them."""
+
+    def __init__(self, num_heads, channels):
+        super().__init__()
+        self.A_log = nn.Parameter(torch.empty(num_heads))
+        self.dt_bias = nn.Parameter(torch.empty(num_heads, channels))
+
+    def forward(self):
+        return self.A_log.float(), self.dt_bias.float()
+
+    def init_weights(self):
+        """A ~ U(1, 16); softplus(dt_bias) log-uniform in [1e-3, 1e-1]: half-lives of a token to hundreds of tokens."""
+
+        def draw_dt_bias(x):
+            dt = torch.rand_like(x).mul_(math.log(100)).add_(math.log(1e-3)).exp_()
+            x.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+        fill_(self.A_log, lambda x: x.uniform_(1, 16).log_())
+        fill_(self.dt_bias, draw_dt_bias)
+
+
+class GatedDeltaNet2(nn.Module):
+    """Gated DeltaNet-2 as a sequence mixer: x [B, T, D] -> [B, T, D].
+
+    Args:
+        hidden_size: D.
+        num_heads, head_dim: H and K.
+        num_v_heads: HV, a multiple of num_heads; None means num_heads.
+        expand_v: V / K.
+        conv_size: width of the short convolutions, 2 to 4.
+        erase_gate, write_gate: "channel" or "scalar" (one per head).
+        tied_gates: one scalar per key head is both gates (Kimi Delta Attention).
+        decay: "channel" or "scalar" (with tied_gates: Gated DeltaNet).
+        allow_neg_eigval: the erase gate spans [0, 2] instead of [0, 1].
+        output_gate: "silu" or "sigmoid".
+        norm_eps: of the RMS norm on each value head.
+    """
+
+    def __init__(
+        self,
+        hidden_size,
+        num_heads,
+        head_dim,
+        num_v_heads=None,
+        expand_v=1.0,
+        conv_size=4,
+        erase_gate="channel",
+        write_gate="channel",
+        tied_gates=False,
+        decay="channel",
+        allow_neg_eigval=False,
+        output_gate="silu",
+        norm_eps=1e-5,
+    ):
+        super().__init__()
+        self.head_dim = head_dim
+        self.head_v_dim = int(head_dim * expand_v)
+        self.erase_scale = 2.0 if allow_neg_eigval else 1.0
+        self.tied_gates = tied_gates
+        self.norm_eps = norm_eps
+        self.output_gate = {"silu": F.silu, "sigmoid": torch.sigmoid}[output_gate]
+        num_v_heads = num_v_heads or num_heads
+        key_size, value_size = num_heads * head_dim, num_v_heads * self.head_v_dim
+
+        def linear(inputs, outputs, bias=False):
+            return nn.Linear(inputs, outputs, bias=bias)
+
+        self.q_proj = linear(hidden_size, key_size)
+        self.k_proj = linear(hidden_size, key_size)
+        self.v_proj = linear(hidden_size, value_size)
+        self.q_conv1d = ShortConvolution(key_size, conv_size)
+        self.k_conv1d = ShortConvolution(key_size, conv_size)
+        self.v_conv1d = ShortConvolution(value_size, conv_size)
+        if decay == "channel":
+            self.decay_proj = nn.Sequential(linear(hidden_size, self.head_v_dim), linear(self.head_v_dim, key_size))
+        else:
+            self.decay_proj = linear(hidden_size, num_heads)
+        self.decay = DecayParameters(num_heads, head_dim if decay == "channel" else 1)
+        if tied_gates:
+            self.erase_proj, self.write_proj = linear(hidden_size, num_heads), None
+        else:
+            self.erase_proj = linear(hidden_size, key_size if erase_gate == "channel" else num_heads)
+            self.write_proj = linear(hidden_size, value_size if write_gate == "channel" else num_v_heads)
+        self.gate_proj = nn.Sequential(
+            linear(hidden_size, self.head_v_dim), linear(self.head_v_dim, value_size, bias=True)
+        )
+        self.o_norm = nn.RMSNorm(self.head_v_dim, eps=norm_eps)
+        self.o_proj = linear(value_size, hidden_size)
+        # Telemetry: filled in forward while ``record_statistics`` is set, in the order of STATISTICS.
+        self.record_statistics = False
+        self.register_buffer("statistics", torch.zeros(len(STATISTICS)), persistent=False)
+
+    def forward(self, x, resets=None, *, state=None, return_state=False):
+        """x [B, T, D], resets bool [B, T] or None -> [B, T, D], or ([B, T, D], GDN2State) with ``return_state``.
+
+        state: the GDN2State of the segment before. One token with a state takes the recurrent op, all else the chunked.
+        """
+        B, T, _ = x.shape
+        K, V = self.head_dim, self.head_v_dim
+        q_conv, k_conv, v_conv, memory = state if state is not None else (None,) * 4
+        q, q_conv = self.q_conv1d(self.q_proj(x), resets, q_conv, return_state)
+        k, k_conv = self.k_conv1d(self.k_proj(x), resets, k_conv, return_state)
+        v, v_conv = self.v_conv1d(self.v_proj(x), resets, v_conv, return_state)
+        # Heads are counted from the tensors: under tensor parallelism a rank holds some of them.
+        q, k, v = q.view(B, T, -1, K), k.view(B, T, -1, K), v.view(B, T, -1, V)
+        g = self.decay_proj(x).view(B, T, q.shape[2], -1)
+        A_log, dt_bias = self.decay()
+        erase = self.erase_proj(x).view(B, T, q.shape[2], -1)
+        if self.tied_gates:
+            write = erase.repeat_interleave(v.shape[2] // q.shape[2], dim=2)
+        else:
+            write = self.write_proj(x).view(B, T, v.shape[2], -1)
+        op = recurrent_gdn2 if T == 1 and state is not None else chunk_gdn2
+        o, memory = op(
+            q, k, v, g.expand(q.shape), erase.expand(q.shape), write.expand(v.shape),
+            initial_state=memory,
+            output_final_state=return_state or self.record_statistics,
+            use_qk_l2norm_in_kernel=True,
+            use_gate_in_kernel=True,
+            A_log=A_log,
+            dt_bias=dt_bias.expand(q.shape[2:]),
+            use_sigmoid_in_kernel=True,
+            erase_scale=self.erase_scale,
+            resets=resets,
+        )  # fmt: skip
+        if self.record_statistics:
+            self._record(g, erase, write, A_log, dt_bias, memory)
+        o = self.o_norm(o) * self.output_gate(self.gate_proj(x).view(B, T, -1, V))
+        y = self.o_proj(o.flatten(2))
+        return (y, GDN2State(q_conv, k_conv, v_conv, memory)) if return_state else y
+
+    @torch.no_grad()
+    def _record(self, g, erase, write, A_log, dt_bias, memory):
+        erase = self.erase_scale * erase.float().sigmoid()
+        write = write.float().sigmoid()
+        rate = (A_log.exp()[:, None] * F.softplus(g.float() + dt_bias)).mean((0, 1))  # [H, K or 1] nats per token
+        half_life = math.log(2) / rate.clamp_min(SLOWEST_DECAY)
+        state_norm = memory.square().sum((2, 3)).sqrt().mean()  # Frobenius, mean over sequences and heads
+        pairs = [erase.mean(), erase.std(), write.mean(), write.std(), half_life.mean(), half_life.std(correction=0)]
+        self.statistics.copy_(torch.stack([*pairs, state_norm.float()]))
+
+    def init_weights(self, output_scale=1.0):
+        """Xavier-uniform with gain 2^-2.5 for every projection, the output projection scaled by depth on top."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                xavier_(module.weight, XAVIER_GAIN * (output_scale if module is self.o_proj else 1.0))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, (ShortConvolution, DecayParameters)):
+                module.init_weights()
+        nn.init.ones_(self.o_norm.weight)
+        self.statistics.zero_()
