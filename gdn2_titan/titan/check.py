@@ -1,0 +1,24 @@
+"""``python -m gdn2_titan.titan.check --job.config_file X.toml [overrides]``: would this job start?
+
+Prints nothing and exits with 0, or prints one sentence and exits with 2. Reads the number of processes from NGPU.
+"""
+
+import sys
+
+
+def main():
+    from torchtitan.config import ConfigManager
+
+    from . import errors, job_config, validate_config
+
+    assert job_config.JobConfig  # imported for its effects: device, registration, the TOML against the config classes
+    try:
+        validate_config.validate_config(ConfigManager(job_config.JobConfig).parse_args(sys.argv[1:]))
+    except errors.ConfigError as error:
+        print(f"Config error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

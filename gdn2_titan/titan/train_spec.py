@@ -1,0 +1,57 @@
+"""What TorchTitan 0.2.2 needs to know to train the model."""
+
+from torchtitan.components.loss import build_cross_entropy_loss
+from torchtitan.components.lr_scheduler import build_lr_schedulers
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from torchtitan.protocols import train_spec as titan_specs
+
+from gdn2_titan.models import GDN2Model, flavors
+
+from .dataloader import build_dataloader
+from .errors import ConfigError
+from .metrics import build_metrics_processor
+from .model_args import titan_flavors
+from .optimizer import build_optimizers
+from .parallelize import parallelize
+from .validate_config import validate_config
+from .validator import build_validator
+
+__all__ = ["get_train_spec", "register"]
+
+
+def _build_tokenizer(job_config):
+    # The first thing that TorchTitan builds from a config: the place to refuse one, for users who came without our script.
+    try:
+        validate_config(job_config)
+        tokenizer = HuggingFaceTokenizer(job_config.model.hf_assets_path)
+        vocabulary, room = tokenizer.get_vocab_size(), flavors[job_config.model.flavor].vocab_size
+        if vocabulary > room:
+            raise ConfigError(
+                f"model.hf_assets_path is {job_config.model.hf_assets_path!r}, a tokenizer of {vocabulary} symbols; flavor "
+                f"{job_config.model.flavor!r} has room for at most {room}"
+            )
+    except ConfigError as error:
+        raise SystemExit(f"Config error: {error}") from error
+    return tokenizer
+
+
+def get_train_spec():
+    return titan_specs.TrainSpec(
+        model_cls=GDN2Model,
+        model_args=titan_flavors(),
+        parallelize_fn=parallelize,
+        pipelining_fn=None,
+        build_optimizers_fn=build_optimizers,
+        build_lr_schedulers_fn=build_lr_schedulers,
+        build_dataloader_fn=build_dataloader,
+        build_tokenizer_fn=_build_tokenizer,
+        build_loss_fn=build_cross_entropy_loss,
+        build_validator_fn=build_validator,
+        build_metrics_processor_fn=build_metrics_processor,
+    )
+
+
+def register(name="gdn2"):
+    """Make the model known to TorchTitan as ``model.name = "gdn2"``. Once per process; again is harmless."""
+    if name not in titan_specs._extra_train_specs:
+        titan_specs.register_train_spec(name, get_train_spec())

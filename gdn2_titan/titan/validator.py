@@ -1,0 +1,53 @@
+"""TorchTitan's validation loop over this package's data."""
+
+from torchtitan.components.validate import Validator
+
+from .dataloader import build_validation_dataloader
+
+__all__ = ["GDN2Validator", "build_validator"]
+
+
+class GDN2Validator(Validator):
+    """The stock validator builds its own dataloader from its own list of datasets; this one brings ours, and starts it
+    afresh at every validation so that all of them see the same text."""
+
+    def __init__(
+        self,
+        job_config,
+        dp_world_size,
+        dp_rank,
+        tokenizer,
+        parallel_dims,
+        loss_fn,
+        validation_context,
+        maybe_enable_amp,
+        metrics_processor,
+        pp_schedule=None,
+        pp_has_first_stage=None,
+        pp_has_last_stage=None,
+    ):
+        self.job_config = job_config
+        self.tokenizer = tokenizer
+        self.parallel_dims = parallel_dims
+        self.loss_fn = loss_fn
+        self.validation_context = validation_context
+        self.maybe_enable_amp = maybe_enable_amp
+        self.metrics_processor = metrics_processor
+        self.pp_schedule = pp_schedule
+        self.pp_has_first_stage = pp_has_first_stage
+        self.pp_has_last_stage = pp_has_last_stage
+        self._dataloader_arguments = dp_world_size, dp_rank, tokenizer, job_config
+
+    def post_dataloading_process(self, input_dict, labels, model_parts):
+        extra_inputs = {name: x for name, x in input_dict.items() if name != "input"}
+        return input_dict["input"], labels, extra_inputs, {}
+
+    def validate(self, model_parts, step):
+        self.validation_dataloader = build_validation_dataloader(
+            *self._dataloader_arguments, infinite=self.job_config.validation.steps != -1
+        )
+        super().validate(model_parts, step)
+
+
+def build_validator(**kwargs):
+    return GDN2Validator(**kwargs)
