@@ -1,0 +1,101 @@
+"""TorchTitan's data loaders over packed text."""
+
+from dataclasses import asdict
+from typing import Any
+
+from datasets import IterableDataset
+from torchtitan.components.dataloader import ParallelAwareDataloader
+from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
+from torchtitan.config import JobConfig
+
+from gdn2_titan.titan.corpus import load_source
+from gdn2_titan.titan.errors import ConfigError
+from gdn2_titan.titan.packing import PackedText
+
+
+class PackedTextDataloader(ParallelAwareDataloader):
+    """TorchTitan's loader, which can also resume with another number of data-parallel ranks where that is exact.
+
+    Without loader workers, the state of a map-style source is the same on every rank (see :class:`PackedText`): it is
+    saved once, and any number of ranks continues from it. Otherwise TorchTitan's rule stands: the same number of ranks.
+    """
+
+    def __init__(self, dataset: PackedText, dp_rank: int, dp_world_size: int, **kwargs: Any) -> None:
+        super().__init__(dataset, dp_rank, dp_world_size, **kwargs)
+        self._one_state = dataset.same_state_on_all_ranks and self.num_workers == 0
+        if self._one_state:
+            self._rank_id = "all_dp_ranks"
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict and self._one_state:
+            state_dict = {**state_dict, "world_size": self.dp_world_size}
+        super().load_state_dict(state_dict)
+
+
+def build_dataloader(
+    dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig, infinite: bool = True
+) -> PackedTextDataloader:
+    """The loader of training batches: ``training.*``, ``data.*`` and ``gdn2.document_resets`` of the configuration.
+
+    Yields ``({"input": int64 [B, T], "resets": bool [B, T]}, labels int64 [B, T])`` with B ``training.local_batch_size``
+    and T ``training.seq_len``; without ``"resets"`` if ``gdn2.document_resets`` is false. A last incomplete batch is
+    dropped.
+
+    Raises:
+        ConfigError: if the source of documents cannot be used.
+    """
+    return _build("training", dp_world_size, dp_rank, tokenizer, job_config, infinite)
+
+
+def build_validation_dataloader(
+    dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig, infinite: bool = False
+) -> PackedTextDataloader:
+    """The loader of validation batches: like :func:`build_dataloader`, from ``validation.*``.
+
+    Each ``iter()`` of it gives the same batches from the first on, so that losses of different steps compare.
+
+    Raises:
+        ConfigError: if the source of documents cannot be used, or if a single pass over a stream is asked for on more
+            than one rank, where ranks run out at different times and the others would wait for ever.
+    """
+    return _build("validation", dp_world_size, dp_rank, tokenizer, job_config, infinite)
+
+
+def _build(
+    section: str, dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig, infinite: bool
+) -> PackedTextDataloader:
+    settings, data = getattr(job_config, section), job_config.data
+    held_out = section == "validation"
+    source = load_source(
+        section,
+        settings.dataset,
+        settings.dataset_path,
+        held_out=held_out,
+        text_column=data.text_column,
+        hf_subset=data.hf_subset,
+        hf_split=data.hf_validation_split if held_out else data.hf_split,
+    )
+    streaming = isinstance(source, IterableDataset)
+    if streaming and not infinite and dp_world_size > 1:
+        raise ConfigError(
+            f"{section}.dataset = {settings.dataset!r} is a stream, which {dp_world_size} data-parallel ranks cannot "
+            "read once to the end in step; allowed: reading it without end, for validation with validation.steps > 0."
+        )
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        # What a document says is text: one that contains "<|eos|>" must not end there.
+        tokenizer.tokenizer.encode_special_tokens = True
+    packed = PackedText(
+        source,
+        tokenizer,
+        settings.seq_len,
+        batch_size=settings.local_batch_size,
+        dp_rank=dp_rank,
+        dp_world_size=dp_world_size,
+        infinite=infinite,
+        with_resets=job_config.gdn2.document_resets,
+        text_column=data.text_column if streaming else "text",
+        shuffle_seed=data.shuffle_seed,
+    )
+    # An incomplete batch would change the shapes that compiled and pipelined models were built for.
+    loader_settings = asdict(settings.dataloader) | {"batch_size": settings.local_batch_size, "drop_last": True}
+    return PackedTextDataloader(packed, dp_rank=dp_rank, dp_world_size=dp_world_size, **loader_settings)

@@ -1,0 +1,164 @@
+"""Documents packed end to end into sequences of one length."""
+
+import copy
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from datasets.distributed import split_dataset_by_node
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.utils.data import get_worker_info
+from torchtitan.components.tokenizer import BaseTokenizer
+
+from gdn2_titan.titan.documents import MapDocuments, StreamDocuments
+from gdn2_titan.titan.errors import ConfigError
+
+Example = tuple[dict[str, torch.Tensor], torch.Tensor]
+
+
+class PackedText(torch.utils.data.IterableDataset, Stateful):
+    """Windows of ``seq_len`` tokens over the concatenation ``bos text eos bos text eos ...`` of all documents.
+
+    Each item is ``({"input": int64 [seq_len], "resets": bool [seq_len]}, labels int64 [seq_len])``, where ``labels`` is
+    ``input`` one token later. ``resets`` is True exactly at the first token of each document; at the start of a
+    window only if a document begins there.
+
+    Windows of ``seq_len + 1`` tokens start ``seq_len`` apart: the last label of a window is the first input of the
+    next, so every token but the very first is a target once. With windows ``seq_len + 1`` apart, one token in
+    ``seq_len + 1`` would never be predicted.
+
+    **Order.** A map-style dataset gives ONE sequence of windows, whatever the number of ranks; of R ranks, rank r has
+    windows r, r + R, r + 2R, ..., so the k-th batches of all ranks together are the k-th batch of a single process with
+    an R-fold batch size. The price is that every rank (and loader worker) tokenizes all documents. Loader workers
+    take whole batches in turn, so batches do not depend on their number either. A streaming dataset is split by
+    documents instead, between ranks and by ``datasets`` itself between workers.
+
+    **Ends.** ``iter()`` starts from the first document, or from a state loaded since the last ``iter()``. A pass that
+    is not infinite leaves out the tokens that do not fill one window on every rank, so all ranks have equally many.
+
+    **State.** ``state_dict()`` is a place in the documents: a few plain values, for a map-style dataset the same
+    on all ranks, from which the following windows are read again exactly as they were.
+
+    Args:
+        data: map-style or streaming dataset; a streaming one must not be split by rank yet.
+        tokenizer: called as ``encode(text, add_bos=True, add_eos=True)``.
+        seq_len: tokens per window.
+        batch_size: windows per batch of the loader that reads this.
+        dp_rank, dp_world_size: data-parallel rank and number of ranks.
+        infinite: start the next epoch when one ends; tokens left over go before it.
+        with_resets: without it the dictionary has only ``"input"``.
+        text_column: the column with the text.
+        shuffle_seed: seed of the order of a map-style dataset's documents, different in each epoch; a streaming
+            dataset is not shuffled.
+
+    Raises:
+        ConfigError: while iterating, if a single pass over a map-style dataset does not fill one batch on every rank,
+            if the text column is missing or not text, or if the state was saved with other data.
+    """
+
+    def __init__(
+        self,
+        data: Dataset | IterableDataset,
+        tokenizer: BaseTokenizer,
+        seq_len: int,
+        *,
+        batch_size: int = 1,
+        dp_rank: int = 0,
+        dp_world_size: int = 1,
+        infinite: bool = False,
+        with_resets: bool = True,
+        text_column: str = "text",
+        shuffle_seed: int = 0,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._seq_len = seq_len
+        self._batch_size = batch_size
+        self._infinite = infinite
+        self._with_resets = with_resets
+        self._documents: MapDocuments | StreamDocuments
+        if isinstance(data, Dataset):
+            self._documents = MapDocuments(data, text_column, shuffle_seed)
+            self._rank, self._ranks = dp_rank, dp_world_size
+        else:
+            self._documents = StreamDocuments(split_dataset_by_node(data, dp_rank, dp_world_size), text_column)
+            self._rank, self._ranks = 0, 1
+        self._state = self._initial_state()
+        self._resuming = False
+
+    def _initial_state(self) -> dict[str, Any]:
+        # The next window begins with token number `offset` of the document at `mark`; `windows` came before it.
+        return {"mark": self._documents.first(), "offset": 0, "windows": 0}
+
+    @property
+    def same_state_on_all_ranks(self) -> bool:
+        """Whether ``state_dict()`` is the same on every rank, after as many windows on each."""
+        return self._documents.shared
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the window after the last one yielded begins."""
+        return copy.deepcopy(self._state)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Make the next ``iter()`` continue from ``state_dict``."""
+        self._state = copy.deepcopy(state_dict)
+        self._resuming = True
+
+    def __iter__(self) -> Iterator[Example]:
+        # Not a generator itself: the state must be that of this pass before its first window is asked for.
+        if not self._resuming:
+            self._state = self._initial_state()
+        self._resuming = False
+        return self._examples()
+
+    def _examples(self) -> Iterator[Example]:
+        info = get_worker_info() if self._documents.shared else None
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        round_tokens = self._ranks * self._seq_len  # one window for each rank
+        windows = self._state["windows"]
+        skip = self._state["offset"]
+
+        # Positions count from the first token of this pass that belongs to a window; earlier ones are negative.
+        tokens: list[int] = []  # the tokens from position `base` on
+        base = done = 0  # everything before position `done` has been the input of a window
+        begins: deque[tuple[int, dict[str, Any]]] = deque()  # first position and mark of the documents in `tokens`
+
+        for mark, text in self._documents.read(self._state["mark"], self._infinite):
+            encoded = self._tokenizer.encode(text, add_bos=True, add_eos=True)
+            begins.append((base + len(tokens) - skip, mark))
+            # Dropping what is done once per document and not once per window keeps long documents linear.
+            del tokens[: done - base]
+            base = done
+            tokens.extend(encoded[skip:])
+            skip = 0
+            while base + len(tokens) - done > round_tokens:  # one more than the inputs: the last label
+                turn = windows // self._ranks // self._batch_size
+                example = None
+                if turn % workers == worker:
+                    example = self._example(tokens, base, done + self._rank * self._seq_len, begins)
+                done += round_tokens
+                windows += self._ranks
+                while len(begins) > 1 and begins[1][0] <= done:
+                    begins.popleft()
+                position, mark = begins[0]
+                self._state = {"mark": mark, "offset": done - position, "windows": windows}
+                if example is not None:
+                    yield example
+
+        if self._documents.shared and windows < self._ranks * self._batch_size:
+            raise ConfigError(
+                f"the documents have too few tokens for one batch of {self._batch_size} sequences of {self._seq_len} "
+                f"tokens on each of {self._ranks} data-parallel ranks; allowed: more text, a smaller local_batch_size "
+                "or a smaller seq_len."
+            )
+
+    def _example(self, tokens: list[int], base: int, start: int, begins: deque[tuple[int, dict[str, Any]]]) -> Example:
+        """The window that begins at position ``start``."""
+        window = torch.tensor(tokens[start - base : start - base + self._seq_len + 1], dtype=torch.int64)
+        inputs = {"input": window[:-1]}
+        if self._with_resets:
+            resets = torch.zeros(self._seq_len, dtype=torch.bool)
+            resets[[position - start for position, _ in begins if 0 <= position - start < self._seq_len]] = True
+            inputs["resets"] = resets
+        return inputs, window[1:]
