@@ -1,15 +1,20 @@
 """causal_conv1d against a convolution written token by token in fp64, and as a citizen of PyTorch."""
 
 import itertools
+import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from gdn2_titan.ops.causal_conv1d import causal_conv1d
+
+# Not `import ... as`: the package may export the function under the module's own name.
+conv_module = sys.modules["gdn2_titan.ops.causal_conv1d"]
 
 FORWARD = torch.ops.gdn2_titan.causal_conv1d
 BACKWARD = torch.ops.gdn2_titan.causal_conv1d_backward
@@ -318,6 +323,32 @@ def test_both_ops_pass_opcheck_in_a_permuted_dense_layout(variant, silu):
     torch.library.opcheck(BACKWARD, (*out_grads, *args))
 
 
+def test_both_ops_pass_opcheck_with_a_weight_and_bias_of_other_dtypes_than_x():
+    inputs = make(dtype=torch.bfloat16)
+    inputs["weight"] = inputs["weight"].detach().float().requires_grad_()
+    inputs["bias"] = inputs["bias"].detach().double().requires_grad_()
+    args = op_arguments(inputs)
+    torch.library.opcheck(FORWARD, args)
+    args = tuple(arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args)
+    torch.library.opcheck(BACKWARD, (*output_gradients(*FORWARD(*args)), *args))
+
+
+@pytest.mark.parametrize("through", [0, 1])
+def test_an_output_nobody_used_costs_no_gradient_of_zeros(through):
+    received = []
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is BACKWARD.default:
+                received.append([grad is not None for grad in args[:2]])
+            return func(*args, **(kwargs or {}))
+
+    output = causal_conv1d(**make(), output_final_state=True)[through]
+    with Spy():
+        output.sum().backward()
+    assert received == [[through == 0, through == 1]]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("T", [1, 2, 6])
 @pytest.mark.parametrize("B, D, W", [(1, 1, 2), (2, 1, 2), (2, 3, 4)])
@@ -380,6 +411,18 @@ def test_eager_and_compiled_agree_under_autocast_and_match_running_without_it():
         compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")()
     for got, want in ((eager, plain), (compiled, plain[:2])):
         assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_autocast_is_off_inside_both_op_bodies(monkeypatch):
+    # On a CPU nothing in the bodies is of a kind that autocast changes; on other devices some operators are.
+    seen = []
+    layout = conv_module._layout
+    monkeypatch.setattr(
+        conv_module, "_layout", lambda *args: seen.append(torch.is_autocast_enabled("cpu")) or layout(*args)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        causal_conv1d(**make())[0].sum().backward()
+    assert seen == [False, False]
 
 
 @pytest.mark.parametrize("options", [("state",), ("state", "resets")], ids="+".join)
