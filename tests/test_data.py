@@ -32,8 +32,10 @@ T = 8
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_written_outside_tmp(tmp_path, monkeypatch):
+def no_network_and_nothing_written_outside_tmp(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
+    # load_dataset counts loads, of local files too, with a request: seconds each where names do not resolve.
+    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
 
 
 def plain(items):
