@@ -37,8 +37,8 @@ def build_dataloader(
 ) -> PackedTextDataloader:
     """The loader of training batches: ``training.*``, ``data.*`` and ``gdn2.document_resets`` of the configuration.
 
-    Yields ``({"input": int64 [B, T], "resets": bool [B, T]}, labels int64 [B, T])`` with B ``training.local_batch_size``
-    and T ``training.seq_len``; without ``"resets"`` if ``gdn2.document_resets`` is false. A last incomplete batch is
+    Yields ``({"input": int64 [B, T], "resets": bool [B, T]}, labels int64 [B, T])``, B = ``training.local_batch_size``,
+    T = ``training.seq_len``; without ``"resets"`` if ``gdn2.document_resets`` is false. A last incomplete batch is
     dropped.
 
     Raises:

@@ -104,7 +104,7 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 def _text(sample: Mapping[str, Any], column: str) -> str | None:
     if column not in sample:
-        raise ConfigError(f"data.text_column = {column!r} is not a column of the dataset; allowed: {', '.join(sample)}.")
+        raise ConfigError(f"data.text_column = {column!r} is not a column of the data; allowed: {', '.join(sample)}.")
     text = sample[column]
     if text is not None and not isinstance(text, str):
         raise ConfigError(f"data.text_column = {column!r} holds {type(text).__name__}; allowed: a column of strings.")
