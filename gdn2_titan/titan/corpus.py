@@ -5,7 +5,9 @@ import hashlib
 import re
 import sysconfig
 from pathlib import Path
+from typing import Any
 
+import datasets.config
 from datasets import Dataset, IterableDataset, load_dataset
 
 from gdn2_titan.titan.errors import ConfigError
@@ -135,12 +137,22 @@ def _find_files(section: str, dataset_path: str | None) -> tuple[str, list[str]]
     return formats.pop(), [str(file) for file in files]
 
 
+def _load_local(builder: str, **arguments: Any) -> Dataset:
+    """``datasets.load_dataset`` for one of its own builders, which otherwise reports each use to a server: seconds lost
+    where there is no network."""
+    reporting, datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS, False
+    try:
+        return load_dataset(builder, split="train", **arguments)
+    finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = reporting
+
+
 def _load_files(builder: str, files: list[str], text_column: str) -> Dataset:
     # A path with glob characters in its own name must not be read as a pattern by load_dataset.
     files = [glob.escape(file) for file in files]
     if builder == "text":
-        return load_dataset("text", data_files=files, split="train", sample_by="document")
-    data = load_dataset(builder, data_files=files, split="train")
+        return _load_local("text", data_files=files, sample_by="document")
+    data = _load_local(builder, data_files=files)
     if text_column not in data.column_names:
         raise ConfigError(f"data.text_column = {text_column!r} is not a column of {files[0]}; "
                           f"allowed: {', '.join(data.column_names)}.")

@@ -11,6 +11,7 @@ from torchtitan.config import JobConfig
 from gdn2_titan.titan.corpus import load_source
 from gdn2_titan.titan.errors import ConfigError
 from gdn2_titan.titan.packing import PackedText
+from gdn2_titan.titan.sections import section
 
 
 class PackedTextDataloader(ParallelAwareDataloader):
@@ -62,12 +63,12 @@ def build_validation_dataloader(
 
 
 def _build(
-    section: str, dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig, infinite: bool
+    part: str, dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig, infinite: bool
 ) -> PackedTextDataloader:
-    settings, data = getattr(job_config, section), job_config.data
-    held_out = section == "validation"
+    settings, data = getattr(job_config, part), section(job_config, "data")
+    held_out = part == "validation"
     source = load_source(
-        section,
+        part,
         settings.dataset,
         settings.dataset_path,
         held_out=held_out,
@@ -78,7 +79,7 @@ def _build(
     streaming = isinstance(source, IterableDataset)
     if streaming and not infinite and dp_world_size > 1:
         raise ConfigError(
-            f"{section}.dataset = {settings.dataset!r} is a stream, which {dp_world_size} data-parallel ranks cannot "
+            f"{part}.dataset = {settings.dataset!r} is a stream, which {dp_world_size} data-parallel ranks cannot "
             "read once to the end in step; allowed: reading it without end, for validation with validation.steps > 0."
         )
     if isinstance(tokenizer, HuggingFaceTokenizer):
@@ -92,7 +93,7 @@ def _build(
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
         infinite=infinite,
-        with_resets=job_config.gdn2.document_resets,
+        with_resets=section(job_config, "gdn2").document_resets,
         text_column=data.text_column if streaming else "text",
         shuffle_seed=data.shuffle_seed,
     )

@@ -3,7 +3,7 @@
 import os
 
 import torch
-from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.components.metrics import MetricsProcessor, TensorBoardLogger
 from torchtitan.tools.logging import logger
 
 from gdn2_titan.models.layer import STATISTICS, GatedDeltaNet2
@@ -61,6 +61,13 @@ class GDN2MetricsProcessor(MetricsProcessor):
             )
         self._record(self.statistics_freq > 0 and (step + 1) % self.statistics_freq == 0)
         return super().should_log(step)
+
+    def log(self, *args, **kwargs):
+        super().log(*args, **kwargs)
+        # The stock writer keeps two minutes of curves in memory: a killed run would resume with a hole in them.
+        for backend in getattr(self.logger, "_loggers", []):
+            if isinstance(backend, TensorBoardLogger):
+                backend.writer.flush()
 
     def close(self):
         super().close()

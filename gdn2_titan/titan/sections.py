@@ -1,15 +1,14 @@
 """The sections that this package adds to TorchTitan's job config, and the stock defaults that it changes."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from torchtitan.config import JobConfig as StockJobConfig
 from torchtitan.config.job_config import Checkpoint as StockCheckpoint
 from torchtitan.config.job_config import Model as StockModel
 
-__all__ = ["BYTE_TOKENIZER", "Data", "GDN2", "JobConfig", "section"]
+from .byte_tokenizer import BYTE_TOKENIZER_DIR
 
-BYTE_TOKENIZER = str(Path(__file__).parent / "assets" / "byte_tokenizer")
+__all__ = ["Data", "GDN2", "JobConfig", "section"]
 
 
 @dataclass
@@ -79,7 +78,7 @@ class Data:
 class Model(StockModel):
     name: str = "gdn2"
     flavor: str = "debug"
-    hf_assets_path: str = BYTE_TOKENIZER
+    hf_assets_path: str = str(BYTE_TOKENIZER_DIR)
 
 
 @dataclass

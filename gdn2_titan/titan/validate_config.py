@@ -105,6 +105,9 @@ def _check_rest(job_config):
             f"model.hf_assets_path is {path!r}; it must be a folder that holds a Hugging Face tokenizer (tokenizer.json), "
             "or be left out for the byte-level tokenizer of this package"
         )
+    seed = section(job_config, "data").shuffle_seed
+    if seed < 0:
+        raise ConfigError(f"data.shuffle_seed is {seed}; it must be 0 or more")
     check_source("training", job_config.training.dataset, job_config.training.dataset_path)
     if job_config.validation.enable:
         check_source("validation", job_config.validation.dataset, job_config.validation.dataset_path)

@@ -1,0 +1,92 @@
+"""Whole training runs through TorchTitan's own entry point, on CPU."""
+
+import math
+import random
+import re
+import signal
+import subprocess
+
+import pytest
+
+from tests.training import GRAD_NORM, LOSS, SHORT, command, environment, scalars, tags, train
+
+pytestmark = pytest.mark.slow
+
+
+def test_the_loss_falls_from_ln_vocabulary_on_the_standard_librarys_source(tmp_path):
+    train(1, tmp_path, *SHORT, "--training.steps=60", "--training.local_batch_size=4", "--gdn2.statistics_freq=20",
+          "--validation.enable", "--validation.freq=30", "--validation.steps=2", "--validation.seq_len=64")  # fmt: skip
+    loss = scalars(tmp_path, LOSS)
+    assert abs(loss[1] - math.log(264)) < 0.2
+    assert sum(loss[step] for step in range(51, 61)) / 10 < 3.6
+    assert set(scalars(tmp_path, "validation_metrics/loss")) == {1, 30, 60}
+    for layer in (0, 2):  # the GDN-2 layers of the hybrid
+        for name in ("erase_gate_mean", "erase_gate_std", "write_gate_mean", "write_gate_std", "half_life_mean",
+                     "half_life_std", "state_norm"):  # fmt: skip
+            curve = scalars(tmp_path, f"gdn2/layers.{layer}/{name}")
+            assert set(curve) == {1, 20, 40, 60} and all(map(math.isfinite, curve.values()))
+    assert not any("layers.1" in tag for tag in tags(tmp_path))
+
+
+def test_a_run_killed_at_a_random_step_continues_bit_for_bit(tmp_path):
+    steps, checkpointing = 24, ["--checkpoint.enable", "--checkpoint.interval=5"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
+    arguments = [*SHORT, *checkpointing, f"--training.steps={steps}"]
+    train(1, whole, *arguments)
+
+    fatal = random.randint(6, steps - 2)
+    with subprocess.Popen(
+        command(1, killed, *arguments), env=environment(), cwd=killed,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    ) as run:  # fmt: skip
+        for line in run.stdout:
+            found = re.search(r"step:\D*?(\d+)\D", re.sub(r"\x1b\[[\d;]*m", "", line))
+            if found and int(found.group(1)) >= fatal:
+                run.send_signal(signal.SIGKILL)
+                break
+    assert run.wait() == -signal.SIGKILL, f"was to be killed at step {fatal}"
+    log = train(1, killed, *arguments)
+    resumed = int(re.search(r"Training starts at step (\d+)", log).group(1))
+    assert 1 < resumed <= fatal + 1
+
+    for tag in (LOSS, GRAD_NORM):
+        expected = scalars(whole, tag)
+        assert set(expected) == set(range(1, steps + 1))
+        assert scalars(killed, tag) == expected, f"killed at step {fatal}, resumed at {resumed}"
+
+
+def test_a_finished_run_continues_when_asked_for_more_steps(tmp_path):
+    arguments = [*SHORT, "--checkpoint.enable", "--lr_scheduler.total_steps=8"]
+    train(1, tmp_path, *arguments, "--training.steps=4")
+    assert "Training starts at step 5" in train(1, tmp_path, *arguments, "--training.steps=8")
+    assert set(scalars(tmp_path, LOSS)) == set(range(1, 9))
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """Losses of one process with batches of 4 sequences."""
+    folder = tmp_path_factory.mktemp("one")
+    train(1, folder, *SHORT, "--training.steps=12", "--training.local_batch_size=4")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("processes", "extra"),
+    [
+        (2, []),
+        (1, ["--training.global_batch_size=4"]),
+        (2, ["--training.local_batch_size=1", "--training.global_batch_size=4", "--activation_checkpoint.mode=full"]),
+        (2, ["--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op",
+             "--parallelism.fsdp_reshard_after_forward=always"]),
+    ],
+    ids=["fsdp", "accumulation", "fsdp-accumulation-full-ac", "fsdp-op-ac-reshard"],
+)  # fmt: skip
+def test_the_same_global_batches_give_one_processs_loss_curve(one_process, tmp_path, processes, extra):
+    train(processes, tmp_path, *SHORT, "--training.steps=12", *extra)
+    for tag, tolerance in ((LOSS, 1e-5), (GRAD_NORM, 1e-4)):
+        expected, found = scalars(one_process, tag), scalars(tmp_path, tag)
+        assert set(found) == set(range(1, 13))
+        for step, value in found.items():
+            assert value == pytest.approx(expected[step], rel=tolerance), (tag, step)
