@@ -40,6 +40,7 @@ class Attention(nn.Module):
         super().__init__()
         num_kv_heads = num_kv_heads or num_heads
         self.head_dim = hidden_size // num_heads
+        self.grouped = num_kv_heads != num_heads
         self.q_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=False)
@@ -47,15 +48,13 @@ class Attention(nn.Module):
 
     def forward(self, x, angles, mask):
         """angles: of ``rotary_angles``; mask: of ``masks.attention_mask``."""
-        B, T, _ = x.shape
-        q, k, v = (p(x).view(B, T, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = _rotate(q, angles), _rotate(k, angles)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, heads, T, head_dim]
-        grouped = q.shape[1] != k.shape[1]
         if mask is None or isinstance(mask, torch.Tensor):
-            o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+            o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
         else:
-            o = _compiled_flex_attention()(q, k, v, block_mask=mask, enable_gqa=grouped)
+            o = _compiled_flex_attention()(q, k, v, block_mask=mask, enable_gqa=self.grouped)
         return self.o_proj(o.transpose(1, 2).flatten(2))
 
     def init_weights(self, output_scale=1.0):

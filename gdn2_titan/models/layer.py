@@ -52,16 +52,13 @@ class ShortConvolution(nn.Module):
 
 
 class DecayParameters(nn.Module):
-    """A_log [H] and dt_bias [H, K] (or [H, 1] for a scalar decay), a module of their own so that a mixed-precision
-    policy can leave them in fp32 while it casts the layer around them."""
+    """A_log [H] and dt_bias [H, K] (or [H, 1] for a scalar decay), a module of their own so that a parallel plan can keep
+    them in fp32 while it casts the layer around them. Read, never called: see ``gdn2_titan.parallel.fsdp``."""
 
     def __init__(self, num_heads, channels):
         super().__init__()
         self.A_log = nn.Parameter(torch.empty(num_heads))
         self.dt_bias = nn.Parameter(torch.empty(num_heads, channels))
-
-    def forward(self):
-        return self.A_log.float(), self.dt_bias.float()
 
     def init_weights(self):
         """A ~ U(1, 16); softplus(dt_bias) log-uniform in [1e-3, 1e-1]: half-lives of a token to hundreds of tokens."""
@@ -150,22 +147,21 @@ class GatedDeltaNet2(nn.Module):
 
         state: the GDN2State of the segment before. One token with a state takes the recurrent op, all else the chunked.
         """
-        B, T, _ = x.shape
         K, V = self.head_dim, self.head_v_dim
         q_conv, k_conv, v_conv, memory = state if state is not None else (None,) * 4
         q, q_conv = self.q_conv1d(self.q_proj(x), resets, q_conv, return_state)
         k, k_conv = self.k_conv1d(self.k_proj(x), resets, k_conv, return_state)
         v, v_conv = self.v_conv1d(self.v_proj(x), resets, v_conv, return_state)
         # Heads are counted from the tensors: under tensor parallelism a rank holds some of them.
-        q, k, v = q.view(B, T, -1, K), k.view(B, T, -1, K), v.view(B, T, -1, V)
-        g = self.decay_proj(x).view(B, T, q.shape[2], -1)
-        A_log, dt_bias = self.decay()
-        erase = self.erase_proj(x).view(B, T, q.shape[2], -1)
+        q, k, v = (t.unflatten(-1, (-1, size)) for t, size in ((q, K), (k, K), (v, V)))
+        g = self.decay_proj(x).unflatten(-1, (q.shape[2], -1))
+        A_log, dt_bias = self.decay.A_log.float(), self.decay.dt_bias.float()
+        erase = self.erase_proj(x).unflatten(-1, (q.shape[2], -1))
         if self.tied_gates:
             write = erase.repeat_interleave(v.shape[2] // q.shape[2], dim=2)
         else:
-            write = self.write_proj(x).view(B, T, v.shape[2], -1)
-        op = recurrent_gdn2 if T == 1 and state is not None else chunk_gdn2
+            write = self.write_proj(x).unflatten(-1, (v.shape[2], -1))
+        op = recurrent_gdn2 if x.shape[1] == 1 and state is not None else chunk_gdn2
         o, memory = op(
             q, k, v, g.expand(q.shape), erase.expand(q.shape), write.expand(v.shape),
             initial_state=memory,
@@ -180,7 +176,7 @@ class GatedDeltaNet2(nn.Module):
         )  # fmt: skip
         if self.record_statistics:
             self._record(g, erase, write, A_log, dt_bias, memory)
-        o = self.o_norm(o) * self.output_gate(self.gate_proj(x).view(B, T, -1, V))
+        o = self.o_norm(o) * self.output_gate(self.gate_proj(x).unflatten(-1, (-1, V)))
         y = self.o_proj(o.flatten(2))
         return (y, GDN2State(q_conv, k_conv, v_conv, memory)) if return_state else y
 

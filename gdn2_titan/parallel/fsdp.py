@@ -20,8 +20,8 @@ def apply_fsdp(
 ):
     """Shard a ``GDN2Model`` in place over ``mesh`` (1-D, or 2-D replicate x shard for HSDP).
 
-    A_log and dt_bias form units of their own that stay in fp32 whatever ``param_dtype`` is: a decay that is rounded to
-    bf16 is another decay. reshard_last: free the head's parameters after forward too; they are needed next anyway.
+    A_log and dt_bias of all layers form one unit of their own that stays in fp32 whatever ``param_dtype`` is: a decay that
+    is rounded to bf16 is another decay. It is gathered once, before the first block. reshard_last: free the head's parameters after forward too; they are needed next anyway.
     """
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
     common = {"mesh": mesh}
@@ -30,16 +30,19 @@ def apply_fsdp(
     exact = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
     if model.tok_embeddings is not None:
         fully_shard(model.tok_embeddings, **common, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    decays = [module for module in model.modules() if isinstance(module, DecayParameters)]
+    if decays:
+        fully_shard(decays, **common, mp_policy=exact, reshard_after_forward=False)
     for block in model.layers.values():
-        for module in block.modules():
-            if isinstance(module, DecayParameters):
-                # Kept whole until backward: its outputs are the parameters themselves.
-                fully_shard(module, **common, mp_policy=exact, reshard_after_forward=False)
         fully_shard(block, **common, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     head = [module for module in (model.norm, model.lm_head) if module is not None]
     if head:
         fully_shard(head, **common, mp_policy=policy, reshard_after_forward=reshard_last)
     fully_shard(model, **common, mp_policy=policy)
+    if decays:
+        # The hooks of a unit inside a block would break the graph of a compiled block. So the layers read these parameters
+        # without calling their modules, and the unit is gathered out here; backward returns it to its shards as any other.
+        model.register_forward_pre_hook(lambda *_: decays[0].unshard())
     if mesh.device_type == "cpu":
         for unit in _units(model):
             unit.set_force_sum_reduction_for_comms(True)  # gloo has neither averages nor pre-multiplied sums

@@ -1,0 +1,113 @@
+"""The FSDP2 plan on two processes over gloo, compared with one process."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+
+from gdn2_titan.models import GDN2Model, GDN2ModelArgs
+from gdn2_titan.parallel import apply_compile, apply_fsdp, sum_gradients
+
+ARGS = GDN2ModelArgs(
+    vocab_size=50, hidden_size=32, n_layers=2, mlp_size=64, num_heads=2, head_dim=16, attn_heads=2, window=8,
+    layer_pattern=("gdn2", "swa"),
+)  # fmt: skip
+WORLD = 2
+
+
+def build(device="meta"):
+    with torch.device(device):
+        return GDN2Model(ARGS)
+
+
+def batch():
+    tokens = torch.randint(0, 50, (WORLD, 41), generator=torch.Generator().manual_seed(1))
+    resets = torch.zeros(WORLD, 40, dtype=torch.bool)
+    resets[:, 17] = True
+    return tokens, resets
+
+
+def loss(model, tokens, resets):
+    logits = model(tokens[:, :-1], resets)
+    return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+
+
+def assert_near(name, found, expected):
+    error = (found - expected).abs().max() / expected.abs().max()
+    assert error < 1e-4, f"{name} is off by {error:.1e}"
+
+
+def _start(rank, file):
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=WORLD)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def _same_as_one_process(rank, file, compiled, reshard):
+    _start(rank, file)
+    single = build("cpu")
+    torch.manual_seed(0)
+    single.init_weights()
+    sharded = build()
+    if compiled:
+        apply_compile(sharded, backend="aot_eager")
+    apply_fsdp(sharded, init_device_mesh("cpu", (WORLD,)), torch.float32, torch.float32, reshard_after_forward=reshard)
+    sum_gradients(sharded)
+    sharded.to_empty(device="cpu")
+    torch.manual_seed(0)
+    sharded.init_weights()
+    tokens, resets = batch()
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4) for model in (single, sharded)]
+    for _ in range(3):
+        loss(single, tokens, resets).backward()
+        loss(sharded, tokens[rank : rank + 1], resets[rank : rank + 1]).backward()
+        expected = dict(single.named_parameters())
+        for name, parameter in sharded.named_parameters():
+            assert_near(name, parameter.grad.full_tensor(), expected[name].grad)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, parameter in sharded.named_parameters():
+        assert_near(name, parameter.full_tensor(), expected[name])
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled-fullgraph"])
+@pytest.mark.parametrize("reshard", [True, False], ids=["reshard", "keep"])
+def test_two_ranks_start_step_and_differentiate_as_one_process(tmp_path, compiled, reshard):
+    mp.spawn(_same_as_one_process, (str(tmp_path / "store"), compiled, reshard), nprocs=WORLD)
+
+
+def _decays_stay_exact(rank, file):
+    _start(rank, file)
+    model = build()
+    apply_fsdp(model, init_device_mesh("cpu", (WORLD,)), torch.bfloat16, torch.float32)
+    model.to_empty(device="cpu")
+    model.init_weights()
+    tokens, resets = batch()
+    before = {n: p.full_tensor() for n, p in model.named_parameters() if "decay." in n}
+    assert before, "the model has decay parameters"
+    rounded = [(p - p.bfloat16().float()).abs().max() for p in before.values()]
+    assert all(error > 1e-4 for error in rounded), "bf16 would change these values"
+    seen = []
+    op = torch.ops.gdn2_titan.chunk_gdn2.default
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is op:
+                seen.append((args[0].dtype, args[6].clone(), args[7].clone()))
+            return func(*args, **(kwargs or {}))
+
+    with Spy():
+        value = loss(model, tokens[rank : rank + 1], resets[rank : rank + 1])
+    value.backward()
+    ((dtype, A_log, dt_bias),) = seen
+    assert dtype == torch.bfloat16
+    assert torch.equal(A_log, before["layers.0.mixer.decay.A_log"])
+    assert torch.equal(dt_bias, before["layers.0.mixer.decay.dt_bias"])
+    dist.destroy_process_group()
+
+
+def test_decay_parameters_reach_the_op_unrounded_under_a_bf16_policy(tmp_path):
+    mp.spawn(_decays_stay_exact, (str(tmp_path / "store"),), nprocs=WORLD)
