@@ -1,0 +1,213 @@
+"""Job configs: what is refused, with which sentence, and what the accepted ones build."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from torchtitan.config import ConfigManager
+from torchtitan.protocols.train_spec import get_train_spec
+
+from gdn2_titan.models import GDN2Model, flavors
+from gdn2_titan.titan import register
+from gdn2_titan.titan.errors import ConfigError
+from gdn2_titan.titan.job_config import JobConfig
+from gdn2_titan.titan.model_args import titan_flavors
+from gdn2_titan.titan.optimizer import build_optimizers
+from gdn2_titan.titan.toml_check import check_toml
+from gdn2_titan.titan.validate_config import validate_config
+from tests.training import ROOT, SHORT, command, environment
+
+BASE = {
+    "job": {"custom_config_module": "gdn2_titan.titan.job_config"},
+    "model": {"flavor": "debug_hybrid"},
+    "training": {"dataset": "stdlib"},
+}
+
+
+def write_toml(path, changes):
+    sections = {name: dict(fields) for name, fields in BASE.items()}
+    for field, value in changes.items():
+        section, _, name = field.partition(".")
+        sections.setdefault(section, {})[name] = value
+
+    def literal(value):
+        return {True: "true", False: "false"}.get(value) if isinstance(value, bool) else repr(value).replace("'", '"')
+
+    text = "\n".join(
+        f"[{section}]\n" + "\n".join(f"{name} = {literal(value)}" for name, value in fields.items())
+        for section, fields in sections.items()
+    )
+    path.write_text(text)
+    return str(path)
+
+
+def check(path, *arguments):
+    merged = ConfigManager._merge_configs(ConfigManager().config_cls, JobConfig)
+    check_toml(path, merged)
+    config = ConfigManager().parse_args([f"--job.config_file={path}", *arguments])
+    validate_config(config)
+    return config
+
+
+REFUSALS = [
+    ({"model.flavor": "2B"}, ["model.flavor", "'2B'", "debug_hybrid", "1.3B_hybrid"]),
+    ({"gdn2.windw": 12}, ["gdn2.windw", "12", "did you mean 'window'"]),
+    ({"training.stepz": 3}, ["training.stepz", "3", "steps"]),
+    ({"trainning.steps": 3}, ["[trainning]", "did you mean 'training'"]),
+    ({"training.steps": "three"}, ["training.steps", "'three'", "whole number"]),
+    ({"training.steps": 2.5}, ["training.steps", "2.5", "whole number"]),
+    ({"training.steps": True}, ["training.steps", "True", "whole number"]),
+    ({"training.steps": 0}, ["training.steps", "0", "at least 1"]),
+    ({"gdn2.window": 0}, ["gdn2.window", "0", "at least 1"]),
+    ({"gdn2.window": -4}, ["gdn2.window", "-4", "at least 1"]),
+    ({"gdn2.attn_heads": 7}, ["gdn2.attn_heads", "7", "128"]),
+    ({"gdn2.attn_kv_heads": 3}, ["gdn2.attn_kv_heads", "3", "attn_heads = 4"]),
+    ({"gdn2.num_v_heads": 3}, ["gdn2.num_v_heads", "3", "num_heads = 2"]),
+    ({"gdn2.layer_pattern": ["gdn2", "mamba"]}, ["gdn2.layer_pattern", "mamba", "swa"]),
+    ({"gdn2.layer_pattern": "gdn2"}, ["gdn2.layer_pattern", "'gdn2'", "a list"]),
+    ({"gdn2.erase_gate": "vector"}, ["gdn2.erase_gate", "'vector'", "'channel' or 'scalar'"]),
+    ({"gdn2.conv_size": 5}, ["gdn2.conv_size", "5", "2, 3 or 4"]),
+    ({"gdn2.statistics_freq": -1}, ["gdn2.statistics_freq", "-1", "0"]),
+    ({"gdn2.tied_gates": "yes"}, ["gdn2.tied_gates", "'yes'", "true or false"]),
+    ({"training.dataset": "c5"}, ["training.dataset", "'c5'", "stdlib"]),
+    ({"training.dataset": "files", "training.dataset_path": "/no/such.txt"},
+     ["training.dataset_path", "/no/such.txt", ".jsonl"]),
+    ({"validation.enable": True, "validation.dataset": "files", "validation.dataset_path": "/no/such.txt"},
+     ["validation.dataset_path", "/no/such.txt", ".jsonl"]),
+    ({"model.hf_assets_path": "/no/tokenizer"}, ["model.hf_assets_path", "/no/tokenizer", "tokenizer.json"]),
+    ({"data.shuffle_seed": -1}, ["data.shuffle_seed", "-1", "0 or more"]),
+    ({"parallelism.tensor_parallel_degree": 2}, ["parallelism.tensor_parallel_degree", "2", "must be 1"]),
+    ({"parallelism.context_parallel_degree": 2}, ["parallelism.context_parallel_degree", "2", "must be 1"]),
+    ({"parallelism.pipeline_parallel_degree": 2}, ["parallelism.pipeline_parallel_degree", "2", "must be 1"]),
+    ({"parallelism.data_parallel_shard_degree": 3}, ["parallelism.data_parallel_shard_degree", "3", "-1"]),
+    ({"training.local_batch_size": 8, "training.global_batch_size": 12},
+     ["training.global_batch_size", "12", "multiple of", "8"]),
+    ({"optimizer.early_step_in_backward": True}, ["optimizer.early_step_in_backward", "true", "false"]),
+    ({"optimizer.name": 3}, ["optimizer.name", "3", "a string"]),
+    ({"checkpoint.enable": True, "checkpoint.keep_latest_k": 1}, ["checkpoint.keep_latest_k", "1", "at least 2"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "parts"), REFUSALS, ids=[" ".join(changes) for changes, _ in REFUSALS])
+def test_a_config_that_cannot_train_is_refused_in_one_sentence(tmp_path, monkeypatch, changes, parts):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("NGPU", raising=False)
+    with pytest.raises(ConfigError) as refusal:
+        check(write_toml(tmp_path / "x.toml", changes))
+    message = str(refusal.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_a_missing_or_broken_toml_file_is_refused_by_name(tmp_path):
+    with pytest.raises(ConfigError, match="job.config_file is '/no/such.toml'"):
+        check("/no/such.toml")
+    (tmp_path / "broken.toml").write_text("[model\n")
+    with pytest.raises(ConfigError, match="must be valid TOML"):
+        check(str(tmp_path / "broken.toml"))
+
+
+def test_pure_replication_is_refused_and_hsdp_is_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    path = write_toml(tmp_path / "x.toml", {"parallelism.data_parallel_replicate_degree": 2})
+    with pytest.raises(ConfigError, match="data_parallel_replicate_degree is 2"):
+        check(path)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    check(path)
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path):
+    config = check(write_toml(tmp_path / "x.toml", {}))
+    spec = get_train_spec("gdn2")
+    small = flavors["debug_hybrid"].vocab_size
+    flavors["debug_hybrid"].vocab_size = 100
+    try:
+        with pytest.raises(SystemExit, match="model.hf_assets_path.*259 symbols.*at most 100"):
+            spec.build_tokenizer_fn(config)
+    finally:
+        flavors["debug_hybrid"].vocab_size = small
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "train_configs").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_shipped_config_fits(config, monkeypatch, tmp_path):
+    # The large ones name a tokenizer that the user brings.
+    folder = tmp_path / "assets" / "tokenizer"
+    folder.mkdir(parents=True)
+    (folder / "tokenizer.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    check(str(config))
+
+
+@pytest.mark.slow
+def test_a_wrong_toml_ends_a_native_launch_with_the_sentence_before_any_step(tmp_path):
+    for changes, sentence in (
+        ({"gdn2.windw": 12}, "Config error: gdn2.windw = 12: no such field; did you mean 'window'? allowed are: "),
+        ({"gdn2.window": 0}, "Config error: gdn2.window is 0; it must be a whole number of at least 1\n"),
+    ):
+        path = write_toml(tmp_path / "x.toml", changes)
+        run = subprocess.run(
+            command(1, tmp_path, *SHORT, config=path), env=environment(), cwd=tmp_path, capture_output=True, text=True,
+        )  # fmt: skip
+        assert run.returncode != 0
+        assert sentence in run.stderr
+        assert "Traceback" not in run.stderr
+        assert "step:" not in run.stdout + run.stderr
+
+
+@pytest.mark.slow
+def test_the_check_command_prints_the_sentence_alone(tmp_path):
+    path = write_toml(tmp_path / "x.toml", {"model.flavor": "2B"})
+    run = subprocess.run(
+        [sys.executable, "-m", "gdn2_titan.titan.check", f"--job.config_file={path}"],
+        env=environment(), cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 2
+    assert run.stderr == f"Config error: model.flavor is '2B'; it must be one of {', '.join(flavors)}\n"
+
+
+def test_the_section_overrides_the_flavor_and_leaves_the_rest(tmp_path):
+    changes = {"gdn2.window": 9, "gdn2.layer_pattern": ["swa", "gdn2"], "gdn2.tied_gates": True, "model.flavor": "debug"}
+    config = check(write_toml(tmp_path / "x.toml", changes), "--gdn2.decay=scalar")
+    args = titan_flavors()["debug"]
+    args.update_from_config(config)
+    assert (args.window, args.layer_pattern, args.tied_gates, args.decay) == (9, ("swa", "gdn2"), True, "scalar")
+    assert args.num_heads == flavors["debug"].num_heads
+
+
+def test_registering_is_two_lines_and_harmless_twice():
+    register()
+    register()
+    assert get_train_spec("gdn2").model_cls is GDN2Model
+
+
+def test_weight_decay_leaves_out_decays_norms_and_biases(tmp_path):
+    config = check(write_toml(tmp_path / "x.toml", {"optimizer.weight_decay": 0.3}))
+    model = GDN2Model(flavors["debug_hybrid"])
+    names = {id(p): name for name, p in model.named_parameters()}
+    (optimizer,) = build_optimizers([model], config.optimizer, None)
+    groups = {
+        names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
+    }  # fmt: skip
+    assert set(groups) == set(names.values())
+    for name, weight_decay in groups.items():
+        leaf = name.rsplit(".", 1)[1]
+        exempt = leaf in ("A_log", "dt_bias", "bias") or "norm" in name
+        assert weight_decay == (0.0 if exempt else 0.3), name
+
+
+def test_flops_per_token_are_three_times_the_counted_forward():
+    args = titan_flavors()["debug"]
+    with torch.device("meta"):
+        model = GDN2Model(args)
+        tokens = torch.zeros(2, 512, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens)
+    nparams, flops = args.get_nparams_and_flops(model, 512)
+    assert nparams == sum(p.numel() for p in model.parameters())
+    # Norms and biases count as six a token each although they multiply no matrix.
+    assert math.isclose(flops, 3 * counter.get_total_flops() / tokens.numel(), rel_tol=0.01)
