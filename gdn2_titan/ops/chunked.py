@@ -14,6 +14,7 @@ The value heads of one key head are laid side by side along the value axis, whic
 every product above treats the columns of V independently.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,22 @@ from .validation import check_cu_seqlens
 __all__ = ["chunk_backward", "chunk_forward"]
 
 CHUNK = 64
+# Tokens times heads that are worked on at a time: each intermediate result is then about 2 MB (K = 64), which stays in
+# the cache and in memory that malloc already holds, and a sequence of any length needs no more of them.
+SEGMENT = 8192
+
+
+@functools.cache
+def _prime_malloc(device):
+    """Keep glibc from handing every freed intermediate result back to the kernel.
+
+    Blocks above a threshold are mapped and unmapped each time, and every page of theirs faults anew, which can take
+    longer than the arithmetic. Freeing one large block raises that threshold, and the one above which free memory at
+    the top of the heap is returned, for the rest of the process (mallopt(3), M_MMAP_THRESHOLD: dynamic, up to 32 MB).
+    The block is never touched, so it costs nothing.
+    """
+    if device.type == "cpu":
+        torch.empty(31 << 20, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -38,31 +55,45 @@ class Layout:
     slots: torch.Tensor | None
     bounds: list[tuple[int, int]]  # chunks [first, last) of each sequence; one entry for all where slots is None
 
-    def chunks(self, x):
-        """Padded rows x [B, length, H, D] -> a view [NC, B, H, C, D]."""
-        B, _, H, D = x.shape
-        return x.reshape(B, -1, self.chunk, H, D).permute(1, 0, 3, 2, 4)
-
-    def split(self, x):
-        """x [B, T, H, D] -> [NC, B, H, C, D], padded with zeros; a view of x where there is nothing to pad."""
+    def pad(self, x):
+        """x [B, T, H, D] -> [B, length, H, D], x itself where there is nothing to pad."""
         B, T, H, D = x.shape
         if self.slots is not None:
-            x = x.new_zeros(B, self.length, H, D).index_copy_(1, self.slots, x)
-        elif T != self.length:
-            x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, self.length - T))
-        return self.chunks(x)
+            return x.new_zeros(B, self.length, H, D).index_copy_(1, self.slots, x)
+        return torch.nn.functional.pad(x, (0, 0, 0, 0, 0, self.length - T)) if T != self.length else x
 
-    def empty(self, x):
-        """Padded rows for a result like x [NC, B, H, C, D], and a view of them in the shape of x."""
-        _, B, H, _, D = x.shape
-        rows = x.new_empty(B, self.length, H, D)
-        return rows, self.chunks(rows)
+    def unpad(self, x, T):
+        """The inverse of ``pad``."""
+        return x[:, :T].contiguous() if self.slots is None else x.index_select(1, self.slots)
 
-    def join(self, rows, T):
-        """Padded rows [B, length, H, D] -> [B, T, H, D]."""
-        if self.slots is not None:
-            return rows.index_select(1, self.slots)
-        return rows[:, :T].contiguous()
+    def segments(self, H):
+        """The chunks in runs of about SEGMENT tokens times heads."""
+        size = max(1, SEGMENT // (self.batch * H * self.chunk))
+        count = self.length // self.chunk
+        owner = [n for n, (first, last) in enumerate(self.bounds) for _ in range(first, last)]
+        return [
+            Segment(i, min(i + size, count), self.chunk, owner[i : i + size]) for i in range(0, count, size)
+        ]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Chunks [first, last) of a layout; owner: the entry of ``Layout.bounds`` that each belongs to."""
+
+    first: int
+    last: int
+    chunk: int
+    owner: list[int]
+
+    def view(self, x):
+        """The chunks of padded rows x [B, length, H, D], a view [NC, B, H, C, D]."""
+        x = x[:, self.first * self.chunk : self.last * self.chunk]
+        return x.unflatten(1, (-1, self.chunk)).permute(1, 0, 3, 2, 4)
+
+    def steps(self, states, *tensors):
+        """For each chunk: its sequence's entry of states, and its part [B * H, ...] of each [NC * B * H, ...]."""
+        NC = len(self.owner)
+        return list(zip([states[n] for n in self.owner], *(x.unflatten(0, (NC, -1)) for x in tensors), strict=True))
 
 
 def _layout(B, T, cu_seqlens):
@@ -90,7 +121,7 @@ def _layout(B, T, cu_seqlens):
 
 @dataclass
 class _Chunks:
-    """What a forward pass over all chunks yields and a backward pass starts from. M = NC * B * H."""
+    """What a forward pass over the chunks of a segment yields and a backward pass starts from. M = NC * B * H."""
 
     gamma: torch.Tensor  # exp(g) [M, C, K]
     qe: torch.Tensor  # Q and E side by side [M, C, 2, K]
@@ -100,27 +131,13 @@ class _Chunks:
     a: torch.Tensor  # [M, C, C]
     state_in: torch.Tensor  # [M, K, V]
     r: torch.Tensor  # [M, C, V]
-    final_state: torch.Tensor  # [N, H, K, V]
-    keep: list | None  # for intra_chunk_backward
 
 
-def _steps(NC, *tensors):
-    """Each [NC * B * H, ...] -> a tuple of NC views [B * H, ...]."""
-    return (x.unflatten(0, (NC, -1)).unbind(0) for x in tensors)
+def _run(segment, q, k, v, g, b, w, states, keep=None):
+    """The chunks of a segment forward. Inputs activated, as ``Segment.view`` gives them; keep: see ``intra_chunk``.
 
-
-def _states(layout, state, H, K, V, like):
-    """A fresh copy of state [N, H, K, V], zeros where it is None, and a view with one [B * H, K, V] per bounds entry."""
-    if state is None:
-        N = layout.batch if layout.slots is None else len(layout.bounds)
-        state = like.new_zeros(N, H, K, V)
-    else:
-        state = state.clone(memory_format=torch.contiguous_format)
-    return state, state.view(len(layout.bounds), -1, K, V)
-
-
-def _run(layout, q, k, v, g, b, w, state, keep):
-    """All chunks forward. Inputs activated and split; state [N, H, K, V] or None; keep: see ``intra_chunk``."""
+    states[n] [B * H, K, V]: the state that sequence n enters the segment with, updated in place.
+    """
     (NC, B, H, C, K), V = k.shape, v.shape[-1]
     # The copies into chunk order: each takes along the elementwise operation that is due anyway.
     qe = k.new_empty(NC, B, H, C, 2, K)
@@ -130,17 +147,13 @@ def _run(layout, q, k, v, g, b, w, state, keep):
     z = torch.mul(w, v, out=k.new_empty(NC, B, H, C, V))
     qe, kt, gamma, z = (x.flatten(0, 2) for x in (qe, kt, gamma, z))
     a_qk, a, total = intra_chunk(qe, kt, gamma, keep)
-
     total = total.unsqueeze(-1)
     state_in, r = k.new_empty(NC * B * H, K, V), torch.empty_like(z)
-    final_state, finals = _states(layout, state, H, K, V, k)
-    e_, kt_, total_, a_, z_, state_in_, r_ = _steps(NC, qe[:, :, 1], kt, total, a, z, state_in, r)
-    for s, (first, last) in zip(finals, layout.bounds, strict=True):
-        for i in range(first, last):
-            state_in_[i].copy_(s)
-            torch.bmm(a_[i], z_[i].baddbmm_(e_[i], s, alpha=-1), out=r_[i])
-            s.mul_(total_[i]).baddbmm_(kt_[i].mT, r_[i])
-    return _Chunks(gamma, qe, kt, total, a_qk, a, state_in, r, final_state, keep)
+    for s, s_in, e_i, kt_i, total_i, a_i, z_i, r_i in segment.steps(states, state_in, qe[:, :, 1], kt, total, a, z, r):
+        s_in.copy_(s)
+        torch.bmm(a_i, z_i.baddbmm_(e_i, s, alpha=-1), out=r_i)
+        s.mul_(total_i).baddbmm_(kt_i.mT, r_i)
+    return _Chunks(gamma, qe, kt, total, a_qk, a, state_in, r)
 
 
 def _group(x, H):
@@ -148,32 +161,37 @@ def _group(x, H):
     return x.reshape(*x.shape[:2], H, -1)
 
 
-def _group_state(state, H, dtype):
-    """[N, HV, K, V] -> [N, H, K, HV / H * V]."""
+def _group_state(state, like, layout, H, K, GV):
+    """A fresh copy [len(bounds), B * H, K, HV / H * V] of state [N, HV, K, V] in the dtype of like; None: zeros."""
+    if state is None:
+        return like.new_zeros(len(layout.bounds), layout.batch * H, K, GV)
     N, HV, K, V = state.shape
-    return state.to(dtype).view(N, H, HV // H, K, V).transpose(2, 3).reshape(N, H, K, HV // H * V)
+    out = like.new_empty(N, H, K, HV // H, V)
+    out.copy_(state.view(N, H, HV // H, K, V).transpose(2, 3))
+    return out.view(len(layout.bounds), -1, K, GV)
 
 
-def _ungroup_state(state, HV):
-    N, H, K, V = state.shape
-    return state.view(N, H, K, HV // H, -1).transpose(2, 3).reshape(N, HV, K, V * H // HV)
+def _ungroup_state(state, H, HV):
+    """The inverse of ``_group_state``."""
+    K, GV = state.shape[2:]
+    return state.view(-1, H, K, HV // H, GV * H // HV).transpose(2, 3).reshape(-1, HV, K, GV * H // HV)
 
 
 def chunk_forward(q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets, scale, options):
     """o [B, T, HV, V] in v's dtype, final state [N, HV, K, V] in the compute dtype. options: those of ``activate``."""
     B, T, H, K = q.shape
-    HV, V = v.shape[2:]
-    dtype = compute_dtype(q)
+    HV, dtype = v.shape[2], compute_dtype(q)
+    _prime_malloc(q.device)
     layout = _layout(B, T, cu_seqlens)
     q, k, g, b, w = activate(q, k, g, b, w, A_log, dt_bias, resets, **options)
-    state = None if initial_state is None else _group_state(initial_state, H, dtype)
-    q, k, vc, g, b, w = (layout.split(x) for x in (q, k, _group(v.to(dtype), H), g, b, _group(w, H)))
-    c = _run(layout, q, k, vc, g, b, w, state, keep=None)
-    o = torch.bmm(c.qe[:, :, 0], c.state_in).baddbmm_(c.a_qk, c.r)
-    rows, chunks = layout.empty(vc)
-    torch.mul(o.view(vc.shape), scale, out=chunks)
-    o = layout.join(rows, T).view(B, T, HV, V)
-    return o.to(v.dtype), _ungroup_state(c.final_state, HV)
+    tensors = [layout.pad(x) for x in (q, k, _group(v.to(dtype), H), g, b, _group(w, H))]
+    o = torch.empty_like(tensors[2])
+    states = _group_state(initial_state, q, layout, H, K, o.shape[-1])
+    for segment in layout.segments(H):
+        c = _run(segment, *(segment.view(x) for x in tensors), states)
+        out = segment.view(o)
+        torch.mul(torch.bmm(c.qe[:, :, 0], c.state_in).baddbmm_(c.a_qk, c.r).view(out.shape), scale, out=out)
+    return layout.unpad(o, T).view(v.shape).to(v.dtype), _ungroup_state(states, H, HV)
 
 
 def chunk_backward(
@@ -183,81 +201,85 @@ def chunk_backward(
     three None where the input is. do [B, T, HV, V] or None, dfinal_state [N, HV, K, V] or None."""
     raw = q, k, g, b, w
     B, T, H, K = q.shape
-    HV, V = v.shape[2:]
-    dtype = compute_dtype(q)
+    HV, dtype = v.shape[2], compute_dtype(q)
+    _prime_malloc(q.device)
     layout = _layout(B, T, cu_seqlens)
     q, k, g, b, w = activate(*raw, A_log, dt_bias, resets, **options)
-    state = None if initial_state is None else _group_state(initial_state, H, dtype)
-    q, k, vc, g, b, w = (layout.split(x) for x in (q, k, _group(v.to(dtype), H), g, b, _group(w, H)))
-    c = _run(layout, q, k, vc, g, b, w, state, keep=[])
-    M, C, GV = c.r.shape
-    # dO and -dZ of each token side by side, as Q and E are; the spare row is for intra_chunk_backward.
-    doz = c.r.new_empty(M, 2 * C + 1, GV)
-    doz[:, 2 * C :] = 0
-    do_chunks = doz[:, : 2 * C : 2].view(vc.shape)
-    if do is None:
-        do_chunks.zero_()
-    else:
-        torch.mul(layout.split(_group(do.to(dtype), H)), scale, out=do_chunks)
+    tensors = [layout.pad(x) for x in (q, k, _group(v.to(dtype), H), g, b, _group(w, H))]
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
+    do = None if do is None else layout.pad(_group(do.to(dtype), H))
+    state_size = layout, H, K, tensors[2].shape[-1]
+    dstates = _group_state(dfinal_state, q, *state_size)
 
-    # The reverse scan.
-    doz2 = doz[:, : 2 * C]
-    dr = torch.bmm(c.a_qk.mT, doz2[:, ::2])
-    dz, dstate_out = torch.empty_like(dr), torch.empty_like(c.state_in)
-    dfinal = None if dfinal_state is None else _group_state(dfinal_state, H, dtype)
-    dinitial, dinitials = _states(layout, dfinal, H, K, GV, c.r)
-    NC = k.shape[0]
-    qe_, kt_, total_, a_, dr_, dz_, doz_, dstate_out_ = _steps(
-        NC, c.qe.view(M, 2 * C, K), c.kt, c.total, c.a, dr, dz, doz2, dstate_out
-    )
-    for ds, (first, last) in zip(dinitials, layout.bounds, strict=True):
-        for i in reversed(range(first, last)):
-            dstate_out_[i].copy_(ds)
-            torch.bmm(a_[i].mT, dr_[i].baddbmm_(kt_[i], ds), out=dz_[i])
-            torch.neg(dz_[i], out=doz_[i][:, 1::2])
-            ds.mul_(total_[i]).baddbmm_(qe_[i].mT, doz_[i])
+    # Forward, to know the state at the start of each segment; then segment by segment in reverse, forward and backward.
+    segments = layout.segments(H)
+    states, starts = _group_state(initial_state, q, *state_size), []
+    for segment in segments:
+        starts.append(states[segment.owner[0]].clone())
+        if segment is not segments[-1]:
+            _run(segment, *(segment.view(x) for x in tensors), states)
+    initial = _group_state(initial_state, q, *state_size)
+    for segment, start in zip(reversed(segments), reversed(starts), strict=True):
+        states = {n: initial[n].clone() for n in set(segment.owner)} | {segment.owner[0]: start}
+        inputs, outputs = ([segment.view(x) for x in y] for y in (tensors, grads))
+        _segment_backward(segment, inputs, None if do is None else segment.view(do), scale, states, dstates, outputs)
 
-    dqe = torch.bmm(doz2, c.state_in.mT).view(M, C, 2, K)
-    dkt = torch.bmm(c.r, dstate_out.mT)
-    dproduct = torch.bmm(doz, c.r.mT)
-    # What exp(G_C) gains from the state and from the rows of Kt, save the last, which knows no decay.
-    dG_end = torch.linalg.vecdot(c.state_in, dstate_out).mul_(c.total.squeeze(-1)).unsqueeze(1)
-    earlier = (torch.arange(C, device=dG_end.device) < C - 1).to(dtype).expand(M, 1, C)
-    dG_end.baddbmm_(earlier, c.kt * dkt)
-    intra_chunk_backward(dproduct, dqe, dkt, c.gamma, c.keep)
-
-    dqe, dk = dqe.view(*q.shape[:-1], 2, K), dkt.view(k.shape)
-    dq, dkb = dqe[..., 0, :], dqe[..., 1, :]
-    (db_rows, db), (dk_rows, dk_), (dq_rows, dq_), (dg_rows, dg_) = (layout.empty(k) for _ in range(4))
-    torch.mul(dkb, k, out=db)
-    # A pair of tokens r > s met the factor exp(G_r - G_s), the state exp(G_r), exp(G_C) or exp(G_C - G_s): what q, b * k
-    # and k gained, times their value, is what G_r gained and G_s lost. The diagonal of A_qk knows no decay: it comes after.
-    dG = torch.mul(q, dq, out=c.kt.view(k.shape)).addcmul_(b, db)
-    dG[..., :-1, :].addcmul_(k[..., :-1, :], dk[..., :-1, :], value=-1)
-    dG[..., -1:, :].add_(dG_end.view(*k.shape[:3], 1, K))
-    suffix = dG.new_ones(C, C).triu_().expand(M, C, C)
-    dg_.copy_(torch.bmm(suffix, c.kt).view(k.shape))
-
-    diagonal = dproduct[:, : 2 * C : 2].diagonal(dim1=1, dim2=2).view(*k.shape[:-1], 1)
-    torch.addcmul(dq, diagonal, k, out=dq_)
-    torch.addcmul(dk.addcmul_(diagonal, q), dkb, b, out=dk_)
-    (dv_rows, dv_), (dw_rows, dw_) = layout.empty(vc), layout.empty(vc)
-    torch.mul(dz.view(vc.shape), w, out=dv_)
-    torch.mul(dz.view(vc.shape), vc, out=dw_)
-    dq, dk, dv, dg, db, dw = (
-        layout.join(x, T) for x in (dq_rows, dk_rows, dv_rows, dg_rows, db_rows, dw_rows)
-    )
-    grads = activate_backward(
+    dq, dk, dv, dg, db, dw = (layout.unpad(x, T) for x in grads)
+    dq, dk, dg, db, dw, dA_log, ddt_bias = activate_backward(
         (dq, dk, dg, db, dw.view(v.shape)), *raw, A_log, dt_bias, resets, **options
-    )  # fmt: skip
-    dq, dk, dg, db, dw, dA_log, ddt_bias = grads
-    dinitial_state = None
-    if initial_state is not None:
-        dinitial_state = _ungroup_state(dinitial, HV).to(initial_state.dtype)
+    )
     return (
         dq.to(raw[0].dtype), dk.to(raw[1].dtype), dv.view(v.shape).to(v.dtype), dg.to(raw[2].dtype),
         db.to(raw[3].dtype), dw.to(raw[4].dtype),
         None if dA_log is None else dA_log.to(A_log.dtype),
         None if ddt_bias is None else ddt_bias.to(dt_bias.dtype),
-        dinitial_state,
+        None if initial_state is None else _ungroup_state(dstates, H, HV).to(initial_state.dtype),
     )  # fmt: skip
+
+
+def _segment_backward(segment, inputs, do, scale, states, dstates, grads):
+    """Recomputes a segment from the states it starts with and writes its gradients (dq, dk, dv, dg, db, dw) to grads.
+
+    inputs, do, grads: as ``Segment.view`` gives them, do None where zero. dstates[n] [B * H, K, V]: the gradient of the
+    state that sequence n leaves the segment with, updated in place to that of the state it enters with.
+    """
+    q, k, v, g, b, w = inputs
+    dq_out, dk_out, dv_out, dg_out, db_out, dw_out = grads
+    keep = []
+    c = _run(segment, q, k, v, g, b, w, states, keep)
+    M, C, V = c.r.shape
+    K = k.shape[-1]
+    # dO and -dZ of each token side by side, as Q and E are, and the spare row that intra_chunk_backward asks for.
+    padded = c.r.new_empty(M, 2 * C + 1, V)
+    padded[:, 2 * C] = 0
+    doz = padded[:, : 2 * C]
+    if do is None:
+        doz[:, ::2] = 0
+    else:
+        torch.mul(do, scale, out=doz[:, ::2].view(do.shape))
+    dr = torch.bmm(c.a_qk.mT, doz[:, ::2])
+    dz, dstate_out = torch.empty_like(dr), torch.empty_like(c.state_in)
+    for ds, ds_out, qe_i, kt_i, total_i, a_i, dr_i, dz_i, doz_i in reversed(
+        segment.steps(dstates, dstate_out, c.qe.view(M, 2 * C, K), c.kt, c.total, c.a, dr, dz, doz)
+    ):
+        ds_out.copy_(ds)
+        torch.bmm(a_i.mT, dr_i.baddbmm_(kt_i, ds), out=dz_i)
+        torch.neg(dz_i, out=doz_i[:, 1::2])
+        ds.mul_(total_i).baddbmm_(qe_i.mT, doz_i)
+
+    dqe = torch.bmm(doz, c.state_in.mT).view(M, C, 2, K)
+    dk = torch.bmm(c.r, dstate_out.mT)
+    dproduct = torch.bmm(padded, c.r.mT)
+    dtotal = torch.linalg.vecdot(c.state_in, dstate_out).mul_(c.total.squeeze(-1))
+    dg = intra_chunk_backward(dproduct, dqe, dk, dtotal, c.gamma, keep).view(k.shape)
+    dqe, dk = dqe.view(*k.shape[:-1], 2, K), dk.view(k.shape)
+    dq, dkb = dqe[..., 0, :], dqe[..., 1, :]
+    torch.mul(dkb, k, out=db_out)
+    torch.addcmul(dg.addcmul_(q, dq), b, db_out, out=dg_out)
+    # The diagonal of A_qk knows no decay, hence after dg.
+    diagonal = dproduct[:, : 2 * C : 2].diagonal(dim1=1, dim2=2).view(*k.shape[:-1], 1)
+    torch.addcmul(dq, diagonal, k, out=dq_out)
+    torch.addcmul(dk.addcmul_(diagonal, q), dkb, b, out=dk_out)
+    dz = dz.view(v.shape)
+    torch.mul(dz, w, out=dv_out)
+    torch.mul(dz, v, out=dw_out)

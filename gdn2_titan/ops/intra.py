@@ -75,18 +75,27 @@ def intra_chunk(qe, k, gamma, keep=None):
     return a_qk[:, :C], inverse[:, :C], total.view(M, K)
 
 
-def intra_chunk_backward(dproduct, dqe, dk, gamma, keep):
+def intra_chunk_backward(dproduct, dqe, dk, dtotal, gamma, keep):
     """From the gradients of Q, E and Kt, in place, to those of q, b * k and k, those of A_qk and T included.
 
     dproduct [M, 2C + 1, C]: the gradients of A_qk and T (not of its inverse), their rows alternating, and a spare row;
     only r > s is read, the caller adds the diagonal of A_qk, which holds no decay. dqe [M, C, 2, K], dk [M, C, K].
-    keep: from ``intra_chunk``, emptied here.
+    keep: from ``intra_chunk``, emptied here. dtotal [M, K]: the gradient of G_C through the state.
+
+    Returns what g [M, C, K] gains from all decays that rows and columns took on when blocks were joined. What is left
+    is exp(g) of the row itself: the caller adds q * dq + (b * k) * d(b * k). A gradient goes only where there was a
+    decay, so it vanishes with the decay; a difference of row and column sums would leave rounding errors instead.
     """
+    M, C, K = dk.shape
+    dlog = dtotal.reshape(M, 1, K)  # with respect to the log of ``total``
     while keep:
         rows, cols, left, right = keep.pop()
         m = cols.shape[1]
         dblock = _blocks(dproduct, m, 1, 0, per_token=2)  # [M * n, 2m, m]
         drows, dcols = _halves(dqe, m)[1].flatten(1, 2), _halves(dk, m)[0]
+        dlog = dlog.view(-1, 1, K).repeat(1, 2, 1)  # [M * n, 2, K]
+        dlog[:, :1].addcmul_(left, (rows * drows).sum(1, keepdim=True))
+        dlog[:, 1:].addcmul_(right, (cols * dcols).sum(1, keepdim=True))
         if m > 1:
             torch.addcmul(torch.bmm(dblock, cols), drows, left, out=drows)
             torch.addcmul(torch.bmm(dblock.mT, rows), dcols, right, out=dcols)
@@ -94,3 +103,5 @@ def intra_chunk_backward(dproduct, dqe, dk, gamma, keep):
             drows.mul_(left).addcmul_(dblock, cols)
             dcols.mul_(right).addcmul_(dblock[:, :1], rows[:, :1]).addcmul_(dblock[:, 1:], rows[:, 1:])
     dqe.mul_(gamma.unsqueeze(2))
+    return dlog.view(M, C, K)
+
