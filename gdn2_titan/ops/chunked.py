@@ -71,9 +71,7 @@ class Layout:
         size = max(1, SEGMENT // (self.batch * H * self.chunk))
         count = self.length // self.chunk
         owner = [n for n, (first, last) in enumerate(self.bounds) for _ in range(first, last)]
-        return [
-            Segment(i, min(i + size, count), self.chunk, owner[i : i + size]) for i in range(0, count, size)
-        ]
+        return [Segment(i, min(i + size, count), self.chunk, owner[i : i + size]) for i in range(0, count, size)]
 
 
 @dataclass(frozen=True)
@@ -185,7 +183,7 @@ def chunk_forward(q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, r
     layout = _layout(B, T, cu_seqlens)
     q, k, g, b, w = activate(q, k, g, b, w, A_log, dt_bias, resets, **options)
     tensors = [layout.pad(x) for x in (q, k, _group(v.to(dtype), H), g, b, _group(w, H))]
-    o = torch.empty_like(tensors[2])
+    o = torch.empty_like(tensors[2], memory_format=torch.contiguous_format)
     states = _group_state(initial_state, q, layout, H, K, o.shape[-1])
     for segment in layout.segments(H):
         c = _run(segment, *(segment.view(x) for x in tensors), states)

@@ -93,15 +93,15 @@ def intra_chunk_backward(dproduct, dqe, dk, dtotal, gamma, keep):
         m = cols.shape[1]
         dblock = _blocks(dproduct, m, 1, 0, per_token=2)  # [M * n, 2m, m]
         drows, dcols = _halves(dqe, m)[1].flatten(1, 2), _halves(dk, m)[0]
-        dlog = dlog.view(-1, 1, K).repeat(1, 2, 1)  # [M * n, 2, K]
-        dlog[:, :1].addcmul_(left, (rows * drows).sum(1, keepdim=True))
-        dlog[:, 1:].addcmul_(right, (cols * dcols).sum(1, keepdim=True))
         if m > 1:
-            torch.addcmul(torch.bmm(dblock, cols), drows, left, out=drows)
-            torch.addcmul(torch.bmm(dblock.mT, rows), dcols, right, out=dcols)
+            more_rows, more_cols = torch.bmm(dblock, cols), torch.bmm(dblock.mT, rows)
         else:  # torch.bmm would run a slow scalar loop over products this small
-            drows.mul_(left).addcmul_(dblock, cols)
-            dcols.mul_(right).addcmul_(dblock[:, :1], rows[:, :1]).addcmul_(dblock[:, 1:], rows[:, 1:])
+            more_rows, more_cols = dblock * cols, (dblock * rows).sum(1, keepdim=True)
+        dlog = dlog.view(-1, 1, K).repeat(1, 2, 1)  # [M * n, 2, K]
+        dlog[:, :1].addcmul_(left, rows.mul_(drows).sum(1, keepdim=True))
+        dlog[:, 1:].addcmul_(right, cols.mul_(dcols).sum(1, keepdim=True))
+        torch.addcmul(more_rows, drows, left, out=drows)
+        torch.addcmul(more_cols, dcols, right, out=dcols)
     dqe.mul_(gamma.unsqueeze(2))
     return dlog.view(M, C, K)
 
