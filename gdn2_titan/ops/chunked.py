@@ -1,14 +1,20 @@
 """Gated DeltaNet-2 in chunkwise form, forward and hand-written backward, in plain PyTorch (any device).
 
-Per chunk of C tokens (arXiv 2605.22791, chunkwise WY form), with E = exp(G) * b * k, Z = w * v, Q = scale * exp(G) * q,
-Kt = exp(G_C - G) * k and A_qk, A from ``intra``:
+Per chunk of C tokens (arXiv 2605.22791, chunkwise WY form), with E = exp(G) * b * k, Z = w * v, Q = exp(G) * q,
+Kt = exp(G_C - G) * k and A_qk, A = (I + T)^-1 from ``intra``:
 
-    Y = A E     U = A Z     R = U - Y S_in     O = Q S_in + A_qk R     S_out = exp(G_C) * S_in + Kt^T R
+    R = A (Z - E S_in)     O = scale * (Q S_in + A_qk R)     S_out = exp(G_C) * S_in + Kt^T R
+
+and backward, with dO already times scale,
+
+    dR = A_qk^T dO + Kt dS_out    dZ = A^T dR    dS_in = exp(G_C) * dS_out + Q^T dO - E^T dZ
+    dQ = dO S_in^T    dE = -dZ S_in^T    dKt = R dS_out^T    dA_qk = dO R^T    dT = -dZ R^T
 
 The value heads of one key head are laid side by side along the value axis, which is all that grouped heads need:
 every product above treats the columns of V independently.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +26,22 @@ from .validation import check_cu_seqlens
 __all__ = ["chunk_backward", "chunk_forward"]
 
 CHUNK = 64
+# Tokens times heads that are worked on at a time: each intermediate result is then about 2 MB (K = 64), which stays in
+# the cache and in memory that malloc already holds, and a sequence of any length needs no more of them.
+SEGMENT = 8192
+
+
+@functools.cache
+def _prime_malloc(device):
+    """Keep glibc from handing every freed intermediate result back to the kernel.
+
+    Blocks above a threshold are mapped and unmapped each time, and every page of theirs faults anew, which can take
+    longer than the arithmetic. Freeing one large block raises that threshold, and the one above which free memory at
+    the top of the heap is returned, for the rest of the process (mallopt(3), M_MMAP_THRESHOLD: dynamic, up to 32 MB).
+    The block is never touched, so it costs nothing.
+    """
+    if device.type == "cpu":
+        torch.empty(31 << 20, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -33,23 +55,43 @@ class Layout:
     slots: torch.Tensor | None
     bounds: list[tuple[int, int]]  # chunks [first, last) of each sequence; one entry for all where slots is None
 
-    def split(self, x):
-        """x [B, T, H, D] -> chunks [NC, B * H, C, D], padded with zeros."""
+    def pad(self, x):
+        """x [B, T, H, D] -> [B, length, H, D], x itself where there is nothing to pad."""
         B, T, H, D = x.shape
         if self.slots is not None:
-            x = x.new_zeros(B, self.length, H, D).index_copy_(1, self.slots, x)
-        elif T != self.length:
-            x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, self.length - T))
-        x = x.reshape(B, -1, self.chunk, H, D).permute(1, 0, 3, 2, 4)
-        return x.reshape(-1, B * H, self.chunk, D).contiguous()
+            return x.new_zeros(B, self.length, H, D).index_copy_(1, self.slots, x)
+        return torch.nn.functional.pad(x, (0, 0, 0, 0, 0, self.length - T)) if T != self.length else x
 
-    def join(self, x, T):
-        """The inverse of ``split``: [NC, B * H, C, D] -> [B, T, H, D]."""
-        NC, BH, C, D = x.shape
-        x = x.view(NC, self.batch, -1, C, D).permute(1, 0, 3, 2, 4).reshape(self.batch, NC * C, -1, D)
-        if self.slots is not None:
-            return x.index_select(1, self.slots)
-        return x[:, :T].contiguous()
+    def unpad(self, x, T):
+        """The inverse of ``pad``."""
+        return x[:, :T].contiguous() if self.slots is None else x.index_select(1, self.slots)
+
+    def segments(self, H):
+        """The chunks in runs of about SEGMENT tokens times heads."""
+        size = max(1, SEGMENT // (self.batch * H * self.chunk))
+        count = self.length // self.chunk
+        owner = [n for n, (first, last) in enumerate(self.bounds) for _ in range(first, last)]
+        return [Segment(i, min(i + size, count), self.chunk, owner[i : i + size]) for i in range(0, count, size)]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Chunks [first, last) of a layout; owner: the entry of ``Layout.bounds`` that each belongs to."""
+
+    first: int
+    last: int
+    chunk: int
+    owner: list[int]
+
+    def view(self, x):
+        """The chunks of padded rows x [B, length, H, D], a view [NC, B, H, C, D]."""
+        x = x[:, self.first * self.chunk : self.last * self.chunk]
+        return x.unflatten(1, (-1, self.chunk)).permute(1, 0, 3, 2, 4)
+
+    def steps(self, states, *tensors):
+        """For each chunk: its sequence's entry of states, and its part [B * H, ...] of each [NC * B * H, ...]."""
+        NC = len(self.owner)
+        return list(zip([states[n] for n in self.owner], *(x.unflatten(0, (NC, -1)) for x in tensors), strict=True))
 
 
 def _layout(B, T, cu_seqlens):
@@ -77,62 +119,39 @@ def _layout(B, T, cu_seqlens):
 
 @dataclass
 class _Chunks:
-    """What a forward pass over all chunks yields and a backward pass starts from. [NC, B * H, C, ...] each."""
+    """What a forward pass over the chunks of a segment yields and a backward pass starts from. M = NC * B * H."""
 
-    q: torch.Tensor  # times scale
-    k: torch.Tensor
-    b: torch.Tensor
-    v: torch.Tensor
-    w: torch.Tensor
-    q_up: torch.Tensor  # Q
-    e: torch.Tensor
-    y: torch.Tensor
-    u: torch.Tensor
-    kt: torch.Tensor
-    up: torch.Tensor  # exp(G)
-    down: torch.Tensor  # exp(G_C - G)
-    total: torch.Tensor  # exp(G_C) [NC, B * H, K, 1]
-    a_qk: torch.Tensor  # [NC * B * H, C, C]
-    a: torch.Tensor
-    state_in: torch.Tensor  # [NC, B * H, K, V]
-    r: torch.Tensor
-    keep: list | None
+    gamma: torch.Tensor  # exp(g) [M, C, K]
+    qe: torch.Tensor  # Q and E side by side [M, C, 2, K]
+    kt: torch.Tensor  # [M, C, K]
+    total: torch.Tensor  # exp(G_C) [M, K, 1]
+    a_qk: torch.Tensor  # [M, C, C]
+    a: torch.Tensor  # [M, C, C]
+    state_in: torch.Tensor  # [M, K, V]
+    r: torch.Tensor  # [M, C, V]
 
 
-def _bmm(x, y):
-    """Matrix products over [NC, B * H]."""
-    return torch.bmm(x.flatten(0, 1), y.flatten(0, 1)).view(*x.shape[:2], x.shape[2], y.shape[3])
+def _run(segment, q, k, v, g, b, w, states, keep=None):
+    """The chunks of a segment forward. Inputs activated, as ``Segment.view`` gives them; keep: see ``intra_chunk``.
 
-
-def _run(layout, q, k, v, g, b, w, state, scale, keep):
-    """All chunks forward. Inputs activated, [B, T, H, K] and [B, T, H, V]; state [N, H, K, V] or None.
-
-    Returns the chunks and the final state [N, H, K, V].
+    states[n] [B * H, K, V]: the state that sequence n enters the segment with, updated in place.
     """
-    H, V = v.shape[2:]
-    q, k, v, g, b, w = (layout.split(x) for x in (q * scale, k, v, g, b, w))
-    NC, BH, C, K = k.shape
-    kb = b * k
-    a_qk, a, decays = intra_chunk(*(x.flatten(0, 1) for x in (q, kb, k, g.exp())), keep=keep)
-    a_qk, a = a_qk.view(NC, BH, C, C), a.view(NC, BH, C, C)
-    up, down, total = decays.up.view_as(k), decays.down.view_as(k), decays.total.view(NC, BH, K, 1)
-    e = kb.mul_(up)
-    y, u, kt = _bmm(a, e), _bmm(a, w * v), down * k
-    state_in = k.new_empty(NC, BH, K, V)
-    r = torch.empty_like(v)
-    finals = []
-    for n, (first, last) in enumerate(layout.bounds):
-        if state is None:
-            s = k.new_zeros(BH, K, V)
-        else:
-            s = (state if layout.slots is None else state[n : n + 1]).reshape(BH, K, V)
-        for i in range(first, last):
-            state_in[i] = s
-            torch.baddbmm(u[i], y[i], s, alpha=-1, out=r[i])
-            s = torch.baddbmm(total[i] * s, kt[i].mT, r[i])
-        finals.append(s.view(-1, H, K, V))
-    final_state = torch.cat(finals) if len(finals) > 1 else finals[0].clone()
-    return _Chunks(q, k, b, v, w, q * up, e, y, u, kt, up, down, total, a_qk, a, state_in, r, keep), final_state
+    (NC, B, H, C, K), V = k.shape, v.shape[-1]
+    # The copies into chunk order: each takes along the elementwise operation that is due anyway.
+    qe = k.new_empty(NC, B, H, C, 2, K)
+    qe[..., 0, :] = q
+    torch.mul(b, k, out=qe[..., 1, :])
+    kt, gamma = k.new_empty(NC, B, H, C, K).copy_(k), k.new_empty(NC, B, H, C, K).copy_(g).exp_()
+    z = torch.mul(w, v, out=k.new_empty(NC, B, H, C, V))
+    qe, kt, gamma, z = (x.flatten(0, 2) for x in (qe, kt, gamma, z))
+    a_qk, a, total = intra_chunk(qe, kt, gamma, keep)
+    total = total.unsqueeze(-1)
+    state_in, r = k.new_empty(NC * B * H, K, V), torch.empty_like(z)
+    for s, s_in, e_i, kt_i, total_i, a_i, z_i, r_i in segment.steps(states, state_in, qe[:, :, 1], kt, total, a, z, r):
+        s_in.copy_(s)
+        torch.bmm(a_i, z_i.baddbmm_(e_i, s, alpha=-1), out=r_i)
+        s.mul_(total_i).baddbmm_(kt_i.mT, r_i)
+    return _Chunks(gamma, qe, kt, total, a_qk, a, state_in, r)
 
 
 def _group(x, H):
@@ -140,29 +159,37 @@ def _group(x, H):
     return x.reshape(*x.shape[:2], H, -1)
 
 
-def _group_state(state, H, dtype):
-    """[N, HV, K, V] -> [N, H, K, HV / H * V]."""
+def _group_state(state, like, layout, H, K, GV):
+    """A fresh copy [len(bounds), B * H, K, HV / H * V] of state [N, HV, K, V] in the dtype of like; None: zeros."""
+    if state is None:
+        return like.new_zeros(len(layout.bounds), layout.batch * H, K, GV)
     N, HV, K, V = state.shape
-    return state.to(dtype).view(N, H, HV // H, K, V).transpose(2, 3).reshape(N, H, K, HV // H * V)
+    out = like.new_empty(N, H, K, HV // H, V)
+    out.copy_(state.view(N, H, HV // H, K, V).transpose(2, 3))
+    return out.view(len(layout.bounds), -1, K, GV)
 
 
-def _ungroup_state(state, HV):
-    N, H, K, V = state.shape
-    return state.view(N, H, K, HV // H, -1).transpose(2, 3).reshape(N, HV, K, V * H // HV)
+def _ungroup_state(state, H, HV):
+    """The inverse of ``_group_state``."""
+    K, GV = state.shape[2:]
+    return state.view(-1, H, K, HV // H, GV * H // HV).transpose(2, 3).reshape(-1, HV, K, GV * H // HV)
 
 
 def chunk_forward(q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets, scale, options):
     """o [B, T, HV, V] in v's dtype, final state [N, HV, K, V] in the compute dtype. options: those of ``activate``."""
     B, T, H, K = q.shape
-    HV, V = v.shape[2:]
-    dtype = compute_dtype(q)
+    HV, dtype = v.shape[2], compute_dtype(q)
+    _prime_malloc(q.device)
     layout = _layout(B, T, cu_seqlens)
     q, k, g, b, w = activate(q, k, g, b, w, A_log, dt_bias, resets, **options)
-    state = None if initial_state is None else _group_state(initial_state, H, dtype)
-    c, final_state = _run(layout, q, k, _group(v.to(dtype), H), g, b, _group(w, H), state, scale, keep=None)
-    o = _bmm(c.q_up, c.state_in).flatten(0, 1).baddbmm_(c.a_qk.flatten(0, 1), c.r.flatten(0, 1))
-    o = layout.join(o.view_as(c.v), T).view(B, T, HV, V)
-    return o.to(v.dtype), _ungroup_state(final_state, HV)
+    tensors = [layout.pad(x) for x in (q, k, _group(v.to(dtype), H), g, b, _group(w, H))]
+    o = torch.empty_like(tensors[2], memory_format=torch.contiguous_format)
+    states = _group_state(initial_state, q, layout, H, K, o.shape[-1])
+    for segment in layout.segments(H):
+        c = _run(segment, *(segment.view(x) for x in tensors), states)
+        out = segment.view(o)
+        torch.mul(torch.bmm(c.qe[:, :, 0], c.state_in).baddbmm_(c.a_qk, c.r).view(out.shape), scale, out=out)
+    return layout.unpad(o, T).view(v.shape).to(v.dtype), _ungroup_state(states, H, HV)
 
 
 def chunk_backward(
@@ -172,69 +199,85 @@ def chunk_backward(
     three None where the input is. do [B, T, HV, V] or None, dfinal_state [N, HV, K, V] or None."""
     raw = q, k, g, b, w
     B, T, H, K = q.shape
-    HV, V = v.shape[2:]
-    dtype = compute_dtype(q)
+    HV, dtype = v.shape[2], compute_dtype(q)
+    _prime_malloc(q.device)
     layout = _layout(B, T, cu_seqlens)
     q, k, g, b, w = activate(*raw, A_log, dt_bias, resets, **options)
-    state = None if initial_state is None else _group_state(initial_state, H, dtype)
-    c, _ = _run(layout, q, k, _group(v.to(dtype), H), g, b, _group(w, H), state, scale, keep=[])
-    del q, k, g, b, w
-    NC, BH, C, _ = c.k.shape
-    do = torch.zeros_like(c.v) if do is None else layout.split(_group(do.to(dtype), H))
+    tensors = [layout.pad(x) for x in (q, k, _group(v.to(dtype), H), g, b, _group(w, H))]
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
+    do = None if do is None else layout.pad(_group(do.to(dtype), H))
+    state_size = layout, H, K, tensors[2].shape[-1]
+    dstates = _group_state(dfinal_state, q, *state_size)
 
-    # The reverse scan: dR = A_qk^T dO + Kt dS_out, dS_in = Q^T dO + exp(G_C) * dS_out - Y^T dR.
-    dr, dstate_in = _bmm(c.a_qk.mT, do), _bmm(c.q_up.mT, do)
-    dstate_out = torch.empty_like(dstate_in)
-    dfinal = None if dfinal_state is None else _group_state(dfinal_state, H, dtype)
-    dinitial = []
-    for n, (first, last) in enumerate(layout.bounds):
-        if dfinal is None:
-            ds = torch.zeros_like(dstate_in[0])
-        else:
-            ds = (dfinal if layout.slots is None else dfinal[n : n + 1]).reshape(dstate_in[0].shape)
-        for i in reversed(range(first, last)):
-            dstate_out[i] = ds
-            dr[i].baddbmm_(c.kt[i], ds)
-            ds = torch.baddbmm(dstate_in[i], c.y[i].mT, dr[i], alpha=-1).addcmul_(c.total[i], dstate_out[i])
-        dinitial.append(ds.view(-1, H, K, ds.shape[-1]))
+    # Forward, to know the state at the start of each segment; then segment by segment in reverse, forward and backward.
+    segments = layout.segments(H)
+    states, starts = _group_state(initial_state, q, *state_size), []
+    for segment in segments:
+        starts.append(states[segment.owner[0]].clone())
+        if segment is not segments[-1]:
+            _run(segment, *(segment.view(x) for x in tensors), states)
+    initial = _group_state(initial_state, q, *state_size)
+    for segment, start in zip(reversed(segments), reversed(starts), strict=True):
+        states = {n: initial[n].clone() for n in set(segment.owner)} | {segment.owner[0]: start}
+        inputs, outputs = ([segment.view(x) for x in y] for y in (tensors, grads))
+        _segment_backward(segment, inputs, None if do is None else segment.view(do), scale, states, dstates, outputs)
 
-    de = _bmm(c.a.mT, _bmm(dr, c.state_in.mT)).neg_()  # dE = A^T dY with dY = -dR S_in^T
-    dz = _bmm(c.a.mT, dr)
-    # dT = -A^T dA A^T with dA = dU Z^T + dY E^T, hence -(dZ U^T + dE Y^T)
-    dt = torch.bmm(de.flatten(0, 1), c.y.flatten(0, 1).mT)
-    dt = dt.baddbmm_(dz.flatten(0, 1), c.u.flatten(0, 1).mT).neg_()
-    da_qk = _bmm(do, c.r.mT).flatten(0, 1)
-    dqb, dk = intra_chunk_backward(da_qk, dt, K, c.keep)
-    dqb, dk = dqb.view(NC, BH, C, 2, K), dk.view_as(c.k)
-    dq, dkb = dqb[..., 0, :], dqb[..., 1, :]
-    dq.addcmul_(c.up, _bmm(do, c.state_in.mT))
-    dkb.addcmul_(c.up, de)
-    dk_out = _bmm(c.r, dstate_out.mT).mul_(c.down)
-    dG_end = (c.k * dk_out).sum(2) + (c.state_in * dstate_out).sum(-1) * c.total.squeeze(-1)
-    dk.add_(dk_out)
-    # A pair of tokens r > s met the factor exp(G_r - G_s), the state exp(G_r), exp(G_C) or exp(G_C - G_s): what q, b * k
-    # and k gained, times their value, is what G_r gained and G_s lost. The diagonal of A_qk knows no decay: it comes after.
-    kb = c.b * c.k
-    dG = (c.q * dq).addcmul_(kb, dkb).addcmul_(c.k, dk, value=-1)
-    suffix = dG.new_ones(C, C).triu_().expand(NC * BH, C, C)
-    dg = torch.bmm(suffix, dG.flatten(0, 1)).view_as(dG).add_(dG_end.unsqueeze(2))
-
-    diagonal = da_qk.diagonal(dim1=1, dim2=2).reshape(NC, BH, C, 1)
-    dq = (dq + diagonal * c.k).mul_(scale)
-    dk.addcmul_(diagonal, c.q).addcmul_(dkb, c.b)
-    db, dv, dw = dkb * c.k, dz * c.w, dz * c.v
-    dq, dk, dv, dg, db, dw = (layout.join(x, T) for x in (dq, dk, dv, dg, db, dw))
-    grads = activate_backward(
+    dq, dk, dv, dg, db, dw = (layout.unpad(x, T) for x in grads)
+    dq, dk, dg, db, dw, dA_log, ddt_bias = activate_backward(
         (dq, dk, dg, db, dw.view(v.shape)), *raw, A_log, dt_bias, resets, **options
-    )  # fmt: skip
-    dq, dk, dg, db, dw, dA_log, ddt_bias = grads
-    dinitial_state = None
-    if initial_state is not None:
-        dinitial_state = _ungroup_state(torch.cat(dinitial), HV).to(initial_state.dtype)
+    )
     return (
         dq.to(raw[0].dtype), dk.to(raw[1].dtype), dv.view(v.shape).to(v.dtype), dg.to(raw[2].dtype),
         db.to(raw[3].dtype), dw.to(raw[4].dtype),
         None if dA_log is None else dA_log.to(A_log.dtype),
         None if ddt_bias is None else ddt_bias.to(dt_bias.dtype),
-        dinitial_state,
+        None if initial_state is None else _ungroup_state(dstates, H, HV).to(initial_state.dtype),
     )  # fmt: skip
+
+
+def _segment_backward(segment, inputs, do, scale, states, dstates, grads):
+    """Recomputes a segment from the states it starts with and writes its gradients (dq, dk, dv, dg, db, dw) to grads.
+
+    inputs, do, grads: as ``Segment.view`` gives them, do None where zero. dstates[n] [B * H, K, V]: the gradient of the
+    state that sequence n leaves the segment with, updated in place to that of the state it enters with.
+    """
+    q, k, v, g, b, w = inputs
+    dq_out, dk_out, dv_out, dg_out, db_out, dw_out = grads
+    keep = []
+    c = _run(segment, q, k, v, g, b, w, states, keep)
+    M, C, V = c.r.shape
+    K = k.shape[-1]
+    # dO and -dZ of each token side by side, as Q and E are, and the spare row that intra_chunk_backward asks for.
+    padded = c.r.new_empty(M, 2 * C + 1, V)
+    padded[:, 2 * C] = 0
+    doz = padded[:, : 2 * C]
+    if do is None:
+        doz[:, ::2] = 0
+    else:
+        torch.mul(do, scale, out=doz[:, ::2].view(do.shape))
+    dr = torch.bmm(c.a_qk.mT, doz[:, ::2])
+    dz, dstate_out = torch.empty_like(dr), torch.empty_like(c.state_in)
+    for ds, ds_out, qe_i, kt_i, total_i, a_i, dr_i, dz_i, doz_i in reversed(
+        segment.steps(dstates, dstate_out, c.qe.view(M, 2 * C, K), c.kt, c.total, c.a, dr, dz, doz)
+    ):
+        ds_out.copy_(ds)
+        torch.bmm(a_i.mT, dr_i.baddbmm_(kt_i, ds), out=dz_i)
+        torch.neg(dz_i, out=doz_i[:, 1::2])
+        ds.mul_(total_i).baddbmm_(qe_i.mT, doz_i)
+
+    dqe = torch.bmm(doz, c.state_in.mT).view(M, C, 2, K)
+    dk = torch.bmm(c.r, dstate_out.mT)
+    dproduct = torch.bmm(padded, c.r.mT)
+    dtotal = torch.linalg.vecdot(c.state_in, dstate_out).mul_(c.total.squeeze(-1))
+    dg = intra_chunk_backward(dproduct, dqe, dk, dtotal, c.gamma, keep).view(k.shape)
+    dqe, dk = dqe.view(*k.shape[:-1], 2, K), dk.view(k.shape)
+    dq, dkb = dqe[..., 0, :], dqe[..., 1, :]
+    torch.mul(dkb, k, out=db_out)
+    torch.addcmul(dg.addcmul_(q, dq), b, db_out, out=dg_out)
+    # The diagonal of A_qk knows no decay, hence after dg.
+    diagonal = dproduct[:, : 2 * C : 2].diagonal(dim1=1, dim2=2).view(*k.shape[:-1], 1)
+    torch.addcmul(dq, diagonal, k, out=dq_out)
+    torch.addcmul(dk.addcmul_(diagonal, q), dkb, b, out=dk_out)
+    dz = dz.view(v.shape)
+    torch.mul(dz, w, out=dv_out)
+    torch.mul(dz, v, out=dw_out)

@@ -10,99 +10,98 @@ A chunk is halved again and again. Where the rows r lie in the right half of a b
     exp(G_r - G_s) = exp(g summed from the middle to r) * exp(g summed from s + 1 to the middle)
 
 is a product of two factors that each lie in [0, 1], whatever the decay, and the block is one matrix product. The
-diagonal needs no exponential. The sums are built up by adding, never by subtracting, so a decay of -1e6 or -inf does
-no harm to its neighbours. The inverse is joined from the inverses of the halves in the same sweep:
+diagonal needs no exponential. The rows and columns carry their factors along while the blocks double: when two blocks
+of m tokens are joined, rows of the right one take on the decay over the left one, columns of the left one the decay
+over the right one. So only exp(g) and products of numbers in [0, 1] ever occur, log2(C) deep: nothing overflows and
+nothing cancels, and a decay of -1e6 or -inf does no harm to its neighbours. When the block is the chunk, the rows have
+become Q = exp(G) * q and E = exp(G) * b * k, the columns Kt = exp(G_C - G) * k. The backward unwinds the same factors.
+
+The inverse is joined from the inverses of the halves in the same sweep:
 
     [[P, 0], [M, Q]]^-1 = [[P^-1, 0], [-Q^-1 M P^-1, Q^-1]]
 
-C must be a power of two. Shapes: M is the number of chunks (times batch and heads), K the key size.
+C must be a power of two. Shapes: M is the number of chunks (times batch and heads), K the key size, n = C / 2m.
 """
 
 import torch
 
-__all__ = ["Decays", "intra_chunk", "intra_chunk_backward"]
+__all__ = ["intra_chunk", "intra_chunk_backward"]
 
 
-def _right(x, m):
-    """The right halves of the blocks of 2m tokens: a view [M, C / 2m, m, ...] of x [M, C, ...]."""
-    return x.view(x.shape[0], -1, 2, m, *x.shape[2:])[:, :, 1]
+def _halves(x, m):
+    """x [M, C, ...] contiguous -> views [M * n, m, ...] of the left and the right halves of all blocks of 2m tokens."""
+    x = x.view(-1, 2, m, *x.shape[2:])
+    return x[:, 0], x[:, 1]
 
 
-def _left(x, m):
-    return x.view(x.shape[0], -1, 2, m, *x.shape[2:])[:, :, 0]
+def _blocks(x, m, row, column, per_token=1):
+    """Views [M * n, m * per_token, m] into the blocks of 2m tokens along the diagonal of x [M, C * per_token + 1, C].
 
-
-def _block(x, m):
-    """The sub-diagonal blocks (right rows, left columns) of x [M, C, C]: a view [M, C / 2m, m, m]."""
-    M, C, _ = x.shape
-    blocks = x.view(M, C // (2 * m), 2 * m, C // (2 * m), 2 * m).diagonal(dim1=1, dim2=3)  # [M, 2m, 2m, C / 2m]
-    return blocks[:, m:, :m].permute(0, 3, 1, 2)
-
-
-class Decays:
-    """Decay factors within blocks that double in size, from gamma = exp(g) [M, C, K]: ``up`` from a block's start to r,
-    both included; ``down`` from s + 1 to the block's end; ``total`` over the block [M, C / m, K]. Only products of
-    numbers in [0, 1], log2(C) deep: nothing overflows, nothing cancels, and one exponential per token is all it takes.
+    row, column: 0 for the left, 1 for the right half. The spare last row of each matrix is what makes the blocks of
+    all matrices one evenly strided batch, which ``torch.bmm`` reads without a copy.
     """
-
-    def __init__(self, gamma):
-        self.up, self.down, self.total = gamma.clone(), torch.ones_like(gamma), gamma
-
-    def double(self, m):
-        """From blocks of m tokens to blocks of 2m."""
-        total = self.total.view(self.total.shape[0], -1, 2, self.total.shape[-1])
-        _right(self.up, m).mul_(total[:, :, :1])
-        _left(self.down, m).mul_(total[:, :, 1:])
-        self.total = total[:, :, 0] * total[:, :, 1]
+    M, R, C = x.shape
+    stride = 2 * m * (per_token * C + 1)
+    offset = m * (row * per_token * C + column)
+    return x.as_strided((M * C // (2 * m), m * per_token, m), (stride, C, 1), x.storage_offset() + offset)
 
 
-def intra_chunk(q, kb, k, gamma, keep=None):
-    """q (scaled), kb = b * k, k, g [M, C, K] -> A_qk [M, C, C], A [M, C, C], DecaySums over whole chunks.
+def intra_chunk(qe, k, gamma, keep=None):
+    """A_qk and A [M, C, C] and exp(G_C) [M, K], from qe [M, C, 2, K], k and gamma = exp(g) [M, C, K].
 
-    keep: a list that receives each level's factors for ``intra_chunk_backward``.
+    qe holds q and b * k of each token side by side, so that they share one product. qe and k are overwritten with
+    (Q, E) and Kt. keep: a list that receives what ``intra_chunk_backward`` needs of each level.
     """
     M, C, K = k.shape
-    decays = Decays(gamma)
-    qb = torch.stack((q, kb), 2)  # [M, C, 2, K]: a token's query and erase row side by side share one product
-    a_qk = k.new_zeros(M, C, C)
-    a_qk.diagonal(dim1=1, dim2=2).copy_((q * k).sum(-1))
-    inverse = k.new_ones(M, C, 1, 1)  # of the diagonal blocks, [M, C / m, m, m]
+    a_qk, inverse = k.new_zeros(M, C + 1, C), k.new_zeros(M, C + 1, C)
+    a_qk.diagonal(dim1=1, dim2=2).copy_(torch.linalg.vecdot(qe[:, :, 0], k))
+    inverse.diagonal(dim1=1, dim2=2).fill_(1)
+    qe.mul_(gamma.unsqueeze(2))
+    total = gamma  # over each block of m tokens
     m = 1
     while m < C:
-        n = C // (2 * m)
-        up, down = _right(decays.up, m), _left(decays.down, m)  # [M, n, m, K]
-        rows = _right(qb, m) * up.unsqueeze(-2)  # [M, n, m, 2, K]
-        cols = _left(k, m) * down  # [M, n, m, K]
-        product = torch.bmm(rows.view(M * n, 2 * m, K), cols.view(M * n, m, K).mT).view(M, n, m, 2, m)
-        _block(a_qk, m).copy_(product[..., 0, :])
-        halves = inverse.view(M, n, 2, m, m)
-        joined = inverse.new_zeros(M, n, 2 * m, 2 * m)
-        joined[:, :, :m, :m] = halves[:, :, 0]
-        joined[:, :, m:, m:] = halves[:, :, 1]
-        joined[:, :, m:, :m] = (halves[:, :, 1] @ product[..., 1, :] @ halves[:, :, 0]).neg_()
-        inverse = joined
+        rows, cols = _halves(qe, m)[1].flatten(1, 2), _halves(k, m)[0]  # [M * n, 2m, K], [M * n, m, K]
+        product = torch.bmm(rows, cols.mT).view(-1, m, 2, m)
+        _blocks(a_qk, m, 1, 0).copy_(product[:, :, 0])
+        corner = torch.bmm(_blocks(inverse, m, 1, 1), product[:, :, 1]).bmm(_blocks(inverse, m, 0, 0))
+        torch.neg(corner, out=_blocks(inverse, m, 1, 0))
+        left, right = _halves(total.view(M, -1, K), 1)  # [M * n, 1, K]
         if keep is not None:
-            keep.append((up.clone(), down.clone(), rows, cols))
-        decays.double(m)
+            keep.append((rows.clone(), cols.clone(), left, right))
+        rows.mul_(left)
+        cols.mul_(right)
+        total = left * right
         m *= 2
-    return a_qk, inverse.view(M, C, C), decays
+    return a_qk[:, :C], inverse[:, :C], total.view(M, K)
 
 
-def intra_chunk_backward(da_qk, dt, K, keep):
-    """Gradients of the decayed products below the diagonal, with respect to q (scaled), b * k and k.
+def intra_chunk_backward(dproduct, dqe, dk, dtotal, gamma, keep):
+    """From the gradients of Q, E and Kt, in place, to those of q, b * k and k, those of A_qk and T included.
 
-    da_qk, dt [M, C, C]: gradients of A_qk and of T (not of its inverse); only r > s is read, the caller adds the
-    diagonal, which holds no decay. keep: from ``intra_chunk``, emptied here.
-    Returns dqb [M, C, 2, K] (the gradients of q and of b * k side by side) and dk [M, C, K].
+    dproduct [M, 2C + 1, C]: the gradients of A_qk and T (not of its inverse), their rows alternating, and a spare row;
+    only r > s is read, the caller adds the diagonal of A_qk, which holds no decay. dqe [M, C, 2, K], dk [M, C, K].
+    keep: from ``intra_chunk``, emptied here. dtotal [M, K]: the gradient of G_C through the state.
+
+    Returns what g [M, C, K] gains from all decays that rows and columns took on when blocks were joined. What is left
+    is exp(g) of the row itself: the caller adds q * dq + (b * k) * d(b * k). A gradient goes only where there was a
+    decay, so it vanishes with the decay; a difference of row and column sums would leave rounding errors instead.
     """
-    M, C, _ = da_qk.shape
-    dqb, dk = da_qk.new_zeros(M, C, 2, K), da_qk.new_zeros(M, C, K)
+    M, C, K = dk.shape
+    dlog = dtotal.reshape(M, 1, K)  # with respect to the log of ``total``
     while keep:
-        up, down, rows, cols = keep.pop()
-        n, m = up.shape[1:3]
-        dproduct = torch.stack((_block(da_qk, m), _block(dt, m)), 3).view(M * n, 2 * m, m)
-        drows = torch.bmm(dproduct, cols.view(M * n, m, K)).view(M, n, m, 2, K)
-        dcols = torch.bmm(dproduct.mT, rows.view(M * n, 2 * m, K)).view(M, n, m, K)
-        _right(dqb, m).addcmul_(drows, up.unsqueeze(-2))
-        _left(dk, m).addcmul_(dcols, down)
-    return dqb, dk
+        rows, cols, left, right = keep.pop()
+        m = cols.shape[1]
+        dblock = _blocks(dproduct, m, 1, 0, per_token=2)  # [M * n, 2m, m]
+        drows, dcols = _halves(dqe, m)[1].flatten(1, 2), _halves(dk, m)[0]
+        if m > 1:
+            more_rows, more_cols = torch.bmm(dblock, cols), torch.bmm(dblock.mT, rows)
+        else:  # torch.bmm would run a slow scalar loop over products this small
+            more_rows, more_cols = dblock * cols, (dblock * rows).sum(1, keepdim=True)
+        dlog = dlog.view(-1, 1, K).repeat(1, 2, 1)  # [M * n, 2, K]
+        dlog[:, :1].addcmul_(left, rows.mul_(drows).sum(1, keepdim=True))
+        dlog[:, 1:].addcmul_(right, cols.mul_(dcols).sum(1, keepdim=True))
+        torch.addcmul(more_rows, drows, left, out=drows)
+        torch.addcmul(more_cols, dcols, right, out=dcols)
+    dqe.mul_(gamma.unsqueeze(2))
+    return dlog.view(M, C, K)
+
