@@ -9,11 +9,11 @@ alternating, at B = 1, T = 2048, H = 4, K = V = 64, fp32, forward + backward; th
 
 import argparse
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -89,15 +89,20 @@ def compare(repeats):
     print(f"textbook {slow:.0f} ms, chunk_gdn2 {fast:.1f} ms, ratio {slow / fast:.1f}")
 
 
+def peak_memory():
+    """Peak resident MB of this process. Not ru_maxrss, which a child inherits from its parent."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) / 1024
+
+
 def scaling_point(T):
     """Milliseconds and MB above the inputs for one length, in a fresh process so that the peak is its own."""
     args, do = inputs(T), torch.randn(1, T, H, V)
     warm = inputs(128)
     torch.autograd.grad(ours(*warm), warm, torch.randn(1, 128, H, V))
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    base = peak_memory()
     times = [seconds(ours, args, do) for _ in range(5)]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"{T:>8} {1e3 * statistics.median(times):>10.1f} {(peak - base) / 1024:>10.0f}")
+    print(f"{T:>8} {1e3 * statistics.median(times):>10.1f} {peak_memory() - base:>10.0f}")
 
 
 def main():
