@@ -36,9 +36,9 @@ def _prime_malloc(device):
     """Keep glibc from handing every freed intermediate result back to the kernel.
 
     Blocks above a threshold are mapped and unmapped each time, and every page of theirs faults anew, which can take
-    longer than the arithmetic. Freeing one large block raises that threshold, and the one above which free memory at
-    the top of the heap is returned, for the rest of the process (mallopt(3), M_MMAP_THRESHOLD: dynamic, up to 32 MB).
-    The block is never touched, so it costs nothing.
+    longer than the arithmetic. Freeing one large block raises that threshold to its size, and the one above which free
+    memory at the top of the heap is returned to twice that, for the rest of the process (mallopt(3), M_MMAP_THRESHOLD:
+    dynamic, up to 32 MB). The block is never touched, so it costs nothing.
     """
     if device.type == "cpu":
         torch.empty(31 << 20, dtype=torch.uint8)
@@ -112,8 +112,8 @@ def _layout(B, T, cu_seqlens):
         spans.append((first, first - (-length // C)))
         shifts.append(first * C - start)
         first = spans[-1][1]
-    shift = torch.tensor(shifts, device=cu_seqlens.device).repeat_interleave(torch.tensor(lengths).to(cu_seqlens.device))
-    slots = torch.arange(T, device=cu_seqlens.device) + shift
+    shift = torch.tensor(shifts).repeat_interleave(torch.tensor(lengths))
+    slots = (torch.arange(T) + shift).to(cu_seqlens.device)
     return Layout(1, first * C, C, slots, spans)
 
 
@@ -235,6 +235,23 @@ def chunk_backward(
     )  # fmt: skip
 
 
+def _scan_backward(segment, c, doz, dstates):
+    """dZ [M, C, V] and the gradient of each chunk's outgoing state [M, K, V].
+
+    doz [M, 2C, V]: dO of each token in the even rows; the odd ones receive -dZ. dstates: see ``_segment_backward``.
+    """
+    dr = torch.bmm(c.a_qk.mT, doz[:, ::2])
+    dz, dstate_out = torch.empty_like(dr), torch.empty_like(c.state_in)
+    for ds, ds_out, qe_i, kt_i, total_i, a_i, dr_i, dz_i, doz_i in reversed(
+        segment.steps(dstates, dstate_out, c.qe.flatten(1, 2), c.kt, c.total, c.a, dr, dz, doz)
+    ):
+        ds_out.copy_(ds)
+        torch.bmm(a_i.mT, dr_i.baddbmm_(kt_i, ds), out=dz_i)
+        torch.neg(dz_i, out=doz_i[:, 1::2])
+        ds.mul_(total_i).baddbmm_(qe_i.mT, doz_i)
+    return dz, dstate_out
+
+
 def _segment_backward(segment, inputs, do, scale, states, dstates, grads):
     """Recomputes a segment from the states it starts with and writes its gradients (dq, dk, dv, dg, db, dw) to grads.
 
@@ -255,21 +272,17 @@ def _segment_backward(segment, inputs, do, scale, states, dstates, grads):
         doz[:, ::2] = 0
     else:
         torch.mul(do, scale, out=doz[:, ::2].view(do.shape))
-    dr = torch.bmm(c.a_qk.mT, doz[:, ::2])
-    dz, dstate_out = torch.empty_like(dr), torch.empty_like(c.state_in)
-    for ds, ds_out, qe_i, kt_i, total_i, a_i, dr_i, dz_i, doz_i in reversed(
-        segment.steps(dstates, dstate_out, c.qe.view(M, 2 * C, K), c.kt, c.total, c.a, dr, dz, doz)
-    ):
-        ds_out.copy_(ds)
-        torch.bmm(a_i.mT, dr_i.baddbmm_(kt_i, ds), out=dz_i)
-        torch.neg(dz_i, out=doz_i[:, 1::2])
-        ds.mul_(total_i).baddbmm_(qe_i.mT, doz_i)
+    dz, dstate_out = _scan_backward(segment, c, doz, dstates)
+    # Results are let go as soon as they have served: more than 62 MB in all, and free() would give pages back.
+    del c.qe, c.kt, c.a_qk, c.a
 
     dqe = torch.bmm(doz, c.state_in.mT).view(M, C, 2, K)
     dk = torch.bmm(c.r, dstate_out.mT)
     dproduct = torch.bmm(padded, c.r.mT)
     dtotal = torch.linalg.vecdot(c.state_in, dstate_out).mul_(c.total.squeeze(-1))
-    dg = intra_chunk_backward(dproduct, dqe, dk, dtotal, c.gamma, keep).view(k.shape)
+    gamma = c.gamma
+    del c, padded, doz, dstate_out
+    dg = intra_chunk_backward(dproduct, dqe, dk, dtotal, gamma, keep).view(k.shape)
     dqe, dk = dqe.view(*k.shape[:-1], 2, K), dk.view(k.shape)
     dq, dkb = dqe[..., 0, :], dqe[..., 1, :]
     torch.mul(dkb, k, out=db_out)
