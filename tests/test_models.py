@@ -1,0 +1,630 @@
+"""The layer, attention and the decoder against computations written out here, and what the models promise of tokens."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
+
+from gdn2_titan.models import GatedDeltaNet2, GDN2Model, GDN2ModelArgs, attention, flavors
+from gdn2_titan.models.attention import Attention, rotary_angles
+from gdn2_titan.models.layer import STATISTICS
+from gdn2_titan.models.masks import _block_mask, attention_mask
+from gdn2_titan.ops import naive_recurrent_gdn2
+
+SMALL = dict(
+    vocab_size=50, hidden_size=32, n_layers=2, mlp_size=48, num_heads=2, head_dim=8, attn_heads=4, window=4
+)  # fmt: skip
+GATES = {
+    "per channel": dict(),
+    "tied": dict(tied_gates=True),
+    "scalar erase": dict(erase_gate="scalar"),
+    "scalar write": dict(write_gate="scalar"),
+    "scalar decay": dict(decay="scalar"),
+    "Gated DeltaNet": dict(tied_gates=True, decay="scalar"),
+    "grouped, wide values": dict(num_v_heads=4, expand_v=2.0),
+    "tied, grouped": dict(num_v_heads=4, tied_gates=True),
+    "negative eigenvalues": dict(allow_neg_eigval=True),
+    "sigmoid output gate": dict(output_gate="sigmoid"),
+    "conv of 2": dict(conv_size=2),
+}
+gate_structures = pytest.mark.parametrize("structure", GATES)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def model(seed=0, **changes):
+    torch.manual_seed(seed)
+    built = GDN2Model(GDN2ModelArgs(**SMALL | changes))
+    built.init_weights()
+    return built
+
+
+def sharpened(built, seed=1):
+    """Weights far larger than at initialisation, so that every influence on a logit is well above rounding."""
+    torch.manual_seed(seed)
+    for name, p in built.named_parameters():
+        if "norm" not in name and "decay." not in name:
+            torch.nn.init.normal_(p, std=0.5 if p.ndim == 2 and "conv" in name else max(p.shape[-1], 1) ** -0.5)
+    return built
+
+
+def layer(seed=0, dtype=torch.float64, **options):
+    """A layer in fp64 (its decay parameters pass through fp32, so their values are fp32 ones)."""
+    torch.manual_seed(seed)
+    built = GatedDeltaNet2(32, 2, 8, **options)
+    built.init_weights()
+    for p in built.parameters():
+        if p.ndim == 2 and p is not built.decay.dt_bias:
+            torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5)
+    torch.nn.init.normal_(built.gate_proj[1].bias)
+    torch.nn.init.uniform_(built.o_norm.weight, 0.5, 1.5)
+    return built.to(dtype)
+
+
+# ------------------------------------------------------------------------------------------------ sizes and weights
+
+
+@pytest.mark.parametrize("flavor, count", [("1.3B", 1_302_638_112), ("1.3B_hybrid", 1_300_314_384)])
+def test_the_papers_models_have_exactly_the_papers_parameters_in_their_blocks(flavor, count):
+    with torch.device("meta"):
+        built = GDN2Model(flavors[flavor])
+    assert sum(p.numel() for p in built.layers.parameters()) == count
+    assert built.tok_embeddings.weight.shape == built.lm_head.weight.shape == (32_000, 2304)
+    kinds = [block.kind for block in built.layers.values()]
+    assert kinds == (["gdn2"] * 18 if flavor == "1.3B" else ["gdn2", "swa"] * 9)
+
+
+@pytest.mark.parametrize("flavor", flavors)
+def test_every_flavor_validates_and_builds_on_meta(flavor):
+    with torch.device("meta"):
+        built = GDN2Model(flavors[flavor])
+    assert all(p.is_meta for p in built.parameters())
+    assert set(dict(built.named_children())) == {"tok_embeddings", "layers", "norm", "lm_head"}
+
+
+@gate_structures
+def test_weights_initialised_after_to_empty_are_finite_and_in_their_ranges(structure):
+    with torch.device("meta"):
+        built = GDN2Model(GDN2ModelArgs(**SMALL | GATES[structure], layer_pattern=("gdn2", "swa", "attention")))
+    built.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*built.parameters(), *built.buffers()):
+            tensor.fill_(math.nan)
+    torch.manual_seed(0)
+    built.init_weights()
+    for name, tensor in (*built.named_parameters(), *built.named_buffers()):
+        assert torch.isfinite(tensor).all(), name
+    for module in built.modules():
+        if isinstance(module, GatedDeltaNet2):
+            dt, A = F.softplus(module.decay.dt_bias), module.decay.A_log.exp()
+            assert dt.min() >= 0.999e-3 and dt.max() <= 0.1001
+            assert A.min() >= 0.999 and A.max() <= 16.001
+
+
+def test_decays_at_initialisation_span_their_ranges():
+    torch.manual_seed(0)
+    built = GatedDeltaNet2(32, 64, 64)
+    built.init_weights()
+    log_dt = F.softplus(built.decay.dt_bias).log()
+    assert abs(log_dt.mean() - math.log(1e-2)) < 0.05  # log-uniform over two decades
+    assert log_dt.min() < math.log(1.1e-3) and log_dt.max() > math.log(0.09)
+    A = built.decay.A_log.exp()
+    assert A.min() < 2 and A.max() > 15
+
+
+def test_the_same_seed_gives_the_same_weights_and_an_initial_loss_of_a_uniform_guess():
+    built = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        built.append(GDN2Model(flavors["debug_hybrid"]))
+        torch.manual_seed(1)
+        built[-1].init_weights()
+    for a, b in zip(built[0].parameters(), built[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+    tokens = torch.randint(264, (2, 129))
+    with torch.no_grad():
+        loss = F.cross_entropy(built[0](tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+    assert abs(loss - math.log(264)) < 0.1
+
+
+@gate_structures
+def test_a_few_steps_of_adamw_reduce_the_loss_and_reach_every_parameter(structure):
+    built = model(**GATES[structure], layer_pattern=("gdn2", "swa"))
+    tokens = torch.randint(50, (2, 71), generator=torch.Generator().manual_seed(1))
+    resets = torch.zeros(2, 70, dtype=torch.bool)
+    resets[:, [20, 50]] = True
+    optimizer = torch.optim.AdamW(built.parameters(), lr=3e-3)
+    before = {name: p.detach().clone() for name, p in built.named_parameters()}
+    losses = []
+    for _ in range(8):
+        loss = F.cross_entropy(built(tokens[:, :-1], resets).flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        for name, p in built.named_parameters():
+            assert p.grad is not None and torch.isfinite(p.grad).all() and p.grad.any(), name
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.3, losses
+    assert not any(torch.equal(p, before[name]) for name, p in built.named_parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------- the layer
+
+
+def by_hand(built, x, resets=None, options=None):
+    """The layer from its weights: F.conv1d within each document, the definition of the op on gates computed here."""
+    options = options or {}
+    B, T, _ = x.shape
+    H, K, V = 2, 8, int(8 * options.get("expand_v", 1))
+    HV = options.get("num_v_heads") or H
+
+    def convolved(projection, convolution):
+        y, weight = x @ projection.weight.T, convolution.weight
+        width = weight.shape[1]
+        rows = []
+        for row in range(B):
+            starts = [0] if resets is None else sorted({0, *resets[row].nonzero().flatten().tolist()})
+            parts = []
+            for start, end in zip(starts, [*starts[1:], T], strict=True):
+                document = F.pad(y[row, start:end].T[None], (width - 1, 0))
+                parts.append(F.conv1d(document, weight[:, None], groups=weight.shape[0])[0].T)
+            rows.append(torch.cat(parts))
+        y = torch.stack(rows)
+        return y * torch.sigmoid(y)
+
+    q = convolved(built.q_proj, built.q_conv1d).reshape(B, T, H, K)
+    k = convolved(built.k_proj, built.k_conv1d).reshape(B, T, H, K)
+    v = convolved(built.v_proj, built.v_conv1d).reshape(B, T, HV, V)
+    q = q / torch.sqrt(q.square().sum(-1, keepdim=True) + 1e-6)
+    k = k / torch.sqrt(k.square().sum(-1, keepdim=True) + 1e-6)
+
+    if options.get("decay") == "scalar":
+        raw = (x @ built.decay_proj.weight.T).reshape(B, T, H, 1)
+    else:
+        raw = (x @ built.decay_proj[0].weight.T @ built.decay_proj[1].weight.T).reshape(B, T, H, K)
+    # The layer computes with A_log and dt_bias in fp32 whatever its own dtype.
+    A_log, dt_bias = built.decay.A_log.float().to(x.dtype), built.decay.dt_bias.float().to(x.dtype)
+    g = -(A_log.exp()[:, None] * torch.log1p(torch.exp(raw + dt_bias))).expand(B, T, H, K)
+
+    erase = torch.sigmoid(x @ built.erase_proj.weight.T)
+    if options.get("tied_gates"):
+        write = erase.reshape(B, T, H, 1, 1).expand(B, T, H, HV // H, V).reshape(B, T, HV, V)
+    else:
+        write = torch.sigmoid(x @ built.write_proj.weight.T).reshape(B, T, HV, -1).expand(B, T, HV, V)
+    erase = (2 if options.get("allow_neg_eigval") else 1) * erase.reshape(B, T, H, -1).expand(B, T, H, K)
+
+    o, _ = naive_recurrent_gdn2(q, k, v, g, erase, write, scale=K**-0.5, resets=resets)
+    o = o / torch.sqrt(o.square().mean(-1, keepdim=True) + 1e-5) * built.o_norm.weight
+    gate = x @ built.gate_proj[0].weight.T @ built.gate_proj[1].weight.T + built.gate_proj[1].bias
+    gate = gate.reshape(B, T, HV, V)
+    gate = torch.sigmoid(gate) * (1 if options.get("output_gate") == "sigmoid" else gate)
+    return (o * gate).reshape(B, T, HV * V) @ built.o_proj.weight.T
+
+
+def some_resets(B, T):
+    resets = torch.zeros(B, T, dtype=torch.bool)
+    resets[0, [0, 3, 40]] = True
+    resets[-1, [10, 11, T - 1]] = True
+    return resets
+
+
+@gate_structures
+@pytest.mark.parametrize("with_resets", [False, True])
+def test_the_layer_equals_its_formulas_in_values_and_gradients_in_fp64(structure, with_resets):
+    built = layer(**GATES[structure])
+    x = torch.randn(2, 75, 32, dtype=torch.float64, requires_grad=True)
+    resets = some_resets(2, 75) if with_resets else None
+    got, want = built(x, resets), by_hand(built, x, resets, GATES[structure])
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-11)
+    cotangent = torch.randn_like(got)
+    names, parameters = zip(*built.named_parameters(), strict=True)
+    wanted = torch.autograd.grad(want, [x, *parameters], cotangent)
+    for name, a, b in zip(["x", *names], torch.autograd.grad(got, [x, *parameters], cotangent), wanted, strict=True):
+        # Gradients of the decay's parameters pass through fp32.
+        tolerance = 1e-6 if name.startswith("decay.") else 1e-9
+        assert (a - b).abs().max() <= tolerance * b.abs().max(), name
+
+
+def test_tied_gates_are_kimi_delta_attention_one_scalar_erases_and_writes(monkeypatch):
+    """With one scalar beta per head the recurrence is S = (I - beta k k^T) Diag(exp(g)) S + beta k v^T."""
+    import gdn2_titan.models.layer as module
+
+    calls = []
+    chunk = module.chunk_gdn2
+    monkeypatch.setattr(module, "chunk_gdn2", lambda *a, **kw: calls.append((a, kw, chunk(*a, **kw))) or calls[-1][2])
+    built = layer(tied_gates=True)
+    built(torch.randn(1, 20, 32, dtype=torch.float64))
+    ((q, k, v, g, b, w), options, (o, _)) = calls[0]
+    k, q = (x / torch.sqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (k, q))
+    g = -options["A_log"].double().exp()[:, None] * F.softplus(g + options["dt_bias"].double())
+    assert (b == b[..., :1]).all() and (w == b[..., :1]).all()
+    beta = torch.sigmoid(b[..., 0])
+    for h in range(2):
+        state = torch.zeros(8, 8, dtype=torch.float64)
+        for t in range(20):
+            key = k[0, t, h]
+            erased = torch.eye(8, dtype=torch.float64) - beta[0, t, h] * torch.outer(key, key)
+            state = erased @ torch.diag(g[0, t, h].exp()) @ state + beta[0, t, h] * torch.outer(key, v[0, t, h])
+            torch.testing.assert_close(o[0, t, h], 8**-0.5 * state.T @ q[0, t, h], rtol=1e-10, atol=1e-12)
+
+
+@gate_structures
+def test_a_layer_that_hands_on_its_state_token_by_token_equals_the_whole_sequence(structure):
+    built = layer(**GATES[structure])
+    x = torch.randn(2, 80, 32, dtype=torch.float64)
+    resets = some_resets(2, 80)
+    with torch.no_grad():
+        want = by_hand(built, x, resets, GATES[structure])
+        y, state = built(x[:, :70], resets[:, :70], return_state=True)
+        parts = [y]
+        for t in range(70, 80):
+            y, state = built(x[:, t : t + 1], resets[:, t : t + 1], state=state, return_state=True)
+            parts.append(y)
+    torch.testing.assert_close(torch.cat(parts, 1), want, rtol=1e-10, atol=1e-11)
+
+
+def test_a_layer_continues_segments_of_any_length_from_its_first_token_on():
+    built = layer()
+    x = torch.randn(2, 80, 32, dtype=torch.float64)
+    with torch.no_grad():
+        want, parts, state = by_hand(built, x), [], None
+        for start, end in ((0, 1), (1, 3), (3, 68), (68, 80)):
+            y, state = built(x[:, start:end], state=state, return_state=True)
+            parts.append(y)
+    torch.testing.assert_close(torch.cat(parts, 1), want, rtol=1e-10, atol=1e-11)
+
+
+@gate_structures
+def test_recorded_statistics_equal_those_computed_by_hand(structure):
+    options = GATES[structure]
+    built = layer(dtype=torch.float32, **options)
+    built.record_statistics = True
+    x = torch.randn(2, 70, 32)
+    with torch.no_grad():
+        built(x)
+        got = dict(zip(STATISTICS, built.statistics.tolist(), strict=True))
+        _, state = built(x, return_state=True)
+        scale = 2 if options.get("allow_neg_eigval") else 1
+        erase = scale * torch.sigmoid(x @ built.erase_proj.weight.T).double()
+        write = erase / scale if options.get("tied_gates") else torch.sigmoid(x @ built.write_proj.weight.T).double()
+        raw = built.decay_proj(x).view(2, 70, 2, -1).double()
+        rate = built.decay.A_log.double().exp()[:, None] * F.softplus(raw + built.decay.dt_bias.double())
+        half_life = math.log(2) / rate.mean((0, 1))  # [H, K or 1]
+    norms = torch.linalg.matrix_norm(state.memory.double())
+    want = {
+        "erase_gate_mean": erase.mean(), "erase_gate_std": erase.std(),
+        "write_gate_mean": write.mean(), "write_gate_std": write.std(),
+        "half_life_mean": half_life.mean(), "half_life_std": half_life.std(correction=0), "state_norm": norms.mean(),
+    }  # fmt: skip
+    for name, value in want.items():
+        # Tied gates are repeated over grouped value heads before their deviation is taken.
+        assert got[name] == pytest.approx(value.item(), rel=5e-3 if name.endswith("gate_std") else 1e-4), name
+
+
+def test_a_layer_that_records_statistics_compiles_into_one_graph_with_the_same_output():
+    torch._dynamo.reset()
+    built = layer(dtype=torch.float32)
+    x = torch.randn(2, 70, 32)
+    want = by_hand(built, x)
+    plain = built(x)
+    assert not built.statistics.any()
+    built.record_statistics = True
+    compiled = torch.compile(built, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), plain)
+    torch.testing.assert_close(plain, want, rtol=1e-4, atol=1e-5)
+    recorded = built.statistics.clone()
+    built.statistics.zero_()
+    built(x)
+    torch.testing.assert_close(recorded, built.statistics)
+    assert recorded.all()
+
+
+def test_statistics_are_no_part_of_a_checkpoint_and_change_no_output():
+    built = layer()
+    assert not any("statistics" in name for name in built.state_dict())
+    x = torch.randn(1, 10, 32, dtype=torch.float64)
+    want = by_hand(built, x)
+    built.record_statistics = True
+    torch.testing.assert_close(built(x), want, rtol=1e-10, atol=1e-11)
+
+
+# ---------------------------------------------------------------------------------------------------------- attention
+
+
+def softmax_attention(built, x, num_heads, num_kv_heads, window=None, resets=None, theta=10_000.0, stride=1):
+    """Softmax attention from its weights, one query at a time. stride: from one position to the next."""
+    B, T, D = x.shape
+    size = D // num_heads
+    q, k, v = (x @ p.weight.T for p in (built.q_proj, built.k_proj, built.v_proj))
+    q, k, v = q.view(B, T, num_heads, size), k.view(B, T, num_kv_heads, size), v.view(B, T, num_kv_heads, size)
+
+    def rotated(vector, t):
+        turned = torch.empty_like(vector)
+        for i in range(size // 2):
+            angle = t * theta ** (-2 * i / size)
+            a, b = vector[..., i], vector[..., i + size // 2]
+            turned[..., i] = a * math.cos(angle) - b * math.sin(angle)
+            turned[..., i + size // 2] = b * math.cos(angle) + a * math.sin(angle)
+        return turned
+
+    q = torch.stack([rotated(q[:, t], stride * t) for t in range(T)], 1)
+    k = torch.stack([rotated(k[:, t], stride * t) for t in range(T)], 1)
+    o = torch.zeros(B, T, num_heads, size, dtype=x.dtype)
+    for row in range(B):
+        for t in range(T):
+            first = 0 if window is None else max(0, t - window + 1)
+            if resets is not None:
+                first = max([first, *(s for s in range(t + 1) if resets[row, s])])
+            for head in range(num_heads):
+                group = head // (num_heads // num_kv_heads)
+                scores = k[row, first : t + 1, group] @ q[row, t, head] / math.sqrt(size)
+                weights = scores.exp() / scores.exp().sum()
+                o[row, t, head] = weights @ v[row, first : t + 1, group]
+    return o.flatten(2) @ built.o_proj.weight.T
+
+
+MASKS = {"causal": (None, False), "window": (3, False), "documents": (None, True), "window, documents": (5, True)}
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("mask", MASKS)
+def test_attention_equals_a_softmax_written_out(mask, kv_heads):
+    window, with_resets = MASKS[mask]
+    torch.manual_seed(0)
+    built = Attention(32, 4, kv_heads).double()
+    B, T = 2, 13
+    x = torch.randn(B, T, 32, dtype=torch.float64)
+    resets = None
+    if with_resets:
+        resets = torch.zeros(B, T, dtype=torch.bool)
+        resets[0, [0, 4, 5]] = resets[1, 9] = True
+    got = built(x, rotary_angles(torch.arange(T), 8, 10_000.0), attention_mask(B, T, window, resets, CPU))
+    # Angles are fp32.
+    torch.testing.assert_close(got, softmax_attention(built, x, 4, kv_heads, window, resets), rtol=1e-5, atol=1e-6)
+
+
+def test_rotary_positions_act_by_their_difference_only():
+    torch.manual_seed(0)
+    built = Attention(32, 4, 2).double()
+    x = torch.randn(2, 9, 32, dtype=torch.float64)
+    outs = [built(x, rotary_angles(torch.arange(9) + shift, 8, 10_000.0), None) for shift in (0, 37)]
+    torch.testing.assert_close(outs[0], outs[1], rtol=1e-4, atol=1e-5)
+    stretched = built(x, rotary_angles(2 * torch.arange(9), 8, 10_000.0), None)
+    assert (stretched - outs[0]).abs().max() > 1e-3
+
+
+def test_rotary_positions_may_differ_between_rows():
+    torch.manual_seed(0)
+    built = Attention(32, 4).double()
+    x = torch.randn(1, 9, 32, dtype=torch.float64).expand(2, 9, 32)
+    positions = torch.stack([torch.arange(9), 2 * torch.arange(9)])
+    both = built(x, rotary_angles(positions, 8, 10_000.0), None)
+    for row, stride in enumerate((1, 2)):
+        alone = softmax_attention(built, x[:1], 4, 4, stride=stride)
+        torch.testing.assert_close(both[row : row + 1], alone, rtol=1e-5, atol=1e-6)
+    assert (both[0] - both[1]).abs().max() > 1e-3
+
+
+def visible_by_hand(B, T, window, resets):
+    mask = torch.zeros(B, 1, T, T, dtype=torch.bool)
+    for row in range(B):
+        for query in range(T):
+            for key in range(query + 1):
+                near = window is None or query - key < window
+                same = resets is None or not resets[row, key + 1 : query + 1].any()
+                mask[row, 0, query, key] = near and same
+    return mask
+
+
+@pytest.mark.parametrize("with_resets", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 7, 30, 100])
+def test_dense_and_flex_masks_show_what_causality_window_and_documents_allow(window, with_resets):
+    B, T = 2, 30
+    resets = some_resets(2, 60)[:, :T] if with_resets else None
+    want = visible_by_hand(B, T, window, resets)
+    dense = attention_mask(B, T, window, resets, CPU)
+    if dense is None:  # plain causal attention
+        dense = torch.ones(T, T, dtype=torch.bool).tril()
+    assert torch.equal(dense.expand(B, 1, T, T), want)
+    documents = None if resets is None else resets.long().cumsum(1)
+    block = _block_mask(B, T, window, documents, "cpu")
+    assert torch.equal(create_mask(block.mask_mod, B, 1, T, T, device="cpu"), want)
+
+
+def test_flex_block_mask_leaves_out_whole_blocks_that_no_query_sees():
+    T, window = 512, 64
+    block = _block_mask(1, T, window, None, "cpu")
+    blocks = block.to_dense()[0, 0].bool()  # 128 by 128
+    assert torch.equal(blocks, torch.ones(4, 4, dtype=torch.bool).tril().triu(-1))
+    want = create_block_mask(lambda b, h, q, k: (k <= q) & (q - k < window), None, None, T, T, device="cpu")
+    assert torch.equal(block.to_dense(), want.to_dense())
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_attention_through_flex_equals_attention_through_the_dense_mask(kv_heads, monkeypatch):
+    monkeypatch.setattr(attention, "_compiled_flex_attention", lambda: flex_attention)  # eager: exact and on any device
+    torch.manual_seed(0)
+    built = Attention(32, 4, kv_heads)
+    B, T, window = 2, 30, 9
+    x, resets = torch.randn(B, T, 32), some_resets(2, 60)[:, :T]
+    angles = rotary_angles(torch.arange(T), 8, 10_000.0)
+    documents = resets.long().cumsum(1)
+    with torch.no_grad():
+        got = built(x, angles, _block_mask(B, T, window, documents, "cpu"))
+        want = softmax_attention(built, x, 4, kv_heads, window, resets)
+        dense = built(x, angles, attention_mask(B, T, window, resets, CPU))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(dense, want, rtol=1e-4, atol=1e-5)
+
+
+# -------------------------------------------------------------------------------------- who influences whom in a model
+
+
+PATTERNS = {"gdn2": ("gdn2",), "swa": ("swa",), "attention": ("attention",), "hybrid": ("gdn2", "swa", "attention")}
+patterns = pytest.mark.parametrize("pattern", PATTERNS)
+
+
+def influence(built, tokens, at, resets=None):
+    """[T]: how much logits change at each position of row 0 when its token ``at`` changes."""
+    changed = tokens.clone()
+    changed[0, at] = (tokens[0, at] + 1) % SMALL["vocab_size"]
+    with torch.no_grad():
+        return (built(changed, resets) - built(tokens, resets)).abs().amax(-1)
+
+
+def probe(pattern, T=12, n_layers=3, **changes):
+    # Three layers with windows of 6 reach back further than the 12 tokens.
+    options = {"window": 6} | changes
+    built = sharpened(model(layer_pattern=PATTERNS[pattern], n_layers=n_layers, **options).double())
+    return built, torch.randint(50, (2, T), generator=torch.Generator().manual_seed(3))
+
+
+@patterns
+def test_no_logit_depends_on_a_later_token_and_each_depends_on_its_own(pattern):
+    built, tokens = probe(pattern)
+    for at in (0, 5, 11):
+        change = influence(built, tokens, at)
+        assert not change[0, :at].any() and not change[1].any()
+        assert (change[0, at:] > 1e-9).all()
+
+
+@patterns
+def test_with_resets_documents_are_independent_and_without_they_are_not(pattern):
+    built, tokens = probe(pattern)
+    resets = torch.zeros(2, 12, dtype=torch.bool)
+    resets[:, [0, 5]] = True
+    for at in (0, 4):
+        change = influence(built, tokens, at, resets)[0]
+        assert (change[at:5] > 1e-9).all() and (change[5:] < 1e-13).all(), at
+        assert (influence(built, tokens, at)[0, 5:] > 1e-9).all()
+
+
+@patterns
+def test_a_document_s_logits_are_those_of_the_document_alone(pattern):
+    built, tokens = probe(pattern)
+    resets = torch.zeros(2, 12, dtype=torch.bool)
+    resets[:, 5] = True
+    with torch.no_grad():
+        packed, alone = built(tokens, resets)[:, 5:], built(tokens[:, 5:])
+    # Rotary angles are fp32.
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [1, 2, 4, 11])
+def test_a_sliding_window_layer_sees_window_tokens_itself_included(window):
+    built, tokens = probe("swa", n_layers=1, window=window)
+    change = influence(built, tokens, 0)[0]
+    assert (change[:window] > 1e-9).all() and not change[window:].any()
+
+
+def test_a_window_at_least_as_long_as_the_sequence_is_full_attention():
+    windowed, tokens = probe("swa", n_layers=1, window=12)
+    full, _ = probe("attention", n_layers=1)
+    full.load_state_dict(windowed.state_dict())
+    assert (influence(windowed, tokens, 0)[0] > 1e-9).all()
+    torch.testing.assert_close(windowed(tokens), full(tokens))
+
+
+def test_the_decoder_equals_its_formulas():
+    built = sharpened(model(layer_pattern=("gdn2", "swa"), attn_kv_heads=2).double())
+    tokens = torch.randint(50, (2, 12))
+    resets = some_resets(2, 60)[:, :12]
+
+    def normed(x, norm):
+        return x / torch.sqrt(x.square().mean(-1, keepdim=True) + 1e-5) * norm.weight
+
+    with torch.no_grad():
+        x = built.tok_embeddings.weight[tokens]
+        for block in built.layers.values():
+            h = normed(x, block.mixer_norm)
+            if block.kind == "gdn2":
+                x = x + by_hand(block.mixer, h, resets)
+            else:
+                x = x + softmax_attention(block.mixer, h, 4, 2, SMALL["window"], resets)
+            h = normed(x, block.mlp_norm)
+            gate = h @ block.mlp.gate_proj.weight.T
+            x = x + (gate * torch.sigmoid(gate) * (h @ block.mlp.up_proj.weight.T)) @ block.mlp.down_proj.weight.T
+        want = normed(x, built.norm) @ built.lm_head.weight.T
+        torch.testing.assert_close(built(tokens, resets), want, rtol=1e-4, atol=1e-4)
+
+
+def test_pipeline_stages_that_lack_modules_compose_to_the_whole():
+    whole, tokens = probe("hybrid")
+    resets = some_resets(2, 60)[:, :12]
+    first, last = (probe("hybrid")[0] for _ in range(2))
+    first.load_state_dict(whole.state_dict())
+    last.load_state_dict(whole.state_dict())
+    first.norm = first.lm_head = None
+    del first.layers["1"], first.layers["2"]
+    last.tok_embeddings = None
+    del last.layers["0"]
+    with torch.no_grad():
+        assert torch.equal(last(first(tokens, resets), resets), whole(tokens, resets))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_hybrid_model_compiles_into_one_graph_with_the_same_logits(dynamic):
+    torch._dynamo.reset()
+    built = model(layer_pattern=("gdn2", "swa"))
+    compiled = torch.compile(built, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for T in (20, 70) if dynamic else (20,):
+        tokens = torch.randint(50, (2, T))
+        resets = torch.rand(2, T) < 0.1
+        torch.testing.assert_close(compiled(tokens, resets), built(tokens, resets), rtol=1e-5, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        *((name, value) for name in (
+            "vocab_size", "hidden_size", "n_layers", "mlp_size", "num_heads", "head_dim", "attn_heads", "window",
+        ) for value in (0, -1, 1.5, True, None, "8")),
+        ("layer_pattern", ()),
+        ("layer_pattern", ("gdn2", "mamba")),
+        ("erase_gate", "vector"),
+        ("write_gate", None),
+        ("decay", "both"),
+        ("output_gate", "swish"),
+        ("conv_size", 1),
+        ("conv_size", 5),
+        ("num_v_heads", 3),
+        ("num_v_heads", 0),
+        ("num_v_heads", -2),
+        ("expand_v", 0.0),
+        ("expand_v", 0.3),
+        ("expand_v", -1.0),
+        ("norm_eps", 0.0),
+        ("attn_heads", 5),
+        ("attn_heads", 32),
+        ("attn_kv_heads", 3),
+        ("attn_kv_heads", -1),
+        ("attn_kv_heads", 0),
+        ("rope_theta", 0.0),
+    ],
+)  # fmt: skip
+def test_arguments_no_model_can_be_built_from_are_refused_by_field_value_and_what_is_allowed(field, value):
+    args = GDN2ModelArgs(**SMALL | {"layer_pattern": ("gdn2", "swa"), field: value})
+    shown = repr(list(value)) if isinstance(value, tuple) else repr(value)
+    for build in (args.validate, lambda: GDN2Model(args)):
+        with pytest.raises(ValueError) as refusal:
+            build()
+        message = str(refusal.value)
+        assert message.startswith(f"{field} is {shown}; it must ") or message.startswith(f"{field} is {shown}; times")
+
+
+def test_settings_of_softmax_layers_are_not_checked_where_there_are_none():
+    GDN2ModelArgs(**SMALL | dict(attn_heads=5)).validate()
+    assert [field.name for field in dataclasses.fields(GDN2ModelArgs)][0] == "vocab_size"
