@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from gdn2_cases import cast, cotangents, leaves, make, run
+from tests.gdn2_cases import cast, cotangents, leaves, make, run
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gdn2_cases import (
+from tests.gdn2_cases import (
     DECAYS, LEAVES, RESULTS, assert_close, cast, collect, cotangents, errors, golden, leaves, make, random_resets, run,
 )  # fmt: skip
 from hypothesis import given, settings

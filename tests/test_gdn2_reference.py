@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from gdn2_cases import RESULTS, make, spans
+from tests.gdn2_cases import RESULTS, make, spans
 
 from gdn2_titan.ops import naive_recurrent_gdn2
 

@@ -13,9 +13,10 @@ reading it back would.
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from .validation import FLOAT_DTYPES, check_cu_seqlens, check_packing
+
 __all__ = ["causal_conv1d"]
 
-FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WIDTHS = (2, 3, 4)
 SILU = ("silu", "swish")
 
@@ -86,13 +87,6 @@ def _output(x, dtype):
     return x.to(dtype, memory_format=torch.contiguous_format, copy=True)
 
 
-def _check_cu_seqlens(cu_seqlens, T):
-    bounds = cu_seqlens.tolist()
-    falls = any(i > j for i, j in zip(bounds[:-1], bounds[1:], strict=True))
-    if bounds[0] != 0 or bounds[-1] != T or falls:
-        raise ValueError(f"cu_seqlens is {bounds}; it must start at 0, never fall, and end at T = {T}")
-
-
 @torch.library.custom_op(
     "gdn2_titan::causal_conv1d",
     mutates_args=(),
@@ -102,7 +96,7 @@ def _check_cu_seqlens(cu_seqlens, T):
 def _forward(x, weight, bias, silu, initial_state, cu_seqlens, resets):
     """y [B, T, D] and final_state [N, D, S], which the op computes whether or not anybody asks for it."""
     if cu_seqlens is not None:
-        _check_cu_seqlens(cu_seqlens, x.shape[1])
+        check_cu_seqlens(cu_seqlens, x.shape[1])
     # Autocast is on in an eager op body and off in a compiled graph: off in both, or the two differ.
     with torch.autocast(x.device.type, enabled=False):
         T, W = x.shape[1], weight.shape[1]
@@ -231,26 +225,13 @@ def _check_inputs(x, weight, bias, activation, initial_state, cu_seqlens, resets
         raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be [D, W] with x's D = {D} and W 2, 3 or 4")
     if bias is not None and bias.shape != (D,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be [D] with x's D = {D}")
-    N = B
-    if cu_seqlens is not None:
-        if cu_seqlens.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"cu_seqlens has dtype {cu_seqlens.dtype}; it must be int32 or int64")
-        if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
-            raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; it must be [N + 1] with N >= 1")
-        if B != 1:
-            raise ValueError(f"x has batch size {B}; with cu_seqlens it must be 1, sequences packed end to end")
-        N = cu_seqlens.shape[0] - 1
+    N = check_packing("x", B, T, cu_seqlens, resets)
     if initial_state is not None:
         if initial_state.dtype != x.dtype:
             raise TypeError(f"initial_state has dtype {initial_state.dtype}; it must be x's dtype {x.dtype}")
         shape = (N, D, weight.shape[1] - 1)
         if initial_state.shape != shape:
             raise ValueError(f"initial_state has shape {tuple(initial_state.shape)}; it must be [N, D, W-1] = {shape}")
-    if resets is not None:
-        if resets.dtype != torch.bool:
-            raise TypeError(f"resets has dtype {resets.dtype}; it must be bool")
-        if resets.shape != (B, T):
-            raise ValueError(f"resets has shape {tuple(resets.shape)}; it must be [B, T] = {(B, T)}")
 
 
 def causal_conv1d(

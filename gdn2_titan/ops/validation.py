@@ -8,9 +8,9 @@ import math
 
 import torch
 
-__all__ = ["check_cu_seqlens", "check_inputs"]
+__all__ = ["FLOAT_DTYPES", "check_cu_seqlens", "check_inputs", "check_packing"]
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _require_tensor(name, x):
@@ -19,13 +19,30 @@ def _require_tensor(name, x):
 
 
 def _require_float(name, x):
-    if x.dtype not in DTYPES:
+    if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} has dtype {x.dtype}; it must be float16, bfloat16, float32 or float64")
 
 
 def _require_shape(name, x, shape, meaning):
     if tuple(x.shape) != tuple(shape):
         raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {meaning} = {tuple(shape)}")
+
+
+def check_packing(name, B, T, cu_seqlens, resets):
+    """Check cu_seqlens and resets against an input ``name`` [B, T, ...]; return the number of sequences."""
+    if resets is not None:
+        if resets.dtype != torch.bool:
+            raise TypeError(f"resets has dtype {resets.dtype}; it must be bool")
+        _require_shape("resets", resets, (B, T), "[B, T]")
+    if cu_seqlens is None:
+        return B
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens has dtype {cu_seqlens.dtype}; it must be int32 or int64")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; it must be [N + 1] with N >= 1")
+    if B != 1:
+        raise ValueError(f"{name} has batch size {B}; with cu_seqlens it must be 1, sequences packed end to end")
+    return cu_seqlens.shape[0] - 1
 
 
 def check_inputs(
@@ -63,20 +80,9 @@ def check_inputs(
         if x is not None and x.device != q.device:
             raise ValueError(f"{name} is on {x.device}; it must be on q's device {q.device}")
 
-    if cu_seqlens is not None:
-        if cu_seqlens.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"cu_seqlens has dtype {cu_seqlens.dtype}; it must be int32 or int64")
-        if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
-            raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; it must be [N + 1] with N >= 1")
-        if B != 1:
-            raise ValueError(f"q has batch size {B}; with cu_seqlens it must be 1, sequences packed end to end")
-    if resets is not None:
-        if resets.dtype != torch.bool:
-            raise TypeError(f"resets has dtype {resets.dtype}; it must be bool")
-        _require_shape("resets", resets, (B, T), "[B, T]")
+    N = check_packing("q", B, T, cu_seqlens, resets)
     if initial_state is not None:
         _require_float("initial_state", initial_state)
-        N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
         _require_shape("initial_state", initial_state, (N, HV, K, V), "[N, HV, K, V]")
 
     if use_gate_in_kernel:
