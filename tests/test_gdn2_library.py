@@ -164,7 +164,7 @@ def test_compiled_with_batch_and_length_marked_dynamic_needs_one_graph():
     assert counter.frame_count == 1
 
 
-@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("c++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="inductor needs a C++ compiler")
 def test_inductor_fuses_around_the_op_and_keeps_its_numbers():
     torch._dynamo.reset()
     inputs = compiled_inputs("raw, resets, grouped", 2, 70)
@@ -361,10 +361,10 @@ def test_refusals_hold_under_compile():
 
 
 def imported_by(module):
-    """What importing a module adds to a fresh interpreter in which torch is (its FLOP counter itself imports triton)."""
+    """What importing a module adds to a fresh interpreter in which torch is (its FLOP counter brings triton)."""
     torch_first = "import sys, torch, torch.library, torch.utils.flop_counter; before = set(sys.modules)"
     code = f"{torch_first}; import {module}; print(*set(sys.modules) - before)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return {name.partition(".")[0] for name in done.stdout.split()}
 
 

@@ -1,4 +1,4 @@
-"""naive_recurrent_gdn2, the definition all else is measured by, against the recurrence written with matrices in NumPy."""
+"""naive_recurrent_gdn2, which all else is measured by, against the recurrence written with matrices in NumPy."""
 
 import math
 

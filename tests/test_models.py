@@ -622,7 +622,7 @@ def test_arguments_no_model_can_be_built_from_are_refused_by_field_value_and_wha
         with pytest.raises(ValueError) as refusal:
             build()
         message = str(refusal.value)
-        assert message.startswith(f"{field} is {shown}; it must ") or message.startswith(f"{field} is {shown}; times")
+        assert message.startswith((f"{field} is {shown}; it must ", f"{field} is {shown}; times"))
 
 
 def test_settings_of_softmax_layers_are_not_checked_where_there_are_none():
