@@ -45,8 +45,8 @@ def textbook_chunk_gdn2(q, k, v, g, b, w, chunk=64):
     below = torch.ones(chunk, chunk, dtype=torch.bool).tril()
     difference = (G[..., :, None, :] - G[..., None, :, :]).masked_fill(~below[:, :, None], -torch.inf)
     decay = difference.exp()  # [B, H, NC, C, C, K]
-    a_qk = (q[..., :, None, :] * k[..., None, :, :] * decay).sum(-1)
-    t = ((b * k)[..., :, None, :] * k[..., None, :, :] * decay).sum(-1).tril(-1)
+    a_qk = torch.einsum("...rd,...sd,...rsd->...rs", q, k, decay)
+    t = torch.einsum("...rd,...sd,...rsd->...rs", b * k, k, decay).tril(-1)
     eye = torch.eye(chunk).expand_as(t)
     a = torch.linalg.solve_triangular(eye + t, eye, upper=False, unitriangular=True)
     y, u = a @ (G.exp() * b * k), a @ (w * v)

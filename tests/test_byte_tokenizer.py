@@ -15,8 +15,9 @@ TOKENIZER = HuggingFaceTokenizer(str(BYTE_TOKENIZER_DIR))
 
 
 def test_committed_files_are_what_the_generator_writes():
-    written = [(BYTE_TOKENIZER_DIR / name).read_text(encoding="utf-8")
-               for name in ("tokenizer.json", "tokenizer_config.json")]
+    written = [
+        (BYTE_TOKENIZER_DIR / name).read_text(encoding="utf-8") for name in ("tokenizer.json", "tokenizer_config.json")
+    ]
     assert [json.loads(text) for text in written] == [json.loads(text) for text in build()]
 
 
@@ -33,8 +34,9 @@ def test_ids_are_the_utf8_bytes_between_bos_and_eos_and_decode_to_the_same_text(
     assert TOKENIZER.decode(ids[1:-1], skip_special_tokens=False) == text
 
 
-@pytest.mark.parametrize("text", [" leading", "a b ,c", "\r\n\t \x00\x7f", "e\u0301 \u00e9 \ufb01",
-                                  "漢字 \U0001f600\u200d"])
+@pytest.mark.parametrize(
+    "text", [" leading", "a b ,c", "\r\n\t \x00\x7f", "e\u0301 \u00e9 \ufb01", "漢字 \U0001f600\u200d"]
+)
 def test_no_prefix_space_no_normalisation_no_clean_up(text):
     assert TOKENIZER.encode(text) == list(text.encode("utf-8"))
     assert TOKENIZER.decode(TOKENIZER.encode(text)) == text

@@ -54,8 +54,10 @@ def pack(texts, seq_len):
         ids = [256, *text.encode(), 257]
         tokens += ids
         first += [True] + [False] * (len(ids) - 1)
-    return [({"input": tokens[i : i + seq_len], "resets": first[i : i + seq_len]}, tokens[i + 1 : i + seq_len + 1])
-            for i in range(0, len(tokens) - seq_len, seq_len)]
+    return [
+        ({"input": tokens[i : i + seq_len], "resets": first[i : i + seq_len]}, tokens[i + 1 : i + seq_len + 1])
+        for i in range(0, len(tokens) - seq_len, seq_len)
+    ]
 
 
 def shuffled(texts, epochs=1, seed=0):
@@ -78,8 +80,10 @@ def stream(tmp_path, texts=TEXTS, files=1):
 # ---------------------------------------------------------------------------------------------------------- packing
 
 
-@given(st.lists(st.text(st.characters(exclude_characters="|", exclude_categories=["Cs"]), max_size=40), min_size=1),
-       st.integers(1, 20))
+@given(
+    st.lists(st.text(st.characters(exclude_characters="|", exclude_categories=["Cs"]), max_size=40), min_size=1),
+    st.integers(1, 20),
+)
 @settings(max_examples=60, deadline=None)
 def test_windows_are_the_packed_documents_with_resets_at_their_first_tokens(texts, seq_len):
     expected = pack(shuffled(texts), seq_len)
@@ -161,12 +165,23 @@ def test_streaming_splits_documents_between_ranks(tmp_path):
 
 
 def config(section="training", *, workers=0, batch=2, seq_len=T, resets=True, dataset="files", path=None, **data):
-    data = {"text_column": "text", "hf_subset": None, "hf_split": "train", "hf_validation_split": "validation",
-            "shuffle_seed": 0} | data
-    settings = SimpleNamespace(dataset=dataset, dataset_path=path, local_batch_size=batch, seq_len=seq_len,
-                               dataloader=DataLoaderSettings(num_workers=workers))
-    return SimpleNamespace(**{section: settings}, data=SimpleNamespace(**data),
-                           gdn2=SimpleNamespace(document_resets=resets))
+    data = {
+        "text_column": "text",
+        "hf_subset": None,
+        "hf_split": "train",
+        "hf_validation_split": "validation",
+        "shuffle_seed": 0,
+    } | data
+    settings = SimpleNamespace(
+        dataset=dataset,
+        dataset_path=path,
+        local_batch_size=batch,
+        seq_len=seq_len,
+        dataloader=DataLoaderSettings(num_workers=workers),
+    )
+    return SimpleNamespace(
+        **{section: settings}, data=SimpleNamespace(**data), gdn2=SimpleNamespace(document_resets=resets)
+    )
 
 
 @pytest.fixture
@@ -183,8 +198,10 @@ def batches(windows, size):
 
 @pytest.mark.parametrize("workers", [0, 2, 3])
 def test_the_kth_batches_of_two_ranks_are_the_kth_batch_of_one_whatever_the_number_of_workers(workers, corpus_file):
-    loaders = [build_dataloader(2, rank, TOKENIZER, config(workers=workers, path=corpus_file), infinite=False)
-               for rank in range(2)]
+    loaders = [
+        build_dataloader(2, rank, TOKENIZER, config(workers=workers, path=corpus_file), infinite=False)
+        for rank in range(2)
+    ]
     parts = [plain(loader) for loader in loaders]
     windows = pack(shuffled(TEXTS), T)
     windows = windows[: len(windows) // 4 * 4]
@@ -227,45 +244,68 @@ def check_resume_everywhere(build, count):
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_resume_is_exact_at_every_window(infinite, ranks):
     count = 3 * len(pack(TEXTS, T)) // ranks if infinite else len(pack(TEXTS, T)) // ranks + 1
-    for seq_len in ((T, 3) if infinite else (T,)):  # 3: windows that end exactly where documents do
-        states = [check_resume_everywhere(
-            lambda rank=rank, seq_len=seq_len: PackedText(memory(), TOKENIZER, seq_len, dp_rank=rank,
-                                                          dp_world_size=ranks, infinite=infinite), count)
-                  for rank in range(ranks)]
+    for seq_len in (T, 3) if infinite else (T,):  # 3: windows that end exactly where documents do
+        states = [
+            check_resume_everywhere(
+                lambda rank=rank, seq_len=seq_len: PackedText(
+                    memory(), TOKENIZER, seq_len, dp_rank=rank, dp_world_size=ranks, infinite=infinite
+                ),
+                count,
+            )
+            for rank in range(ranks)
+        ]
         assert all(state == states[0] for state in states), "the state depends on the rank"
 
 
 def test_resume_is_exact_from_every_token_boundary_around_documents():
     # Documents of 4 tokens and windows of 1 to 9: ends of windows, documents and epochs meet in every way.
     for seq_len in range(1, 10):
-        build = lambda: PackedText(memory(["ab"] * 3), TOKENIZER, seq_len, infinite=True)
+
+        def build():
+            return PackedText(memory(["ab"] * 3), TOKENIZER, seq_len, infinite=True)
+
         check_resume_everywhere(build, 30 // seq_len)
 
 
 @pytest.mark.parametrize("files", [1, 2])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_resume_of_a_stream_is_exact_at_every_window(tmp_path, files, ranks):
-    check_resume_everywhere(lambda: PackedText(stream(tmp_path, files=files), TOKENIZER, T, dp_rank=ranks - 1,
-                                               dp_world_size=ranks, infinite=True), 30)
+    check_resume_everywhere(
+        lambda: PackedText(
+            stream(tmp_path, files=files), TOKENIZER, T, dp_rank=ranks - 1, dp_world_size=ranks, infinite=True
+        ),
+        30,
+    )
 
 
 def test_resume_of_a_parquet_stream_is_exact_at_every_window(tmp_path):
     pq.write_table(pa.table({"text": TEXTS}), tmp_path / "a.parquet", row_group_size=4)
-    check_resume_everywhere(lambda: PackedText(
-        load_dataset("parquet", data_files=str(tmp_path / "a.parquet"), split="train", streaming=True),
-        TOKENIZER, T, infinite=True), 40)
+    check_resume_everywhere(
+        lambda: PackedText(
+            load_dataset("parquet", data_files=str(tmp_path / "a.parquet"), split="train", streaming=True),
+            TOKENIZER,
+            T,
+            infinite=True,
+        ),
+        40,
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resume_of_the_loader_is_exact_at_every_batch(workers, corpus_file):
-    build = lambda: build_dataloader(2, 1, TOKENIZER, config(workers=workers, path=corpus_file))
+    def build():
+        return build_dataloader(2, 1, TOKENIZER, config(workers=workers, path=corpus_file))
+
     check_resume_everywhere(build, 12 if workers == 0 else 6)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resume_of_a_streaming_loader_is_exact(workers, tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "load_dataset", lambda *_, **__: stream(tmp_path, files=2))
-    build = lambda: build_dataloader(1, 0, TOKENIZER, config(workers=workers, dataset="some/where"))
+
+    def build():
+        return build_dataloader(1, 0, TOKENIZER, config(workers=workers, dataset="some/where"))
+
     check_resume_everywhere(build, 12 if workers == 0 else 6)
 
 
@@ -363,28 +403,34 @@ def test_missing_column_of_a_stream_is_named(tmp_path):
 
 def test_a_repository_is_streamed_with_its_subset_and_the_split_of_its_section(monkeypatch, tmp_path):
     calls = []
-    monkeypatch.setattr(corpus, "load_dataset",
-                        lambda *args, **kwargs: calls.append((args, kwargs)) or stream(tmp_path))
+    monkeypatch.setattr(
+        corpus, "load_dataset", lambda *args, **kwargs: calls.append((args, kwargs)) or stream(tmp_path)
+    )
     build_dataloader(1, 0, TOKENIZER, config(dataset="a/b", hf_subset="en"))
     build_validation_dataloader(1, 0, TOKENIZER, config("validation", dataset="a/b", hf_validation_split="dev"), True)
-    assert calls == [(("a/b", "en"), {"split": "train", "streaming": True}),
-                     (("a/b", None), {"split": "dev", "streaming": True})]
+    assert calls == [
+        (("a/b", "en"), {"split": "train", "streaming": True}),
+        (("a/b", None), {"split": "dev", "streaming": True}),
+    ]
     with pytest.raises(ConfigError, match="validation.dataset = 'a/b' is a stream, which 2 data-parallel ranks cannot"):
         build_validation_dataloader(2, 0, TOKENIZER, config("validation", dataset="a/b"), infinite=False)
 
 
-@pytest.mark.parametrize("dataset, path, message", [
-    ("c4", None, r"training\.dataset = 'c4' is not a known source; allowed: \"stdlib\", \"files\""),
-    ("./some/folder", None, r"training\.dataset = './some/folder' is not a known source"),
-    (None, None, r"training\.dataset = None is not a known source"),
-    ("stdlib", "x.txt", r"training\.dataset_path = 'x\.txt' would be ignored with training\.dataset = 'stdlib'"),
-    ("owner/name", "x.txt", r"training\.dataset_path = 'x\.txt' would be ignored"),
-    ("files", None, r"training\.dataset_path = None must be set .*allowed: a \.txt, \.jsonl"),
-    ("files", "TMP/absent.txt", r"training\.dataset_path = '.*/absent\.txt' matches no file; allowed: a \.txt"),
-    ("files", "TMP", r"training\.dataset_path = .* names files of these kinds: \.jsonl, \.txt; allowed"),
-    ("files", "TMP/c.pdf", r"training\.dataset_path = .* names files of these kinds: \.pdf; allowed"),
-    ("files", "TMP/empty", r"training\.dataset_path = .* matches no file"),
-])
+@pytest.mark.parametrize(
+    "dataset, path, message",
+    [
+        ("c4", None, r"training\.dataset = 'c4' is not a known source; allowed: \"stdlib\", \"files\""),
+        ("./some/folder", None, r"training\.dataset = './some/folder' is not a known source"),
+        (None, None, r"training\.dataset = None is not a known source"),
+        ("stdlib", "x.txt", r"training\.dataset_path = 'x\.txt' would be ignored with training\.dataset = 'stdlib'"),
+        ("owner/name", "x.txt", r"training\.dataset_path = 'x\.txt' would be ignored"),
+        ("files", None, r"training\.dataset_path = None must be set .*allowed: a \.txt, \.jsonl"),
+        ("files", "TMP/absent.txt", r"training\.dataset_path = '.*/absent\.txt' matches no file; allowed: a \.txt"),
+        ("files", "TMP", r"training\.dataset_path = .* names files of these kinds: \.jsonl, \.txt; allowed"),
+        ("files", "TMP/c.pdf", r"training\.dataset_path = .* names files of these kinds: \.pdf; allowed"),
+        ("files", "TMP/empty", r"training\.dataset_path = .* matches no file"),
+    ],
+)
 def test_unusable_sources_are_refused_before_loading_naming_field_value_and_what_is_allowed(
     dataset, path, message, tmp_path
 ):

@@ -7,13 +7,13 @@ import sys
 
 import pytest
 import torch
-from tests.gdn2_cases import cast, cotangents, leaves, make, run
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from gdn2_titan.ops import chunk_gdn2, chunked, naive_recurrent_gdn2, recurrent_gdn2
 from gdn2_titan.ops.flops import backward_flops, forward_flops
+from tests.gdn2_cases import cast, cotangents, leaves, make, run
 
 OPS = torch.ops.gdn2_titan
 RAW = dict(l2norm=True, gate=True, sigmoid=True, erase_scale=2.0)

@@ -2,13 +2,25 @@
 
 import pytest
 import torch
-from tests.gdn2_cases import (
-    DECAYS, LEAVES, RESULTS, assert_close, cast, collect, cotangents, errors, golden, leaves, make, random_resets, run,
-)  # fmt: skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gdn2_titan.ops import chunk_gdn2, fused_recurrent_gdn2, naive_recurrent_gdn2, recurrent_gdn2
+from tests.gdn2_cases import (
+    DECAYS,
+    LEAVES,
+    RESULTS,
+    assert_close,
+    cast,
+    collect,
+    cotangents,
+    errors,
+    golden,
+    leaves,
+    make,
+    random_resets,
+    run,
+)  # fmt: skip
 
 FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16
 RELATIVE = {FP32: 1e-5, FP64: 1e-10}

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from tests.gdn2_cases import RESULTS, make, spans
 
 from gdn2_titan.ops import naive_recurrent_gdn2
+from tests.gdn2_cases import RESULTS, make, spans
 
 
 def by_hand(inputs):

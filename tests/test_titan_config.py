@@ -171,7 +171,12 @@ def test_the_check_command_prints_the_sentence_alone(tmp_path):
 
 
 def test_the_section_overrides_the_flavor_and_leaves_the_rest(tmp_path):
-    changes = {"gdn2.window": 9, "gdn2.layer_pattern": ["swa", "gdn2"], "gdn2.tied_gates": True, "model.flavor": "debug"}
+    changes = {
+        "gdn2.window": 9,
+        "gdn2.layer_pattern": ["swa", "gdn2"],
+        "gdn2.tied_gates": True,
+        "model.flavor": "debug",
+    }
     config = check(write_toml(tmp_path / "x.toml", changes), "--gdn2.decay=scalar")
     args = titan_flavors()["debug"]
     args.update_from_config(config)

@@ -69,14 +69,15 @@ class GDN2ModelArgs:
         value_dim = self.head_dim * self.expand_v
         if value_dim < 1 or value_dim != int(value_dim):
             raise ValueError(
-                f"expand_v is {self.expand_v}; times head_dim = {self.head_dim} it must give a whole number of at least 1"
+                f"expand_v is {self.expand_v}; times head_dim = {self.head_dim} it must be a whole number of at least 1"
             )
         if self.norm_eps <= 0:
             raise ValueError(f"norm_eps is {self.norm_eps}; it must be greater than 0")
         if any(name != "gdn2" for name in self.layer_pattern):
             if self.hidden_size % self.attn_heads or self.hidden_size // self.attn_heads % 2:
                 raise ValueError(
-                    f"attn_heads is {self.attn_heads}; it must divide hidden_size = {self.hidden_size} into heads of even size"
+                    f"attn_heads is {self.attn_heads}; it must divide hidden_size = {self.hidden_size} "
+                    "into heads of even size"
                 )
             kv_heads = self.attn_heads if self.attn_kv_heads is None else self.attn_kv_heads
             if kv_heads < 1 or self.attn_heads % kv_heads:

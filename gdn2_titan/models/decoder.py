@@ -76,8 +76,8 @@ class Block(nn.Module):
 class GDN2Model(nn.Module):
     """Token ids [B, T] -> logits [B, T, vocab_size].
 
-    ``tok_embeddings``, any of ``layers``, ``norm`` and ``lm_head`` may be absent (None) in a pipeline stage: what comes in
-    is then hidden states, and what goes out too. Build it on the meta device if you like; ``init_weights`` fills it.
+    ``tok_embeddings``, any of ``layers``, ``norm`` and ``lm_head`` may be absent (None) in a pipeline stage: what comes
+    in is then hidden states, and what goes out too. Build it on the meta device if you like; ``init_weights`` fills it.
 
     Raises:
         ValueError: naming the field of ``args`` that no model can be built from.

@@ -52,8 +52,8 @@ class ShortConvolution(nn.Module):
 
 
 class DecayParameters(nn.Module):
-    """A_log [H] and dt_bias [H, K] (or [H, 1] for a scalar decay), a module of their own so that a parallel plan can keep
-    them in fp32 while it casts the layer around them. Read, never called: see ``gdn2_titan.parallel.fsdp``."""
+    """A_log [H] and dt_bias [H, K] (or [H, 1] for a scalar decay), a module of their own so that a parallel plan can
+    keep them in fp32 while it casts the layer around them. Read, never called: see ``gdn2_titan.parallel.fsdp``."""
 
     def __init__(self, num_heads, channels):
         super().__init__()

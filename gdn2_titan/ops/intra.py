@@ -104,4 +104,3 @@ def intra_chunk_backward(dproduct, dqe, dk, dtotal, gamma, keep):
         torch.addcmul(more_cols, dcols, right, out=dcols)
     dqe.mul_(gamma.unsqueeze(2))
     return dlog.view(M, C, K)
-

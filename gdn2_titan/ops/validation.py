@@ -100,7 +100,9 @@ def check_inputs(
     if erase_scale not in (1.0, 2.0):
         raise ValueError(f"erase_scale is {erase_scale!r}; it must be 1.0 or 2.0")
     if erase_scale != 1.0 and not use_sigmoid_in_kernel:
-        raise ValueError(f"erase_scale is {erase_scale!r}; without use_sigmoid_in_kernel it must be 1.0, b is used as is")
+        raise ValueError(
+            f"erase_scale is {erase_scale!r}; without use_sigmoid_in_kernel it must be 1.0, b is used as is"
+        )
     if scale is None:
         return K**-0.5
     if not isinstance(scale, (int, float)) or not math.isfinite(scale):

@@ -20,8 +20,9 @@ def apply_fsdp(
 ):
     """Shard a ``GDN2Model`` in place over ``mesh`` (1-D, or 2-D replicate x shard for HSDP).
 
-    A_log and dt_bias of all layers form one unit of their own that stays in fp32 whatever ``param_dtype`` is: a decay that
-    is rounded to bf16 is another decay. It is gathered once, before the first block. reshard_last: free the head's parameters after forward too; they are needed next anyway.
+    A_log and dt_bias of all layers form one unit of their own that stays in fp32 whatever ``param_dtype`` is: a decay
+    that is rounded to bf16 is another decay. It is gathered once, before the first block. reshard_last: free the head's
+    parameters after forward too; they are needed next anyway.
     """
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
     common = {"mesh": mesh}
@@ -40,8 +41,9 @@ def apply_fsdp(
         fully_shard(head, **common, mp_policy=policy, reshard_after_forward=reshard_last)
     fully_shard(model, **common, mp_policy=policy)
     if decays:
-        # The hooks of a unit inside a block would break the graph of a compiled block. So the layers read these parameters
-        # without calling their modules, and the unit is gathered out here; backward returns it to its shards as any other.
+        # The hooks of a unit inside a block would break the graph of a compiled block. So the layers read these
+        # parameters without calling their modules, and the unit is gathered out here; backward returns it to its
+        # shards like any other.
         model.register_forward_pre_hook(lambda *_: decays[0].unshard())
     if mesh.device_type == "cpu":
         for unit in _units(model):

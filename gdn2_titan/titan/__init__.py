@@ -1,7 +1,7 @@
 """The plug into TorchTitan (0.2.2, the TOML generation). Two lines register the model in a TorchTitan fork:
 
-    from gdn2_titan.titan import register
-    register()
+from gdn2_titan.titan import register
+register()
 """
 
 from .cpu import settle_device

@@ -154,11 +154,15 @@ def _load_files(builder: str, files: list[str], text_column: str) -> Dataset:
         return _load_local("text", data_files=files, sample_by="document")
     data = _load_local(builder, data_files=files)
     if text_column not in data.column_names:
-        raise ConfigError(f"data.text_column = {text_column!r} is not a column of {files[0]}; "
-                          f"allowed: {', '.join(data.column_names)}.")
+        raise ConfigError(
+            f"data.text_column = {text_column!r} is not a column of {files[0]}; "
+            f"allowed: {', '.join(data.column_names)}."
+        )
     kind = getattr(data.features[text_column], "dtype", None)
     if kind not in ("string", "large_string"):
-        raise ConfigError(f"data.text_column = {text_column!r} holds {kind or 'nested values'} in {files[0]}; "
-                          "allowed: a column of strings.")
+        raise ConfigError(
+            f"data.text_column = {text_column!r} holds {kind or 'nested values'} in {files[0]}; "
+            "allowed: a column of strings."
+        )
     data = data.select_columns([text_column])
     return data if text_column == "text" else data.rename_column(text_column, "text")

@@ -16,8 +16,8 @@ __all__ = ["GDN2MetricsProcessor", "build_metrics_processor"]
 class GDN2MetricsProcessor(MetricsProcessor):
     """Adds scalars gdn2/layers.<i>/<statistic>: of this rank's last microbatch of the step.
 
-    A layer fills its statistics during forward while its flag is set, so no extra pass and no graph break is needed; the
-    flag is raised one step ahead, for the first step of a run and every ``gdn2.statistics_freq`` steps.
+    A layer fills its statistics during forward while its flag is set, so no extra pass and no graph break is needed;
+    the flag is raised one step ahead, for the first step of a run and every ``gdn2.statistics_freq`` steps.
     """
 
     def __init__(self, job_config, parallel_dims, tag=None):

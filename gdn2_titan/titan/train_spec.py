@@ -20,15 +20,15 @@ __all__ = ["get_train_spec", "register"]
 
 
 def _build_tokenizer(job_config):
-    # The first thing that TorchTitan builds from a config: the place to refuse one, for users who came without our script.
+    # The first thing that TorchTitan builds from a config: the place to refuse one, for users without our script.
     try:
         validate_config(job_config)
         tokenizer = HuggingFaceTokenizer(job_config.model.hf_assets_path)
         vocabulary, room = tokenizer.get_vocab_size(), flavors[job_config.model.flavor].vocab_size
         if vocabulary > room:
             raise ConfigError(
-                f"model.hf_assets_path is {job_config.model.hf_assets_path!r}, a tokenizer of {vocabulary} symbols; flavor "
-                f"{job_config.model.flavor!r} has room for at most {room}"
+                f"model.hf_assets_path is {job_config.model.hf_assets_path!r}, a tokenizer of {vocabulary} symbols; "
+                f"flavor {job_config.model.flavor!r} has room for at most {room}"
             )
     except ConfigError as error:
         raise SystemExit(f"Config error: {error}") from error

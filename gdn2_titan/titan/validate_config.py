@@ -56,7 +56,12 @@ def _check_numbers(job_config):
 
 def _check_parallelism(job_config):
     parallelism = job_config.parallelism
-    for name in ("tensor_parallel_degree", "context_parallel_degree", "pipeline_parallel_degree", "expert_parallel_degree"):
+    for name in (
+        "tensor_parallel_degree",
+        "context_parallel_degree",
+        "pipeline_parallel_degree",
+        "expert_parallel_degree",
+    ):
         if getattr(parallelism, name) != 1:
             value = getattr(parallelism, name)
             raise ConfigError(f"parallelism.{name} is {value}; it must be 1: this model shards over data only so far")
@@ -73,8 +78,8 @@ def _check_parallelism(job_config):
         )
     if replicate > 1 and replicate == world:
         raise ConfigError(
-            f"parallelism.data_parallel_replicate_degree is {replicate}; with {world} processes it must be less, so that "
-            "parameters are sharded too (TorchTitan's pure replication scales gradients wrongly)"
+            f"parallelism.data_parallel_replicate_degree is {replicate}; with {world} processes it must be less, "
+            "so that parameters are sharded too (TorchTitan's pure replication scales gradients wrongly)"
         )
     step = job_config.training.local_batch_size * world
     batch = job_config.training.global_batch_size
@@ -88,7 +93,8 @@ def _check_parallelism(job_config):
 def _check_rest(job_config):
     if job_config.optimizer.early_step_in_backward:
         raise ConfigError(
-            "optimizer.early_step_in_backward is true; it must be false: gradients are clipped, and weight decay is per group"
+            "optimizer.early_step_in_backward is true; it must be false: gradients are clipped, and weight decay is "
+            "per group"
         )
     if accelerator() is None:
         for name in ("enable_profiling", "enable_memory_snapshot"):
@@ -102,8 +108,8 @@ def _check_rest(job_config):
     path = job_config.model.hf_assets_path
     if not any(os.path.isfile(os.path.join(path, name)) for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
         raise ConfigError(
-            f"model.hf_assets_path is {path!r}; it must be a folder that holds a Hugging Face tokenizer (tokenizer.json), "
-            "or be left out for the byte-level tokenizer of this package"
+            f"model.hf_assets_path is {path!r}; it must be a folder that holds a Hugging Face tokenizer "
+            "(tokenizer.json), or be left out for the byte-level tokenizer of this package"
         )
     seed = section(job_config, "data").shuffle_seed
     if seed < 0:
