@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 
+import datasets
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -130,6 +131,18 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path):
             spec.build_tokenizer_fn(config)
     finally:
         flavors["debug_hybrid"].vocab_size = small
+
+
+def test_a_missing_text_column_ends_the_process_with_the_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "a.jsonl").write_text('{"body": "text"}\n')
+    changes = {"training.dataset": "files", "training.dataset_path": str(tmp_path / "a.jsonl")}
+    config = check(write_toml(tmp_path / "x.toml", changes))
+    spec = get_train_spec("gdn2")
+    with pytest.raises(SystemExit, match="^Config error: data.text_column = 'text'.*allowed: body"):
+        spec.build_dataloader_fn(
+            dp_world_size=1, dp_rank=0, tokenizer=spec.build_tokenizer_fn(config), job_config=config
+        )
 
 
 @pytest.mark.parametrize("config", sorted((ROOT / "train_configs").glob("*.toml")), ids=lambda path: path.stem)

@@ -1,5 +1,7 @@
 """What TorchTitan 0.2.2 needs to know to train the model."""
 
+import functools
+
 from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
@@ -19,19 +21,31 @@ from .validator import build_validator
 __all__ = ["get_train_spec", "register"]
 
 
+def _refusing(build):
+    """A builder whose ConfigError ends the process with its sentence instead of a traceback."""
+
+    @functools.wraps(build)
+    def wrapper(*args, **kwargs):
+        try:
+            return build(*args, **kwargs)
+        except ConfigError as error:
+            raise SystemExit(f"Config error: {error}") from error
+
+    return wrapper
+
+
+@_refusing
 def _build_tokenizer(job_config):
     # The first thing that TorchTitan builds from a config: the place to refuse one, for users without our script.
-    try:
-        validate_config(job_config)
-        tokenizer = HuggingFaceTokenizer(job_config.model.hf_assets_path)
-        vocabulary, room = tokenizer.get_vocab_size(), flavors[job_config.model.flavor].vocab_size
-        if vocabulary > room:
-            raise ConfigError(
-                f"model.hf_assets_path is {job_config.model.hf_assets_path!r}, a tokenizer of {vocabulary} symbols; "
-                f"flavor {job_config.model.flavor!r} has room for at most {room}"
-            )
-    except ConfigError as error:
-        raise SystemExit(f"Config error: {error}") from error
+    validate_config(job_config)
+    path, flavor = job_config.model.hf_assets_path, job_config.model.flavor
+    tokenizer = HuggingFaceTokenizer(path)
+    vocabulary, room = tokenizer.get_vocab_size(), flavors[flavor].vocab_size
+    if vocabulary > room:
+        raise ConfigError(
+            f"model.hf_assets_path is {path!r}, a tokenizer of {vocabulary} symbols; flavor {flavor!r} has room for "
+            f"at most {room}"
+        )
     return tokenizer
 
 
@@ -43,7 +57,7 @@ def get_train_spec():
         pipelining_fn=None,
         build_optimizers_fn=build_optimizers,
         build_lr_schedulers_fn=build_lr_schedulers,
-        build_dataloader_fn=build_dataloader,
+        build_dataloader_fn=_refusing(build_dataloader),
         build_tokenizer_fn=_build_tokenizer,
         build_loss_fn=build_cross_entropy_loss,
         build_validator_fn=build_validator,
