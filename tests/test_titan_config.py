@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from torchtitan.config import ConfigManager
+from torchtitan.config import JobConfig as StockJobConfig
 from torchtitan.protocols.train_spec import get_train_spec
 
 from gdn2_titan.models import GDN2Model, flavors
 from gdn2_titan.titan import register
+from gdn2_titan.titan.byte_tokenizer import BYTE_TOKENIZER_DIR
 from gdn2_titan.titan.errors import ConfigError
 from gdn2_titan.titan.job_config import JobConfig
 from gdn2_titan.titan.model_args import titan_flavors
@@ -201,6 +203,20 @@ def test_registering_is_two_lines_and_harmless_twice():
     register()
     register()
     assert get_train_spec("gdn2").model_cls is GDN2Model
+
+
+def test_a_forks_own_job_config_without_our_sections_trains_with_their_defaults():
+    config = StockJobConfig()
+    config.model.name, config.model.flavor, config.model.hf_assets_path = "gdn2", "debug", str(BYTE_TOKENIZER_DIR)
+    config.training.dataset, config.training.local_batch_size, config.training.seq_len = "stdlib", 2, 32
+    spec = get_train_spec("gdn2")
+    tokenizer = spec.build_tokenizer_fn(config)
+    loader = spec.build_dataloader_fn(dp_world_size=1, dp_rank=0, tokenizer=tokenizer, job_config=config)
+    inputs, labels = next(iter(loader))
+    args = spec.model_args["debug"]
+    args.update_from_config(config)
+    assert set(inputs) == {"input", "resets"}
+    assert spec.model_cls(args)(inputs["input"], resets=inputs["resets"]).shape == (2, 32, 264)
 
 
 def test_weight_decay_leaves_out_decays_norms_and_biases(tmp_path):
