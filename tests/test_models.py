@@ -628,3 +628,27 @@ def test_arguments_no_model_can_be_built_from_are_refused_by_field_value_and_wha
 def test_settings_of_softmax_layers_are_not_checked_where_there_are_none():
     GDN2ModelArgs(**SMALL | dict(attn_heads=5)).validate()
     assert [field.name for field in dataclasses.fields(GDN2ModelArgs)][0] == "vocab_size"
+
+
+def test_a_layer_of_its_own_is_initialised_without_further_calls():
+    layer = GatedDeltaNet2(48, 2, 8)
+    assert torch.all((layer.decay.A_log.exp() >= 1) & (layer.decay.A_log.exp() <= 16))
+    assert all(torch.isfinite(p).all() and p.abs().max() < 10 for p in layer.parameters())
+    assert layer(torch.randn(2, 5, 48)).isfinite().all()
+
+
+def test_a_layer_in_fp64_stays_in_fp64():
+    torch.manual_seed(0)
+    layer = GatedDeltaNet2(48, 2, 8).double()
+    x = torch.randn(1, 70, 48, dtype=torch.float64)
+    decays = []
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.gdn2_titan.chunk_gdn2.default:
+                decays.extend((args[6].dtype, args[7].dtype))
+            return func(*args, **(kwargs or {}))
+
+    with Spy():
+        assert layer(x).dtype == torch.float64
+    assert decays == [torch.float64, torch.float64]

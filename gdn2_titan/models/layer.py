@@ -141,6 +141,7 @@ class GatedDeltaNet2(nn.Module):
         # Telemetry: filled in forward while ``record_statistics`` is set, in the order of STATISTICS.
         self.record_statistics = False
         self.register_buffer("statistics", torch.zeros(len(STATISTICS)), persistent=False)
+        self.init_weights()  # so that the layer alone, in anybody's model, starts as it should
 
     def forward(self, x, resets=None, *, state=None, return_state=False):
         """x [B, T, D], resets bool [B, T] or None -> [B, T, D], or ([B, T, D], GDN2State) with ``return_state``.
@@ -155,7 +156,7 @@ class GatedDeltaNet2(nn.Module):
         # Heads are counted from the tensors: under tensor parallelism a rank holds some of them.
         q, k, v = (t.unflatten(-1, (-1, size)) for t, size in ((q, K), (k, K), (v, V)))
         g = self.decay_proj(x).unflatten(-1, (q.shape[2], -1))
-        A_log, dt_bias = self.decay.A_log.float(), self.decay.dt_bias.float()
+        A_log, dt_bias = self.decay.A_log, self.decay.dt_bias
         erase = self.erase_proj(x).unflatten(-1, (q.shape[2], -1))
         if self.tied_gates:
             write = erase.repeat_interleave(v.shape[2] // q.shape[2], dim=2)
@@ -184,7 +185,9 @@ class GatedDeltaNet2(nn.Module):
     def _record(self, g, erase, write, A_log, dt_bias, memory):
         erase = self.erase_scale * erase.float().sigmoid()
         write = write.float().sigmoid()
-        rate = (A_log.exp()[:, None] * F.softplus(g.float() + dt_bias)).mean((0, 1))  # [H, K or 1] nats per token
+        rate = (A_log.float().exp()[:, None] * F.softplus(g.float() + dt_bias)).mean(
+            (0, 1)
+        )  # [H, K or 1] nats per token
         half_life = math.log(2) / rate.clamp_min(SLOWEST_DECAY)
         state_norm = memory.square().sum((2, 3)).sqrt().mean()  # Frobenius, mean over sequences and heads
         pairs = [erase.mean(), erase.std(), write.mean(), write.std(), half_life.mean(), half_life.std(correction=0)]
