@@ -21,14 +21,6 @@ BACKWARD = torch.ops.gdn2_titan.causal_conv1d_backward
 GRAD_NAMES = ("x", "weight", "bias", "initial_state")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def oracle(x, weight, bias=None, activation=None, initial_state=None, cu_seqlens=None, resets=None):
     """The definition: every sequence keeps the last W - 1 inputs of the current document and moves on by one token."""
     B, T, D = x.shape

@@ -20,14 +20,6 @@ RAW = dict(l2norm=True, gate=True, sigmoid=True, erase_scale=2.0)
 functions = pytest.mark.parametrize("function", [chunk_gdn2, recurrent_gdn2], ids=lambda f: f.__name__)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def op_arguments(inputs):
     tensors = [inputs.get(n) for n in ("q", "k", "v", "g", "b", "w", "A_log", "dt_bias", "initial_state")]
     options = [inputs[n] for n in ("use_qk_l2norm_in_kernel", "use_gate_in_kernel", "use_sigmoid_in_kernel")]

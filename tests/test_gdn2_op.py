@@ -29,14 +29,6 @@ dtypes = pytest.mark.parametrize("dtype", [FP32, FP64], ids=str)
 RAW = dict(l2norm=True, gate=True, sigmoid=True, erase_scale=2.0)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @st.composite
 def cases(draw):
     packed = draw(st.booleans())
