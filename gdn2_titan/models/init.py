@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-__all__ = ["fill_", "xavier_"]
+__all__ = ["depth_scale", "fill_", "xavier_"]
 
 
 @torch.no_grad()

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 
 import torch
 
+from .flops import CHUNK
 from .gates import activate, activate_backward, compute_dtype
 from .intra import intra_chunk, intra_chunk_backward
 from .validation import check_cu_seqlens
 
 __all__ = ["chunk_backward", "chunk_forward"]
 
-CHUNK = 64
 # Tokens times heads that are worked on at a time: each intermediate result is then about 2 MB (K = 64), which stays in
 # the cache and in memory that malloc already holds, and a sequence of any length needs no more of them.
 SEGMENT = 8192

@@ -11,8 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import chunked
 from .flops import backward_flops, forward_flops
 from .gates import activate, compute_dtype
-from .reference import recur
-from .validation import check_cu_seqlens
+from .reference import recur_packed
 
 __all__ = ["chunk_gdn2_op", "recurrent_gdn2_op"]
 
@@ -54,22 +53,9 @@ def recurrent_gdn2_op(
     with _no_autocast(q):
         options = _options(l2norm, gate, sigmoid, erase_scale)
         q, k, g, b, w = activate(q, k, g, b, w, A_log, dt_bias, resets, **options)
-        if cu_seqlens is None:
-            bounds = None
-            N = B
-        else:
-            check_cu_seqlens(cu_seqlens, T)
-            bounds = cu_seqlens.tolist()
-            N = len(bounds) - 1
-        state = q.new_zeros(N, HV, K, V) if initial_state is None else initial_state.to(dtype)
-        inputs = q, k, v.to(dtype), g, b, w
-        if bounds is None:
-            o, final_state = recur(*inputs, state, scale)
-        else:
-            o, final_state = torch.empty_like(inputs[2]), state.clone()
-            for n, (i, j) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-                span = (x[:, i:j] for x in inputs)
-                o[:, i:j], final_state[n : n + 1] = recur(*span, state[n : n + 1], scale)
+        N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        state = q.new_zeros(N, HV, K, V) if initial_state is None else initial_state.to(dtype, copy=True)
+        o, final_state = recur_packed(q, k, v.to(dtype), g, b, w, state, scale, cu_seqlens)
     return o.to(v.dtype).contiguous(), final_state.contiguous()
 
 

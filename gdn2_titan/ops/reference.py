@@ -12,7 +12,7 @@ import torch
 from .gates import activate, compute_dtype
 from .validation import check_cu_seqlens, check_inputs
 
-__all__ = ["naive_recurrent_gdn2", "recur"]
+__all__ = ["naive_recurrent_gdn2", "recur_packed"]
 
 
 def recur(q, k, v, g, b, w, state, scale):
@@ -34,6 +34,19 @@ def recur(q, k, v, g, b, w, state, scale):
         outputs.append(scale * torch.einsum("bhk,bhjkv->bhjv", q[:, t], state))
     o = torch.stack(outputs, 1) if outputs else v.new_zeros(v.shape)
     return o.reshape(B, T, HV, V), state.reshape(B, HV, K, V)
+
+
+def recur_packed(q, k, v, g, b, w, state, scale, cu_seqlens):
+    """``recur`` over B sequences, or over those that cu_seqlens [N + 1] packs in one row; state [N, HV, K, V]."""
+    if cu_seqlens is None:
+        return recur(q, k, v, g, b, w, state, scale)
+    check_cu_seqlens(cu_seqlens, q.shape[1])
+    bounds = cu_seqlens.tolist()
+    parts = [
+        recur(*(x[:, i:j] for x in (q, k, v, g, b, w)), state[n : n + 1], scale)
+        for n, (i, j) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
+    ]
+    return torch.cat([part[0] for part in parts], 1), torch.cat([part[1] for part in parts], 0)
 
 
 def naive_recurrent_gdn2(
@@ -68,19 +81,7 @@ def naive_recurrent_gdn2(
         sigmoid=use_sigmoid_in_kernel, erase_scale=erase_scale,
     )  # fmt: skip
     v = v.to(dtype)
-    if cu_seqlens is None:
-        N, spans = B, None
-    else:
-        check_cu_seqlens(cu_seqlens, T)
-        bounds = cu_seqlens.tolist()
-        N, spans = len(bounds) - 1, list(zip(bounds[:-1], bounds[1:], strict=True))
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = q.new_zeros(N, HV, K, V) if initial_state is None else initial_state.to(dtype)
-    if spans is None:
-        o, final_state = recur(q, k, v, g, b, w, state, scale)
-    else:
-        parts = [
-            recur(*(x[:, i:j] for x in (q, k, v, g, b, w)), state[n : n + 1], scale) for n, (i, j) in enumerate(spans)
-        ]
-        o = torch.cat([part[0] for part in parts], 1)
-        final_state = torch.cat([part[1] for part in parts], 0)
+    o, final_state = recur_packed(q, k, v, g, b, w, state, scale, cu_seqlens)
     return o.to(out_dtype), final_state if output_final_state else None
