@@ -1,7 +1,13 @@
 """What every test runs under."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton's kernels run in its interpreter, on CPU tensors. Triton reads this when it decorates a kernel.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -6,7 +6,7 @@ from .validation import check_inputs
 
 __all__ = ["chunk_gdn2", "fused_recurrent_gdn2", "recurrent_gdn2"]
 
-BACKENDS = ("auto", "torch", "reference")
+BACKENDS = ("auto", "triton", "torch", "reference")
 
 
 def _call(
@@ -27,6 +27,7 @@ def _call(
     o, final_state = op(
         q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets, scale,
         use_qk_l2norm_in_kernel, use_gate_in_kernel, use_sigmoid_in_kernel, float(erase_scale),
+        backend,
     )  # fmt: skip
     return o, final_state if output_final_state else None
 
@@ -71,7 +72,8 @@ def chunk_gdn2(
             afresh, or at initial_state[n], in each. Empty sequences are allowed.
         resets: bool [B, T], True where a token begins a new document: the state before it is forgotten, the initial
             state included. Fixed shapes, so it compiles once and shards with the sequence.
-        backend: "auto" (the fastest for the device), "torch" (chunked PyTorch), "reference" (token by token, autograd).
+        backend: "auto" (Triton on a GPU unless the inputs are float64, otherwise chunked PyTorch), "triton", "torch",
+            or "reference" (token by token, autograd).
 
     Returns:
         o [B, T, HV, V] in v's dtype, and the final state [N, HV, K, V] (float64 for float64 inputs, float32 otherwise)

@@ -1,7 +1,7 @@
 """torch.library: the operators ``torch.ops.gdn2_titan.*``, their shapes, their gradients and their FLOPs.
 
 One functional op forward and one backward, opaque to the compiler. Every public function of ``functional`` ends here.
-The PyTorch kernels serve any device; a faster one for a device is one ``register_kernel`` away.
+The PyTorch kernels serve any device, the Triton kernels GPUs.
 """
 
 import torch
@@ -12,12 +12,30 @@ from . import chunked
 from .flops import backward_flops, forward_flops
 from .gates import activate, compute_dtype
 from .reference import recur_packed
+from .triton.target import check_target
 
 __all__ = ["chunk_gdn2_op", "recurrent_gdn2_op"]
 
 
 def _options(l2norm, gate, sigmoid, erase_scale):
     return {"l2norm": l2norm, "gate": gate, "sigmoid": sigmoid, "erase_scale": erase_scale}
+
+
+def use_triton(name, x, backend, head_sizes=()):
+    """Whether the Triton kernels serve a call on the argument ``name``; ValueError where they should and cannot."""
+    if backend == "torch" or (backend == "auto" and (x.device.type != "cuda" or x.dtype == torch.float64)):
+        return False
+    check_target(name, x, head_sizes)
+    return True
+
+
+def _kernels(q, v, backend):
+    """The module whose ``chunk_forward`` and ``chunk_backward`` serve a call."""
+    if not use_triton("q", q, backend, (q.shape[-1], v.shape[-1])):
+        return chunked
+    from .triton import chunk  # not before it is needed: Triton is not everywhere
+
+    return chunk
 
 
 def _no_autocast(x):
@@ -30,10 +48,10 @@ def chunk_gdn2_op(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor,
     A_log: Tensor | None, dt_bias: Tensor | None, initial_state: Tensor | None,
     cu_seqlens: Tensor | None, resets: Tensor | None,
-    scale: float, l2norm: bool, gate: bool, sigmoid: bool, erase_scale: float,
+    scale: float, l2norm: bool, gate: bool, sigmoid: bool, erase_scale: float, backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     with _no_autocast(q):
-        o, final_state = chunked.chunk_forward(
+        o, final_state = _kernels(q, v, backend).chunk_forward(
             q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets, scale,
             _options(l2norm, gate, sigmoid, erase_scale),
         )  # fmt: skip
@@ -45,7 +63,7 @@ def recurrent_gdn2_op(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor,
     A_log: Tensor | None, dt_bias: Tensor | None, initial_state: Tensor | None,
     cu_seqlens: Tensor | None, resets: Tensor | None,
-    scale: float, l2norm: bool, gate: bool, sigmoid: bool, erase_scale: float,
+    scale: float, l2norm: bool, gate: bool, sigmoid: bool, erase_scale: float, backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
@@ -65,11 +83,11 @@ def chunk_gdn2_backward_op(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor,
     A_log: Tensor | None, dt_bias: Tensor | None, initial_state: Tensor | None,
     cu_seqlens: Tensor | None, resets: Tensor | None,
-    scale: float, l2norm: bool, gate: bool, sigmoid: bool, erase_scale: float,
+    scale: float, l2norm: bool, gate: bool, sigmoid: bool, erase_scale: float, backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, g, b, w, A_log, dt_bias, initial_state; empty where the input is absent."""
     with _no_autocast(q):
-        grads = chunked.chunk_backward(
+        grads = _kernels(q, v, backend).chunk_backward(
             do, dfinal_state, q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets, scale,
             _options(l2norm, gate, sigmoid, erase_scale),
         )  # fmt: skip
