@@ -118,7 +118,7 @@ def chunk_backward(
     call = _call(q, v, cu_seqlens)
     prepared, norms = _prepare(call, q, k, g, b, A_log, dt_bias, resets, scale, options)
     R, dZ = torch.empty_like(v), torch.empty_like(v)
-    states, dstates = (q.new_empty(call.chunks, HV, K, V) for _ in range(2))
+    states, dstates = (q.new_empty(call.chunks, HV, V, K) for _ in range(2))
     _scan(call, prepared, v, w, initial_state, options["sigmoid"], R=R, states=states)
     dinitial_state = None if initial_state is None else torch.empty_like(initial_state)
     launching.launch(

@@ -78,7 +78,7 @@ def _state_gradients(
         state = (i_c.to(tl.int64) * HV + hv) * K * V
         for first in tl.range(0, V, BV, disable_licm=True):
             across = first + tl.arange(0, BV)
-            place = state + across[:, None] + cols[None, :] * V
+            place = state + across[:, None] * K + cols[None, :]
             inside = (across < V)[:, None] & (cols < K)[None, :]
             S_in = tl.load(states + place, mask=inside, other=0.0)
             dS_out = tl.load(dstates + place, mask=inside, other=0.0)
