@@ -4,6 +4,7 @@ forward    prepare -> scan, which writes o and the final state
 backward   prepare -> scan, which writes R and the state at each chunk -> reverse -> gradient
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -67,11 +68,17 @@ def _prepare(call, q, k, g, b, A_log, dt_bias, resets, scale, options):
     norms = {name: q.new_empty(wide[:3], dtype=torch.float32) if options["l2norm"] else None for name in NORMS}
     launching.launch(
         prepare_kernel, lambda meta: (call.chunks, H), (dict(BS=min(BK, 32), num_warps=4, num_stages=1),),
-        dict(q=q, k=k, g=g, b=b, A_log=A_log, dt_bias=dt_bias, resets=resets, N=call.sequences, scale=scale, levels=torch.full((1,),LEVELS.value,dtype=torch.int32))
+        dict(q=q, k=k, g=g, b=b, A_log=A_log, dt_bias=dt_bias, resets=resets, N=call.sequences, scale=scale, levels=_levels(q.device))
         | call.spans | out | norms,
         call.sizes | _activation(q, options),
     )  # fmt: skip
     return out, norms
+
+
+@functools.cache
+def _levels(device):
+    """LEVELS in memory, made once: see ``tree``."""
+    return torch.full((1,), LEVELS.value, dtype=torch.int32, device=device)
 
 
 def _slices(V):
@@ -142,7 +149,7 @@ def chunk_backward(
         (dict(BS=min(call.sizes["BK"], 64), BV=min(_slices(V), 64), num_warps=8, num_stages=1),),
         dict(
             q=q, k=k, v=v, g=g, b=b, w=w, A_log=A_log, dt_bias=dt_bias, resets=resets, N=call.sequences, scale=scale,
-            levels=torch.full((1,),LEVELS.value,dtype=torch.int32),
+            levels=_levels(q.device),
             do=do, R=R, dZ=dZ, states=states, dstates=dstates,
             squares=q.new_empty(call.chunks, H, 2, CHUNK, CHUNK),
         ) | call.spans | norms | parts | dict(zip(("dq", "dk", "dv", "dg", "db", "dw"), grads, strict=True)),

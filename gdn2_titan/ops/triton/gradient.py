@@ -142,13 +142,13 @@ def _half_gradient(
     dq, dk, ddecay = _levels(qs, ks, decay, dq, dk, ddecay, dsquare, levels, dtype, SPLIT, PRECISION)
     diagonal = tl.sum(tl.where(i == j, dsquare.to(tl.float32), 0.0), 1)[:, None]  # of A_qk: it knows no decay
     dk += diagonal * qs
+    es = ks * load_erase(b, stride, cols, K, count, SIGMOID, ERASE, HALF)
     store_rows(dq_out, scale * (dq + diagonal * ks), stride, cols, K, count, HALF)
 
-    erase = load_erase(b, stride, cols, K, count, SIGMOID, ERASE, HALF)
-    es = erase * ks
     ddecay += sum_over(up_to(j, i, levels), es * de, SPLIT, PRECISION)
     dsquare = _load_block(squares + C * C, half, half)
     de, dk, ddecay = _levels(es, ks, decay, de, dk, ddecay, dsquare, levels, dtype, SPLIT, PRECISION)
+    erase = load_erase(b, stride, cols, K, count, SIGMOID, ERASE, HALF)
     store_rows(dk_out, dk + de * erase, stride, cols, K, count, HALF)
     de *= ks
     if SIGMOID:
@@ -170,16 +170,20 @@ def _half_gradient(
 @triton.jit
 def _without_radial(dx, x, norms, stride, K: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr, count):
     """Make the gradient of x / |x|, stored in dx, the one of x. norms [C]: 1 / |x|."""
-    radial = tl.zeros([C], tl.float32)
-    for first in range(0, BK, BS):
-        cols = first + tl.arange(0, BS)
-        unit = load_unit(x, norms, stride, cols, K, count, C)
-        radial += tl.sum(unit * load_rows(dx, stride, cols, K, count, C), 1)
-    for first in range(0, BK, BS):
-        cols = first + tl.arange(0, BS)
-        grad = load_rows(dx, stride, cols, K, count, C)
-        grad -= load_unit(x, norms, stride, cols, K, count, C) * radial[:, None]
-        store_rows(dx, tl.load(norms + tl.arange(0, C))[:, None] * grad, stride, cols, K, count, C)
+    for half in tl.range(C // HALF, disable_licm=True):
+        here = half.to(tl.int64) * HALF * stride
+        left = count - half * HALF
+        radial = tl.zeros([HALF], tl.float32)
+        for first in tl.range(0, BK, BS, disable_licm=True):
+            cols = first + tl.arange(0, BS)
+            unit = load_unit(x + here, norms + half * HALF, stride, cols, K, left, HALF)
+            radial += tl.sum(unit * load_rows(dx + here, stride, cols, K, left, HALF), 1)
+        for first in tl.range(0, BK, BS, disable_licm=True):
+            cols = first + tl.arange(0, BS)
+            grad = load_rows(dx + here, stride, cols, K, left, HALF)
+            grad -= load_unit(x + here, norms + half * HALF, stride, cols, K, left, HALF) * radial[:, None]
+            grad *= tl.load(norms + half * HALF + tl.arange(0, HALF))[:, None]
+            store_rows(dx + here, grad, stride, cols, K, left, HALF)
 
 
 @triton.jit
@@ -241,9 +245,7 @@ def gradient_kernel(
         columns *= tl.exp(sum_over(after(i, j, levels), decay, SPLIT, PRECISION))
         dlog2 = tl.sum(columns * dk1, 0) + total1 * dtotal
         columns = cast(columns, dtype)
-        decay, _ = load_log_decay(
-            g + offset2, stride, cols, K, count - HALF, A_log, dt_bias, resets2, GATE, HALF
-        )
+        decay, _ = load_log_decay(g + offset2, stride, cols, K, count - HALF, A_log, dt_bias, resets2, GATE, HALF)
         total2 = tl.exp(tl.sum(decay, 0))
         before = tl.exp(sum_over(up_to(i, j, levels), decay, SPLIT, PRECISION))
         rows = scale * load_unit(q + offset2, norm_q2, stride, cols, K, count - HALF, HALF) * before
@@ -263,9 +265,7 @@ def gradient_kernel(
         dqs, des, dks, _, _ = _state_gradients(
             do, R, dZ, states, dstates, i_c, start, count, h, cols, 0, H, HV, K, V, BS, BV, dtype, PRECISION
         )
-        decay, _ = load_log_decay(
-            g + offset2, stride, cols, K, count - HALF, A_log, dt_bias, resets2, GATE, HALF
-        )
+        decay, _ = load_log_decay(g + offset2, stride, cols, K, count - HALF, A_log, dt_bias, resets2, GATE, HALF)
         dks *= tl.exp(tl.sum(decay, 0))[None, :]
         before = tl.exp(sum_over(up_to(i, j, levels), decay, SPLIT, PRECISION))
         rows = scale * load_unit(q + offset2, norm_q2, stride, cols, K, count - HALF, HALF) * before

@@ -1,7 +1,7 @@
 """Kernel: everything of a chunk that does not depend on the state, one program per chunk and key head.
 
-    Q = scale * exp(G) * q    E = exp(G) * b * k    Kt = exp(G_C - G) * k    total = exp(G_C)
-    A_qk, times scale too     A = (I + T)^-1
+Q = scale * exp(G) * q    E = exp(G) * b * k    Kt = exp(G_C - G) * k    total = exp(G_C)
+A_qk, times scale too     A = (I + T)^-1
 """
 
 import triton

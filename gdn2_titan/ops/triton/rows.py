@@ -38,12 +38,12 @@ def chunk_of(i_c, ends, cu_seqlens, T, NT, N, PACKED: tl.constexpr):
         before = tl.load(ends + n - 1, mask=there & (n > 0), other=0)
         start = tl.load(cu_seqlens + n, mask=there, other=0).to(tl.int64) + (i_c - before) * C
         stop = tl.load(cu_seqlens + n + 1, mask=there, other=0).to(tl.int64)
-        count = tl.where(there, tl.minimum(stop - start, C), 0)
+        count = tl.where(there, tl.minimum(stop - start, C), 0).to(tl.int32)
     else:
         n = i_c // NT
         inside = (i_c % NT) * C
         start = n.to(tl.int64) * T + inside
-        count = tl.minimum(T - inside, C).to(tl.int64)
+        count = tl.minimum(T - inside, C)
     return n, start, count
 
 

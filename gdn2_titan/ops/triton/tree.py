@@ -9,7 +9,8 @@ sums g over the tokens j of ``level(i, j, depth)``, which a product with that 0/
 numbers of one sign do not cancel, and no difference of sums is ever taken. The gradient goes down the same matrices.
 
 A chunk is worked on as two halves of HALF tokens and the corner that joins them, so that every square fits in few
-registers. The loops over levels are not unrolled for the same reason.
+registers. For the same reason the loops over levels are not unrolled, and their number is read from memory each time:
+masks that the compiler can compute in advance it keeps, and spills everything else.
 """
 
 import triton
