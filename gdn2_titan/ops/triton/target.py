@@ -53,6 +53,9 @@ def arch(x):
     return 10 * major + minor
 
 
-def precision(architecture):
-    """How ``dot`` multiplies fp32: three TF32 products keep 21 bits; AMD's matrix cores take fp32 as it is."""
-    return "tf32x3" if isinstance(architecture, int) and architecture else "ieee"
+def precision(architecture, dtype):
+    """How fp32 is multiplied in kernels of this dtype: on NVIDIA as TF32, three products for fp32 tensors, which keep
+    21 bits; AMD's matrix cores and the interpreter take fp32 as it is."""
+    if not isinstance(architecture, int) or not architecture:
+        return "ieee"
+    return "tf32x3" if dtype == torch.float32 else "tf32"

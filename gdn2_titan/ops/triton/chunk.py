@@ -1,0 +1,150 @@
+"""Launches of the chunkwise kernels: two for the forward, four for the backward, which recomputes from the inputs.
+
+forward    prepare -> scan, which writes o and the final state
+backward   prepare -> scan, which writes R and the state at each chunk -> reverse -> gradient
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from ..flops import CHUNK
+from ..gates import compute_dtype
+from ..validation import check_cu_seqlens
+from . import launching, target
+from .gradient import gradient_kernel
+from .prepare import prepare_kernel
+from .scan import reverse_kernel, scan_kernel
+
+__all__ = ["chunk_backward", "chunk_forward"]
+
+
+def _config(**options):
+    return options
+
+
+@dataclass(frozen=True)
+class Call:
+    """What every launch of one call shares."""
+
+    spans: dict  # cu_seqlens, ends, T, NT
+    sizes: dict  # H, K, BK, PACKED, PRECISION
+    chunks: int  # at least as many as there are
+    sequences: int
+    arch: int | str
+
+
+def _call(q, v, cu_seqlens):
+    B, T, H, K = q.shape
+    ends, N, NT = None, B, triton.cdiv(T, CHUNK)
+    chunks = B * NT
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, T)
+        N = cu_seqlens.shape[0] - 1
+        ends = ((cu_seqlens.diff() + CHUNK - 1) // CHUNK).cumsum(0)
+        chunks = T // CHUNK + N  # known without reading cu_seqlens; programs past the last chunk return at once
+    architecture = target.arch(q)
+    precision = target.precision(architecture, q.dtype)
+    sizes = dict(H=H, K=K, BK=max(16, triton.next_power_of_2(K)), PACKED=cu_seqlens is not None, PRECISION=precision)
+    return Call(dict(cu_seqlens=cu_seqlens, ends=ends, T=T, NT=NT), sizes, chunks, N, architecture)
+
+
+def _activation(q, options):
+    """Constants of the kernels that read raw inputs."""
+    return dict(
+        L2NORM=options["l2norm"], GATE=options["gate"], SIGMOID=options["sigmoid"], ERASE=options["erase_scale"],
+        SPLIT=q.dtype != torch.float32,
+    )  # fmt: skip
+
+
+def _prepare(call, q, k, g, b, A_log, dt_bias, resets, options):
+    """Q, E, Kt, total, A_qk, A by name."""
+    H, BK = call.sizes["H"], call.sizes["BK"]
+    wide, square = (call.chunks, H, CHUNK, BK), (call.chunks, H, CHUNK, CHUNK)
+    out = {name: q.new_empty(wide) for name in ("Q", "E", "Kt")}
+    out["total"] = q.new_empty(wide[:2] + wide[3:], dtype=torch.float32)
+    out |= {name: q.new_empty(square) for name in ("A_qk", "A")}
+    launching.launch(
+        prepare_kernel, lambda meta: (call.chunks, H), (dict(BS=min(BK, 64), num_warps=8, num_stages=1),),
+        dict(q=q, k=k, g=g, b=b, A_log=A_log, dt_bias=dt_bias, resets=resets, N=call.sequences) | call.spans | out,
+        call.sizes | _activation(q, options),
+    )  # fmt: skip
+    return out
+
+
+def _slices(V):
+    return min(max(16, triton.next_power_of_2(V)), 128)
+
+
+def _scan(call, prepared, v, w, initial_state, scale, sigmoid, o=None, final_state=None, R=None, states=None):
+    HV, V = v.shape[2:]
+    launching.launch(
+        scan_kernel, lambda meta: (triton.cdiv(V, meta["BV"]), call.sequences * HV),
+        (dict(BV=_slices(V), num_warps=8, num_stages=2),),
+        dict(v=v, w=w, initial_state=initial_state, scale=scale, o=o, final_state=final_state, R=R, states=states)
+        | call.spans | prepared,
+        call.sizes | dict(HV=HV, V=V, SIGMOID=sigmoid),
+    )  # fmt: skip
+
+
+def _contiguous(*tensors):
+    return [None if x is None else x.contiguous() for x in tensors]
+
+
+def chunk_forward(q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets, scale, options):
+    """o [B, T, HV, V] in v's dtype and the final state [N, HV, K, V] fp32. options: those of ``gates.activate``."""
+    q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets = _contiguous(
+        q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets
+    )
+    call = _call(q, v, cu_seqlens)
+    prepared = _prepare(call, q, k, g, b, A_log, dt_bias, resets, options)
+    o = torch.empty_like(v)
+    final_state = q.new_empty((call.sequences, v.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)
+    _scan(call, prepared, v, w, initial_state, scale, options["sigmoid"], o=o, final_state=final_state)
+    return o, final_state
+
+
+def chunk_backward(
+    do, dfinal_state, q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets, scale, options
+):
+    """Gradients (dq, dk, dv, dg, db, dw, dA_log, ddt_bias, dinitial_state) in the dtype of their input; the last
+    three None where the input is. do [B, T, HV, V] or None, dfinal_state [N, HV, K, V] or None."""
+    do, dfinal_state, q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets = _contiguous(
+        do, dfinal_state, q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets
+    )
+    (H, K), (HV, V) = q.shape[2:], v.shape[2:]
+    call = _call(q, v, cu_seqlens)
+    prepared = _prepare(call, q, k, g, b, A_log, dt_bias, resets, options)
+    R, dZ = torch.empty_like(v), torch.empty_like(v)
+    states, dstates = (q.new_empty(call.chunks, HV, K, V) for _ in range(2))
+    _scan(call, prepared, v, w, initial_state, scale, options["sigmoid"], R=R, states=states)
+    dinitial_state = None if initial_state is None else torch.empty_like(initial_state)
+    launching.launch(
+        reverse_kernel, lambda meta: (triton.cdiv(V, meta["BV"]), call.sequences * HV),
+        (dict(BV=_slices(V), num_warps=8, num_stages=2),),
+        dict(
+            do=do, dfinal_state=dfinal_state, scale=scale, dZ=dZ, dstates=dstates, dinitial_state=dinitial_state
+        ) | call.spans | prepared,
+        call.sizes | dict(HV=HV, V=V),
+    )  # fmt: skip
+    grads = [torch.empty_like(x) for x in (q, k, v, g, b, w)]
+    parts = dict(dA_log=None, ddt_bias=None)
+    if options["gate"]:
+        # Of chunks that there are not (see _call) nothing is written.
+        new = q.new_empty if cu_seqlens is None else q.new_zeros
+        parts["dA_log"] = new((call.chunks, H), dtype=torch.float32)
+        if dt_bias is not None:
+            parts["ddt_bias"] = new((call.chunks, H, K), dtype=torch.float32)
+    launching.launch(
+        gradient_kernel, lambda meta: (call.chunks, H),
+        (dict(BS=min(call.sizes["BK"], 64), BV=min(_slices(V), 64), num_warps=8, num_stages=1),),
+        dict(
+            q=q, k=k, v=v, g=g, b=b, w=w, A_log=A_log, dt_bias=dt_bias, resets=resets, N=call.sequences, scale=scale,
+            do=do, R=R, dZ=dZ, states=states, dstates=dstates,
+        ) | call.spans | parts | dict(zip(("dq", "dk", "dv", "dg", "db", "dw"), grads, strict=True)),
+        call.sizes | dict(HV=HV, V=V) | _activation(q, options),
+    )  # fmt: skip
+    dA_log = None if A_log is None else parts["dA_log"].sum(0).to(A_log.dtype)
+    ddt_bias = None if dt_bias is None else parts["ddt_bias"].sum(0).to(dt_bias.dtype).view(dt_bias.shape)
+    return (*grads, dA_log, ddt_bias, dinitial_state)

@@ -1,0 +1,105 @@
+"""Device functions: where a chunk's tokens lie, and the raw inputs made into what the recurrence reads."""
+
+import triton
+import triton.language as tl
+
+from ..flops import CHUNK
+from ..gates import NORM_EPS
+
+__all__ = [
+    "C", "RESET", "chunk_of", "inverse_norms", "load_log_decay", "load_reset", "load_rows", "softplus", "store_rows",
+]  # fmt: skip
+
+C = tl.constexpr(CHUNK)
+EPS = tl.constexpr(NORM_EPS)
+# exp of it is exactly 0, and sums of 64 of it are far from overflow: a finite stand-in for -inf, whose products with
+# the zeros of a mask would be NaN. No sum of decays is ever subtracted from another, so its size does no harm.
+RESET = tl.constexpr(-1e4)
+
+
+@triton.jit
+def chunk_of(i_c, ends, cu_seqlens, T, NT, N, PACKED: tl.constexpr):
+    """Sequence, first token [row of the flat B * T] and number of tokens of chunk i_c; no tokens: no such chunk.
+
+    NT: chunks per sequence of T tokens. Packed: ends [N], the number of chunks up to and including each sequence."""
+    if PACKED:
+        low = 0
+        high = N
+        while low < high:  # the first sequence that ends after the chunk begins
+            middle = (low + high) // 2
+            if tl.load(ends + middle) > i_c:
+                high = middle
+            else:
+                low = middle + 1
+        n = low
+        there = n < N
+        before = tl.load(ends + n - 1, mask=there & (n > 0), other=0)
+        start = tl.load(cu_seqlens + n, mask=there, other=0).to(tl.int64) + (i_c - before) * C
+        stop = tl.load(cu_seqlens + n + 1, mask=there, other=0).to(tl.int64)
+        count = tl.where(there, tl.minimum(stop - start, C), 0)
+    else:
+        n = i_c // NT
+        inside = (i_c % NT) * C
+        start = n.to(tl.int64) * T + inside
+        count = tl.minimum(T - inside, C).to(tl.int64)
+    return n, start, count
+
+
+@triton.jit
+def load_rows(x, stride, cols, D, count):
+    """Rows of a chunk in fp32, zeros past its end: [C, BLOCK]. x: at the first row and head; cols [BLOCK] of D."""
+    rows = tl.arange(0, C)
+    inside = (rows < count)[:, None] & (cols < D)[None, :]
+    return tl.load(x + rows[:, None] * stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_rows(x, value, stride, cols, D, count):
+    rows = tl.arange(0, C)
+    inside = (rows < count)[:, None] & (cols < D)[None, :]
+    tl.store(x + rows[:, None] * stride + cols[None, :], value.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def inverse_norms(x, stride, D, BD: tl.constexpr, BS: tl.constexpr, count):
+    """1 / sqrt(sum of squares + eps) of each row of a chunk [C], BS columns at a time."""
+    squares = tl.zeros([C], tl.float32)
+    for first in range(0, BD, BS):
+        rows = load_rows(x, stride, first + tl.arange(0, BS), D, count)
+        squares += tl.sum(rows * rows, 1)
+    return tl.rsqrt(squares + EPS)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)), to fp32 rounding also where it is small: 2 atanh(u / (2 + u)) as a series, u = exp(-|x|)."""
+    u = tl.exp(-tl.abs(x))
+    z = u / (2.0 + u)
+    s = z * z
+    series = 1.0 + s * (1 / 3 + s * (1 / 5 + s * (1 / 7 + s * (1 / 9 + s * (1 / 11 + s * (1 / 13 + s / 15))))))
+    return tl.maximum(x, 0.0) + 2.0 * z * series
+
+
+@triton.jit
+def load_reset(resets, start, count):
+    """Which rows of a chunk [C] begin a document."""
+    rows = tl.arange(0, C)
+    return tl.load(resets + start + rows, mask=rows < count, other=0) != 0
+
+
+@triton.jit
+def load_log_decay(g, stride, cols, K, count, start, A_log, dt_bias, resets, GATE: tl.constexpr):
+    """Log-decays of a chunk [C, BLOCK], no less than RESET; and g + dt_bias, which the gate's gradient needs.
+
+    g: at the first row and head; A_log, dt_bias: at the head."""
+    x = load_rows(g, stride, cols, K, count)
+    decay = x
+    if GATE:
+        if dt_bias is not None:
+            x += tl.load(dt_bias + cols, mask=cols < K, other=0.0).to(tl.float32)[None, :]
+        decay = -tl.exp(tl.load(A_log).to(tl.float32)) * softplus(x)
+    inside = (tl.arange(0, C) < count)[:, None] & (cols < K)[None, :]
+    decay = tl.where(inside, tl.where(decay < RESET, RESET, decay), 0.0)  # a NaN stays one
+    if resets is not None:
+        decay = tl.where(load_reset(resets, start, count)[:, None], RESET, decay)
+    return decay, x
