@@ -1,10 +1,10 @@
 """Compile the kernels for GPUs that are not here, and read in the machine code what they take.
 
-    python benchmarks/aot.py --target sm_90 --op chunk --kind bf16 --size 128       # one JSON object a line
+    python benchmarks/aot.py --target sm_90 --op chunk --kind bf16 --size 128
 
 Each launch that the calls of ``CASES`` would make on a target is compiled by Triton's own path, specialisation of
-arguments included, by its warm-up entry under a driver that only knows the target's name. One line holds the kernel, its
-configuration, the registers of a thread, what spilled, shared memory and the matrix instructions.
+arguments included: by its warm-up entry, under a driver that knows nothing but the target. A line a kernel: its
+configuration, registers of a thread, what spilled, shared memory, matrix instructions, and what is wrong, if anything.
 Without TRITON_INTERPRET: Triton decides when it decorates a kernel whether it will be compiled.
 """
 
@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import re
 import subprocess
-import sys
 import tempfile
 
 import torch
@@ -30,6 +29,7 @@ from gdn2_titan import ops
 __all__ = ["CASES", "OPS", "TARGETS", "reports"]
 
 KB = 1024
+TENSOR_MEMORY = 512  # columns, of a program on sm_100; for a kernel that wants more Triton emits a trap
 # Name: what ``target.arch`` returns there, what Triton calls it, the shared memory of one program.
 TARGETS = {
     "sm_80": (80, GPUTarget("cuda", 80, 32), 163 * KB),
@@ -149,10 +149,10 @@ def _hip_resources(compiled):
 
 
 OPERAND = r"(?:tensor|!ttg\.memdesc)<(\d+)x(\d+)x(\w+)"
-DOT = re.compile(rf"\b(tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma)\b.* : {OPERAND}.*?, {OPERAND}")
+DOT = re.compile(rf"\b(tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma)\b.* : {OPERAND}.*?>(?: \*|,) {OPERAND}")
 
 
-def _dots(text):
+def _products(text):
     """The products in the target's own IR, e.g. "wgmma 64x128x64 bf16" (rows, columns, inner) -> how many."""
     names = {"tt.dot": "mma", "ttng.warp_group_dot": "wgmma", "ttng.tc_gen5_mma": "tcgen05"}
     found = collections.Counter()
@@ -166,15 +166,32 @@ def _report(launch, config, target):
     compiled = _compile(launch, config, triton_target)
     resources = _cuda_resources if triton_target.backend == "cuda" else _hip_resources
     return {
-        "target": target,
-        "kernel": launch.name,
-        "config": config,
         **resources(compiled),
         "shared": compiled.metadata.shared,
         "shared_limit": limit,
-        "products": compiled.asm["ttir"].count("tt.dot "),
-        "dots": _dots(compiled.asm["ttgir"]),
+        "tensor_memory": getattr(compiled.metadata, "tmem_size", 0),
+        "products": _products(compiled.asm["ttgir"]),
     }
+
+
+def faults(report):
+    """What of a report breaks the promise made for every default configuration; one sentence each."""
+    if "error" in report:
+        return [f"does not compile: {report['error']}"]
+    found = []
+    if report["spilled"] or report["spill_instructions"]:
+        found.append(f"spills {report['spilled']} bytes in {report['spill_instructions']} places")
+    if report["shared"] > report["shared_limit"]:
+        found.append(f"wants {report['shared']} bytes of shared memory of {report['shared_limit']}")
+    if report["tensor_memory"] > TENSOR_MEMORY:
+        found.append(f"wants {report['tensor_memory']} columns of tensor memory of {TENSOR_MEMORY}")
+    if report["products"] and not report["matrix"]:
+        found.append("multiplies without tensor cores")
+    if report["target"] == "sm_90":
+        # A warp group takes 64 rows at a time, so smaller products have no choice.
+        slow = [x for x in report["products"] if re.fullmatch(r"mma (64|128|256)x\S+ b?f16", x)]
+        found += [f"multiplies {x} without wgmma" for x in slow]
+    return found
 
 
 def case_reports(target, case, all_candidates=False):
@@ -185,7 +202,12 @@ def case_reports(target, case, all_candidates=False):
     found = []
     for launch in launches:
         for config in launch.candidates if all_candidates else launch.candidates[:1]:
-            report = {"op": op, "kind": kind, "size": size, "options": options} | _report(launch, config, target)
+            report = {"op": op, "kind": kind, "size": size, "options": options, "target": target}
+            report |= {"kernel": launch.name, "config": config}
+            try:
+                report |= _report(launch, config, target)
+            except Exception as error:  # whatever Triton or an assembler raises: one kernel must not hide the others
+                report["error"] = f"{type(error).__name__}: {error}"
             if report not in found:
                 found.append(report)
     return found
@@ -201,22 +223,27 @@ def reports(targets, cases, all_candidates=False, workers=2):
             yield from task.result()
 
 
+def _line(report):
+    case = "{target:>6} {op} {kind} {size} {options}: {kernel} {config}".format(**report)
+    if "error" not in report:
+        case += ", {registers} registers, {shared} bytes shared, {matrix}".format(**report)
+    return "\n    ".join([case, *faults(report)])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, values in (("target", TARGETS), ("op", OPS), ("kind", KINDS), ("size", SIZES), ("options", OPTIONS)):
-        parser.add_argument(f"--{name}", nargs="*", type=type(next(iter(values))), choices=list(values),
-                            default=list(values))  # fmt: skip
+    axes = {"op": OPS, "kind": KINDS, "size": SIZES, "options": OPTIONS}
+    for name, values in (axes | {"target": TARGETS}).items():
+        values = list(values)
+        parser.add_argument(f"--{name}", nargs="*", type=type(values[0]), choices=values, default=values)
     parser.add_argument("--all-candidates", action="store_true", help="not only the default configurations")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     parser.add_argument("--workers", type=int, default=2)
     chosen = parser.parse_args()
-    cases = [
-        case
-        for case in CASES
-        if all(value in getattr(chosen, name) for name, value in zip(("op", "kind", "size", "options"), case, strict=True))
-    ]  # fmt: skip
+    cases = [case for case in CASES if all(x in getattr(chosen, name) for name, x in zip(axes, case, strict=True))]
     for report in reports(chosen.target, cases, chosen.all_candidates, chosen.workers):
-        print(json.dumps(report), flush=True)
+        print(json.dumps(report | {"faults": faults(report)}) if chosen.json else _line(report), flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
