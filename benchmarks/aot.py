@@ -194,14 +194,22 @@ def faults(report):
     return found
 
 
-def case_reports(target, case, all_candidates=False):
-    """One dict for each kernel that the case starts on the target, at its default configuration or at all of them."""
+def _configs(launch, all_candidates, changes):
+    candidates = launch.candidates if all_candidates else launch.candidates[:1]
+    return [config | {name: x for name, x in changes.items() if name in config} for config in candidates]
+
+
+def case_reports(target, case, kernels=None, all_candidates=False, changes=None):
+    """One dict for each kernel that the case starts on the target, at its default configuration or at all of them.
+    kernels: names of those wanted. changes: of the configurations, by name."""
     op, kind, size, options = case
     with recorded(TARGETS[target][0]) as launches:
         OPS[op](kind, size, OPTIONS[options])
     found = []
     for launch in launches:
-        for config in launch.candidates if all_candidates else launch.candidates[:1]:
+        if kernels and launch.name not in kernels:
+            continue
+        for config in _configs(launch, all_candidates, changes or {}):
             report = {"op": op, "kind": kind, "size": size, "options": options, "target": target}
             report |= {"kernel": launch.name, "config": config}
             try:
@@ -213,12 +221,12 @@ def case_reports(target, case, all_candidates=False):
     return found
 
 
-def reports(targets, cases, all_candidates=False, workers=2):
-    """The reports of all cases on all targets, as they are ready."""
+def reports(targets, cases, *options, workers=2):
+    """The reports of all cases on all targets, as they are ready. options: of ``case_reports``."""
     # A process that compiled a large kernel keeps its memory: fresh ones after a while.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, context, max_tasks_per_child=16) as pool:
-        tasks = [pool.submit(case_reports, target, case, all_candidates) for target in targets for case in cases]
+        tasks = [pool.submit(case_reports, target, case, *options) for target in targets for case in cases]
         for task in tasks:
             yield from task.result()
 
@@ -236,12 +244,15 @@ def main():
     for name, values in (axes | {"target": TARGETS}).items():
         values = list(values)
         parser.add_argument(f"--{name}", nargs="*", type=type(values[0]), choices=values, default=values)
+    parser.add_argument("--kernel", nargs="*", help="names of kernels")
     parser.add_argument("--all-candidates", action="store_true", help="not only the default configurations")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=NUMBER", help="change the configurations")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     parser.add_argument("--workers", type=int, default=2)
     chosen = parser.parse_args()
     cases = [case for case in CASES if all(x in getattr(chosen, name) for name, x in zip(axes, case, strict=True))]
-    for report in reports(chosen.target, cases, chosen.all_candidates, chosen.workers):
+    changes = {name: int(x) for name, x in (change.split("=") for change in chosen.set)}
+    for report in reports(chosen.target, cases, chosen.kernel, chosen.all_candidates, changes, workers=chosen.workers):
         print(json.dumps(report | {"faults": faults(report)}) if chosen.json else _line(report), flush=True)
 
 
