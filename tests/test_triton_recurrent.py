@@ -184,6 +184,17 @@ def test_steps_of_one_token_in_place_equal_the_whole_sequence(device):
     assert_close({"o": torch.cat(outs, 1).cpu(), "final_state": state.cpu()}, want, 1e-5)
 
 
+def test_nothing_is_written_outside_the_state_in_place(device):
+    inputs = moved(make(B=2, T=2, K=5, V=3, dtype=FP32), device)
+    want = recurrent_gdn2(**inputs, output_final_state=True, backend="triton")
+    state = inputs.pop("initial_state")
+    cache = torch.full((3, *state.shape), torch.nan, device=device)
+    cache[1] = state
+    o = recurrent_gdn2_(**inputs, state=cache[1], backend="triton")
+    assert torch.equal(o, want[0]) and torch.equal(cache[1], want[1])
+    assert cache[[0, 2]].isnan().all()
+
+
 def test_inputs_are_left_alone_and_results_are_contiguous_memory_of_their_own(device):
     inputs = moved(make(B=1, T=1, H=1, groups=2, **RAW, dtype=FP32), device)
     before = {n: inputs[n].clone() for n in leaves(inputs)}
