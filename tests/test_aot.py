@@ -59,6 +59,6 @@ def test_no_kernel_spills_or_outgrows_the_target_or_multiplies_without_tensor_co
 
 
 def test_a_configuration_that_spills_is_found_out():
-    reports = compiled("--target", "sm_90", "--op", "chunk", "--kind", "bf16", "--size", "128", "--options", "plain",
-                       "--set", "num_warps=2")  # fmt: skip
+    reports = compiled("--target", "sm_90", "--op", "decode", "--kind", "bf16", "--size", "256",
+                       "--set", "num_warps=1")  # fmt: skip
     assert any("spills" in fault for report in reports for fault in report["faults"])
