@@ -9,24 +9,16 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import chunked
+from .dispatch import use_triton
 from .flops import backward_flops, forward_flops
 from .gates import activate, compute_dtype
 from .reference import recur_packed
-from .triton.target import check_target
 
 __all__ = ["chunk_gdn2_op", "recurrent_gdn2_op", "recurrent_gdn2_inplace_op"]
 
 
 def _options(l2norm, gate, sigmoid, erase_scale):
     return {"l2norm": l2norm, "gate": gate, "sigmoid": sigmoid, "erase_scale": erase_scale}
-
-
-def use_triton(name, x, backend, head_sizes=()):
-    """Whether the Triton kernels serve a call on the argument ``name``; ValueError where they should and cannot."""
-    if backend == "torch" or (backend == "auto" and (x.device.type != "cuda" or x.dtype == torch.float64)):
-        return False
-    check_target(name, x, head_sizes)
-    return True
 
 
 def _kernels(q, v, backend):
