@@ -10,12 +10,12 @@ import torch
 import triton
 
 from ..flops import CHUNK
-from ..gates import compute_dtype
 from ..validation import check_cu_seqlens
 from . import launching, target
 from .gradient import gradient_kernel
 from .prepare import prepare_kernel
 from .scan import reverse_kernel, scan_kernel
+from .tree import LEVELS
 
 __all__ = ["chunk_backward", "chunk_forward"]
 
@@ -58,7 +58,7 @@ def _activation(q, options):
     )  # fmt: skip
 
 
-def _prepare(call, q, k, g, b, A_log, dt_bias, resets, options):
+def _prepare(call, q, k, g, b, A_log, dt_bias, resets, scale, options):
     """Q, E, Kt, total, A_qk, A by name."""
     H, BK = call.sizes["H"], call.sizes["BK"]
     wide, square = (call.chunks, H, CHUNK, BK), (call.chunks, H, CHUNK, CHUNK)
@@ -66,8 +66,9 @@ def _prepare(call, q, k, g, b, A_log, dt_bias, resets, options):
     out["total"] = q.new_empty(wide[:2] + wide[3:], dtype=torch.float32)
     out |= {name: q.new_empty(square) for name in ("A_qk", "A")}
     launching.launch(
-        prepare_kernel, lambda meta: (call.chunks, H), (dict(BS=min(BK, 64), num_warps=8, num_stages=1),),
-        dict(q=q, k=k, g=g, b=b, A_log=A_log, dt_bias=dt_bias, resets=resets, N=call.sequences) | call.spans | out,
+        prepare_kernel, lambda meta: (call.chunks, H), (dict(BS=min(BK, 32), num_warps=4, num_stages=1),),
+        dict(q=q, k=k, g=g, b=b, A_log=A_log, dt_bias=dt_bias, resets=resets, N=call.sequences, scale=scale, levels=LEVELS.value)
+        | call.spans | out,
         call.sizes | _activation(q, options),
     )  # fmt: skip
     return out
@@ -77,12 +78,12 @@ def _slices(V):
     return min(max(16, triton.next_power_of_2(V)), 128)
 
 
-def _scan(call, prepared, v, w, initial_state, scale, sigmoid, o=None, final_state=None, R=None, states=None):
+def _scan(call, prepared, v, w, initial_state, sigmoid, o=None, final_state=None, R=None, states=None):
     HV, V = v.shape[2:]
     launching.launch(
         scan_kernel, lambda meta: (triton.cdiv(V, meta["BV"]), call.sequences * HV),
         (dict(BV=_slices(V), num_warps=8, num_stages=2),),
-        dict(v=v, w=w, initial_state=initial_state, scale=scale, o=o, final_state=final_state, R=R, states=states)
+        dict(v=v, w=w, initial_state=initial_state, o=o, final_state=final_state, R=R, states=states)
         | call.spans | prepared,
         call.sizes | dict(HV=HV, V=V, SIGMOID=sigmoid),
     )  # fmt: skip
@@ -98,10 +99,10 @@ def chunk_forward(q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, r
         q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets
     )
     call = _call(q, v, cu_seqlens)
-    prepared = _prepare(call, q, k, g, b, A_log, dt_bias, resets, options)
+    prepared = _prepare(call, q, k, g, b, A_log, dt_bias, resets, scale, options)
     o = torch.empty_like(v)
     final_state = q.new_empty((call.sequences, v.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)
-    _scan(call, prepared, v, w, initial_state, scale, options["sigmoid"], o=o, final_state=final_state)
+    _scan(call, prepared, v, w, initial_state, options["sigmoid"], o=o, final_state=final_state)
     return o, final_state
 
 
@@ -115,16 +116,16 @@ def chunk_backward(
     )
     (H, K), (HV, V) = q.shape[2:], v.shape[2:]
     call = _call(q, v, cu_seqlens)
-    prepared = _prepare(call, q, k, g, b, A_log, dt_bias, resets, options)
+    prepared = _prepare(call, q, k, g, b, A_log, dt_bias, resets, scale, options)
     R, dZ = torch.empty_like(v), torch.empty_like(v)
     states, dstates = (q.new_empty(call.chunks, HV, K, V) for _ in range(2))
-    _scan(call, prepared, v, w, initial_state, scale, options["sigmoid"], R=R, states=states)
+    _scan(call, prepared, v, w, initial_state, options["sigmoid"], R=R, states=states)
     dinitial_state = None if initial_state is None else torch.empty_like(initial_state)
     launching.launch(
         reverse_kernel, lambda meta: (triton.cdiv(V, meta["BV"]), call.sequences * HV),
         (dict(BV=_slices(V), num_warps=8, num_stages=2),),
         dict(
-            do=do, dfinal_state=dfinal_state, scale=scale, dZ=dZ, dstates=dstates, dinitial_state=dinitial_state
+            do=do, dfinal_state=dfinal_state, dZ=dZ, dstates=dstates, dinitial_state=dinitial_state
         ) | call.spans | prepared,
         call.sizes | dict(HV=HV, V=V),
     )  # fmt: skip
@@ -138,10 +139,12 @@ def chunk_backward(
             parts["ddt_bias"] = new((call.chunks, H, K), dtype=torch.float32)
     launching.launch(
         gradient_kernel, lambda meta: (call.chunks, H),
-        (dict(BS=min(call.sizes["BK"], 64), BV=min(_slices(V), 64), num_warps=8, num_stages=1),),
+        (dict(BS=min(call.sizes["BK"], 32), BV=min(_slices(V), 64), num_warps=4, num_stages=1),),
         dict(
             q=q, k=k, v=v, g=g, b=b, w=w, A_log=A_log, dt_bias=dt_bias, resets=resets, N=call.sequences, scale=scale,
+            levels=LEVELS.value,
             do=do, R=R, dZ=dZ, states=states, dstates=dstates,
+            squares=q.new_empty(call.chunks, H, 2, CHUNK, CHUNK),
         ) | call.spans | parts | dict(zip(("dq", "dk", "dv", "dg", "db", "dw"), grads, strict=True)),
         call.sizes | dict(HV=HV, V=V) | _activation(q, options),
     )  # fmt: skip

@@ -1,90 +1,172 @@
 """Kernel: everything of a chunk that does not depend on the state, one program per chunk and key head.
 
-Q = exp(G) * q    E = exp(G) * b * k    Kt = exp(G_C - G) * k    total = exp(G_C)    A_qk    A = (I + T)^-1
+    Q = scale * exp(G) * q    E = exp(G) * b * k    Kt = exp(G_C - G) * k    total = exp(G_C)
+    A_qk, times scale too     A = (I + T)^-1
 """
 
 import triton
 import triton.language as tl
 
-from .products import dot
+from .products import cast, dot
 from .rows import C, chunk_of, inverse_norms, load_log_decay, load_rows
-from .tree import LEVELS, after, corner, level, pairs, sum_over, up_to
+from .tree import HALF, after, corner, level, pairs, sum_over, up_to
 
-__all__ = ["prepare_kernel"]
+__all__ = ["load_half", "prepare_kernel"]
 
 
 @triton.jit
-def _inverse(T, PRECISION: tl.constexpr):
-    """(I + T)^-1 of a strictly lower triangular T [C, C]: joined from the inverses of halves, which no power of T is."""
+def load_half(
+    q, k, g, b, A_log, dt_bias, resets, norm_q, norm_k, stride, cols, K, count, scale,
+    L2NORM: tl.constexpr, GATE: tl.constexpr, SIGMOID: tl.constexpr, ERASE: tl.constexpr,
+):  # fmt: skip
+    """scale * q, k, b, log-decay [HALF, BLOCK] as the recurrence reads them, and g + dt_bias."""
+    qs = scale * load_rows(q, stride, cols, K, count, HALF)
+    ks = load_rows(k, stride, cols, K, count, HALF)
+    if L2NORM:
+        qs *= norm_q[:, None]
+        ks *= norm_k[:, None]
+    erase = load_rows(b, stride, cols, K, count, HALF)
+    if SIGMOID:
+        erase = ERASE * tl.sigmoid(erase)
+    decay, raw = load_log_decay(g, stride, cols, K, count, A_log, dt_bias, resets, GATE, HALF)
+    return qs, ks, erase, decay, raw
+
+
+@triton.jit
+def _half_products(
+    q, k, g, b, A_log, dt_bias, resets, norm_q, norm_k, stride, count, scale, levels,
+    K: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr,
+    L2NORM: tl.constexpr, GATE: tl.constexpr, SIGMOID: tl.constexpr, ERASE: tl.constexpr,
+    dtype: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A_qk and T within half a chunk [HALF, HALF]."""
     i, j = pairs()
-    X = (i == j).to(tl.float32)
-    for n in tl.static_range(LEVELS):
-        corner_T = tl.where(corner(i, j, 1 << n), T, 0.0)
-        X -= dot(dot(X, corner_T, PRECISION), X, PRECISION)
+    products = tl.zeros([HALF, HALF], tl.float32)
+    triangle = tl.zeros([HALF, HALF], tl.float32)
+    for first in range(0, BK, BS):
+        cols = first + tl.arange(0, BS)
+        qs, ks, erase, decay, _ = load_half(
+            q, k, g, b, A_log, dt_bias, resets, norm_q, norm_k, stride, cols, K, count, scale,
+            L2NORM, GATE, SIGMOID, ERASE,
+        )  # fmt: skip
+        products += tl.where(i == j, tl.sum(qs * ks, 1)[:, None], 0.0)
+        for depth in range(levels):
+            factor = tl.exp(sum_over(level(i, j, depth), decay, SPLIT, PRECISION))
+            columns = tl.trans(cast(ks * factor, dtype))
+            inside = corner(i, j, depth)
+            products += tl.where(inside, dot(cast(qs * factor, dtype), columns, PRECISION), 0.0)
+            triangle += tl.where(inside, dot(cast(erase * ks * factor, dtype), columns, PRECISION), 0.0)
+    return products, triangle
+
+
+@triton.jit
+def _inverse(T, levels, PRECISION: tl.constexpr):
+    """(I + T)^-1 of a strictly lower triangular T [HALF, HALF], joined from the inverses of halves."""
+    i, j = pairs()
+    X = tl.where(i == j, 1.0, 0.0)
+    for depth in range(levels):
+        X -= dot(dot(X, tl.where(corner(i, j, depth), T, 0.0), PRECISION), X, PRECISION)
     return X
 
 
 @triton.jit
+def _store_block(square, row: tl.constexpr, column: tl.constexpr, value):
+    """Write a block [HALF, HALF] of a square [C, C]."""
+    i, j = pairs()
+    tl.store(square + (row * HALF + i) * C + column * HALF + j, cast(value, square.dtype.element_ty))
+
+
+@triton.jit
 def prepare_kernel(
-    q, k, g, b, A_log, dt_bias, resets, cu_seqlens, ends, T, NT, N,
+    q, k, g, b, A_log, dt_bias, resets, cu_seqlens, ends, T, NT, N, scale, levels,
     Q, E, Kt, total, A_qk, A,
-    H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
     PACKED: tl.constexpr, L2NORM: tl.constexpr, GATE: tl.constexpr, SIGMOID: tl.constexpr, ERASE: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """q, k, g, b [B * T, H, K]; Q, E, Kt [NC, H, C, BK]; total [NC, H, BK] fp32; A_qk, A [NC, H, C, C].
 
-    BK: K padded to a power of two, worked on BS channels at a time."""
+    BK: K padded to a power of two, worked on BS channels at a time. Suffixes 1 and 2: the halves of the chunk."""
     i_c = tl.program_id(0)
     h = tl.program_id(1)
     n, start, count = chunk_of(i_c, ends, cu_seqlens, T, NT, N, PACKED)
     if count == 0:
         return
     dtype: tl.constexpr = Q.dtype.element_ty
+    stride: tl.constexpr = H * K
+    half: tl.constexpr = HALF * H * K
     offset = (start * H + h) * K
-    block = i_c.to(tl.int64) * H + h
-    i, j = pairs()
-    rows = tl.arange(0, C)
+    q += offset
+    k += offset
+    g += offset
+    b += offset
+    resets2 = resets
+    if resets is not None:
+        resets += start
+        resets2 = resets + HALF
     if GATE:
         A_log += h
         if dt_bias is not None:
             dt_bias += h * K
+    norm_q1, norm_q2, norm_k1, norm_k2 = None, None, None, None
     if L2NORM:
-        norm_q = inverse_norms(q + offset, H * K, K, BK, BS, count)
-        norm_k = inverse_norms(k + offset, H * K, K, BK, BS, count)
+        norm_q1 = inverse_norms(q, stride, K, BK, BS, count, HALF)
+        norm_q2 = inverse_norms(q + half, stride, K, BK, BS, count - HALF, HALF)
+        norm_k1 = inverse_norms(k, stride, K, BK, BS, count, HALF)
+        norm_k2 = inverse_norms(k + half, stride, K, BK, BS, count - HALF, HALF)
 
-    products = tl.zeros([C, C], tl.float32)
-    triangle = tl.zeros([C, C], tl.float32)
+    # A half after the other, then the corner that joins them: the sums of one of them at a time are in registers.
+    i, j = pairs()
+    block = i_c.to(tl.int64) * H + h
+    A_qk += block * C * C
+    A += block * C * C
+    products, triangle = _half_products(
+        q, k, g, b, A_log, dt_bias, resets, norm_q1, norm_k1, stride, count, scale, levels, K, BK, BS,
+        L2NORM, GATE, SIGMOID, ERASE, dtype, SPLIT, PRECISION,
+    )  # fmt: skip
+    inverse1 = _inverse(triangle, levels, PRECISION)
+    _store_block(A_qk, 0, 0, products)
+    _store_block(A, 0, 0, inverse1)
+    products, triangle = _half_products(
+        q + half, k + half, g + half, b + half, A_log, dt_bias, resets2, norm_q2, norm_k2, stride, count - HALF,
+        scale, levels, K, BK, BS, L2NORM, GATE, SIGMOID, ERASE, dtype, SPLIT, PRECISION,
+    )  # fmt: skip
+    inverse2 = _inverse(triangle, levels, PRECISION)
+    _store_block(A_qk, 1, 1, products)
+    _store_block(A, 1, 1, inverse2)
+
+    products = tl.zeros([HALF, HALF], tl.float32)
+    triangle = tl.zeros([HALF, HALF], tl.float32)
+    _store_block(A_qk, 0, 1, products)
+    _store_block(A, 0, 1, products)
     for first in range(0, BK, BS):
         cols = first + tl.arange(0, BS)
-        qs = load_rows(q + offset, H * K, cols, K, count)
-        ks = load_rows(k + offset, H * K, cols, K, count)
-        if L2NORM:
-            qs *= norm_q[:, None]
-            ks *= norm_k[:, None]
-        es = load_rows(b + offset, H * K, cols, K, count)
-        if SIGMOID:
-            es = ERASE * tl.sigmoid(es)
-        es *= ks
-        decay, _ = load_log_decay(g + offset, H * K, cols, K, count, start, A_log, dt_bias, resets, GATE)
-
-        products += tl.where(i == j, tl.sum(qs * ks, 1)[:, None], 0.0)
-        for n_level in tl.static_range(LEVELS):
-            m: tl.constexpr = 1 << n_level
-            factor = tl.exp(sum_over(level(i, j, m), decay, SPLIT, PRECISION))
-            inside = corner(i, j, m)
-            columns = tl.trans((ks * factor).to(dtype))
-            products += tl.where(inside, dot((qs * factor).to(dtype), columns, PRECISION), 0.0)
-            triangle += tl.where(inside, dot((es * factor).to(dtype), columns, PRECISION), 0.0)
-
-        place = block * C * BK + rows[:, None] * BK + cols[None, :]
-        factor = tl.exp(sum_over(up_to(i, j), decay, SPLIT, PRECISION))
-        tl.store(Q + place, (qs * factor).to(dtype))
-        tl.store(E + place, (es * factor).to(dtype))
-        factor = tl.exp(sum_over(after(i, j), decay, SPLIT, PRECISION))
-        tl.store(Kt + place, (ks * factor).to(dtype))
-        tl.store(total + block * BK + cols, tl.exp(tl.sum(decay, 0)))
-
-    place = block * C * C + i * C + j
-    tl.store(A_qk + place, products.to(dtype))
-    tl.store(A + place, _inverse(triangle, PRECISION).to(dtype))
+        place = block * C * BK + tl.arange(0, HALF)[:, None] * BK + cols[None, :]
+        place2 = place + HALF * BK
+        q1, k1, erase, decay, _ = load_half(
+            q, k, g, b, A_log, dt_bias, resets, norm_q1, norm_k1, stride, cols, K, count, scale,
+            L2NORM, GATE, SIGMOID, ERASE,
+        )  # fmt: skip
+        before = tl.exp(sum_over(up_to(i, j), decay, SPLIT, PRECISION))
+        tl.store(Q + place, cast(q1 * before, dtype))
+        tl.store(E + place, cast(erase * k1 * before, dtype))
+        k1 *= tl.exp(sum_over(after(i, j), decay, SPLIT, PRECISION))
+        total1 = tl.exp(tl.sum(decay, 0))
+        q2, k2, erase, decay, _ = load_half(
+            q + half, k + half, g + half, b + half, A_log, dt_bias, resets2, norm_q2, norm_k2, stride, cols, K,
+            count - HALF, scale, L2NORM, GATE, SIGMOID, ERASE,
+        )  # fmt: skip
+        before = tl.exp(sum_over(up_to(i, j), decay, SPLIT, PRECISION))
+        q2 *= before
+        e2 = erase * k2 * before
+        tl.store(Q + place2, cast(q2 * total1[None, :], dtype))
+        tl.store(E + place2, cast(e2 * total1[None, :], dtype))
+        tl.store(Kt + place2, cast(k2 * tl.exp(sum_over(after(i, j), decay, SPLIT, PRECISION)), dtype))
+        total2 = tl.exp(tl.sum(decay, 0))
+        tl.store(Kt + place, cast(k1 * total2[None, :], dtype))
+        tl.store(total + block * BK + cols, total1 * total2)
+        columns = tl.trans(cast(k1, dtype))
+        products += dot(cast(q2, dtype), columns, PRECISION)
+        triangle += dot(cast(e2, dtype), columns, PRECISION)
+    _store_block(A_qk, 1, 0, products)
+    _store_block(A, 1, 0, -dot(dot(inverse2, triangle, PRECISION), inverse1, PRECISION))

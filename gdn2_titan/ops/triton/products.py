@@ -1,21 +1,31 @@
-"""The matrix product that all kernels use."""
+"""The matrix product and the rounding that all kernels use: the one place that knows what Triton's interpreter gets
+wrong (3.9): it multiplies bf16 wrongly, truncates where the hardware rounds, and cannot make bf16 of a bool."""
 
 import triton
 import triton.language as tl
 
 from .target import interpreted
 
-__all__ = ["dot"]
+__all__ = ["cast", "dot"]
 
 INTERPRETED = tl.constexpr(interpreted())
 
 
 @triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
-    """a @ b with fp32 accumulation; PRECISION for fp32 operands, see ``target.precision``.
-
-    The interpreter of Triton 3.9 multiplies bf16 wrongly: there, and only here, operands are upcast."""
+    """a @ b with fp32 accumulation; PRECISION for fp32 operands, see ``target.precision``."""
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """x in dtype, rounded to nearest, ties to even."""
+    if INTERPRETED:
+        if dtype == tl.bfloat16 and x.dtype == tl.float32:
+            bits = x.to(tl.uint32, bitcast=True)
+            bits += 0x7FFF + ((bits >> 16) & 1)
+            x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)

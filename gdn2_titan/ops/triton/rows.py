@@ -5,6 +5,7 @@ import triton.language as tl
 
 from ..flops import CHUNK
 from ..gates import NORM_EPS
+from .products import cast
 
 __all__ = [
     "C", "RESET", "chunk_of", "inverse_norms", "load_log_decay", "load_reset", "load_rows", "softplus", "store_rows",
@@ -46,26 +47,27 @@ def chunk_of(i_c, ends, cu_seqlens, T, NT, N, PACKED: tl.constexpr):
 
 
 @triton.jit
-def load_rows(x, stride, cols, D, count):
-    """Rows of a chunk in fp32, zeros past its end: [C, BLOCK]. x: at the first row and head; cols [BLOCK] of D."""
-    rows = tl.arange(0, C)
+def load_rows(x, stride, cols, D, count, R: tl.constexpr):
+    """R rows in fp32, zeros from row count on: [R, BLOCK]. x: at the first row and head; cols [BLOCK] of D."""
+    rows = tl.arange(0, R)
     inside = (rows < count)[:, None] & (cols < D)[None, :]
     return tl.load(x + rows[:, None] * stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def store_rows(x, value, stride, cols, D, count):
-    rows = tl.arange(0, C)
+def store_rows(x, value, stride, cols, D, count, R: tl.constexpr):
+    """The inverse of ``load_rows``."""
+    rows = tl.arange(0, R)
     inside = (rows < count)[:, None] & (cols < D)[None, :]
-    tl.store(x + rows[:, None] * stride + cols[None, :], value.to(x.dtype.element_ty), mask=inside)
+    tl.store(x + rows[:, None] * stride + cols[None, :], cast(value, x.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def inverse_norms(x, stride, D, BD: tl.constexpr, BS: tl.constexpr, count):
-    """1 / sqrt(sum of squares + eps) of each row of a chunk [C], BS columns at a time."""
-    squares = tl.zeros([C], tl.float32)
+def inverse_norms(x, stride, D, BD: tl.constexpr, BS: tl.constexpr, count, R: tl.constexpr):
+    """1 / sqrt(sum of squares + eps) of each of R rows [R], BS columns at a time."""
+    squares = tl.zeros([R], tl.float32)
     for first in range(0, BD, BS):
-        rows = load_rows(x, stride, first + tl.arange(0, BS), D, count)
+        rows = load_rows(x, stride, first + tl.arange(0, BS), D, count, R)
         squares += tl.sum(rows * rows, 1)
     return tl.rsqrt(squares + EPS)
 
@@ -81,25 +83,25 @@ def softplus(x):
 
 
 @triton.jit
-def load_reset(resets, start, count):
-    """Which rows of a chunk [C] begin a document."""
-    rows = tl.arange(0, C)
-    return tl.load(resets + start + rows, mask=rows < count, other=0) != 0
+def load_reset(resets, count, R: tl.constexpr):
+    """Which of R rows begin a document [R]. resets: at the first row."""
+    rows = tl.arange(0, R)
+    return tl.load(resets + rows, mask=rows < count, other=0) != 0
 
 
 @triton.jit
-def load_log_decay(g, stride, cols, K, count, start, A_log, dt_bias, resets, GATE: tl.constexpr):
-    """Log-decays of a chunk [C, BLOCK], no less than RESET; and g + dt_bias, which the gate's gradient needs.
+def load_log_decay(g, stride, cols, K, count, A_log, dt_bias, resets, GATE: tl.constexpr, R: tl.constexpr):
+    """Log-decays of R rows [R, BLOCK], no less than RESET; and g + dt_bias, which the gate's gradient needs.
 
-    g: at the first row and head; A_log, dt_bias: at the head."""
-    x = load_rows(g, stride, cols, K, count)
+    g, resets: at the first row; A_log, dt_bias: at the head."""
+    x = load_rows(g, stride, cols, K, count, R)
     decay = x
     if GATE:
         if dt_bias is not None:
             x += tl.load(dt_bias + cols, mask=cols < K, other=0.0).to(tl.float32)[None, :]
         decay = -tl.exp(tl.load(A_log).to(tl.float32)) * softplus(x)
-    inside = (tl.arange(0, C) < count)[:, None] & (cols < K)[None, :]
+    inside = (tl.arange(0, R) < count)[:, None] & (cols < K)[None, :]
     decay = tl.where(inside, tl.where(decay < RESET, RESET, decay), 0.0)  # a NaN stays one
     if resets is not None:
-        decay = tl.where(load_reset(resets, start, count)[:, None], RESET, decay)
+        decay = tl.where(load_reset(resets, count, R)[:, None], RESET, decay)
     return decay, x

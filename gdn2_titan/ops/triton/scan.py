@@ -1,13 +1,13 @@
 """Kernels: from chunk to chunk, the state in registers. One program per sequence, value head and slice of V.
 
-forward    R = A (Z - E S)    O = scale * (Q S + A_qk R)    S <- total * S + Kt^T R
-reverse    dR = A_qk^T dO + Kt dS    dZ = A^T dR    dS <- total * dS + Q^T dO - E^T dZ      dO times scale
+forward    R = A (Z - E S)    O = Q S + A_qk R    S <- total * S + Kt^T R
+reverse    dR = A_qk^T dO + Kt dS    dZ = A^T dR    dS <- total * dS + Q^T dO - E^T dZ
 """
 
 import triton
 import triton.language as tl
 
-from .products import dot
+from .products import cast, dot
 from .rows import C, load_rows, store_rows
 
 __all__ = ["reverse_kernel", "scan_kernel"]
@@ -39,7 +39,7 @@ def _state_block(n, hv, cols, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr
 
 @triton.jit
 def scan_kernel(
-    Q, E, Kt, total, A_qk, A, v, w, initial_state, cu_seqlens, ends, T, NT, scale,
+    Q, E, Kt, total, A_qk, A, v, w, initial_state, cu_seqlens, ends, T, NT,
     o, final_state, R, states,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     PACKED: tl.constexpr, SIGMOID: tl.constexpr, PRECISION: tl.constexpr, BV: tl.constexpr,
@@ -67,22 +67,22 @@ def scan_kernel(
         count = length - c * C
         prepared = (chunk + c).to(tl.int64) * H + h
         tokens = ((start + c * C) * HV + hv) * V
-        S_in = S.to(dtype)
+        S_in = cast(S, dtype)
         if states is not None:
             block, inside = _state_block(chunk + c, hv, cols, HV, K, V, BK)
             tl.store(states + block, S_in, mask=inside)
-        gate = load_rows(w + tokens, HV * V, cols, V, count)
+        gate = load_rows(w + tokens, HV * V, cols, V, count, C)
         if SIGMOID:
             gate = tl.sigmoid(gate)
-        r = gate * load_rows(v + tokens, HV * V, cols, V, count)
+        r = gate * load_rows(v + tokens, HV * V, cols, V, count, C)
         r -= dot(tl.load(E + prepared * C * BK + wide), S_in, PRECISION)
-        r = dot(tl.load(A + prepared * C * C + square), r.to(dtype), PRECISION).to(dtype)
+        r = cast(dot(tl.load(A + prepared * C * C + square), cast(r, dtype), PRECISION), dtype)
         if R is not None:
-            store_rows(R + tokens, r, HV * V, cols, V, count)
+            store_rows(R + tokens, r, HV * V, cols, V, count, C)
         if o is not None:
             out = dot(tl.load(Q + prepared * C * BK + wide), S_in, PRECISION)
             out += dot(tl.load(A_qk + prepared * C * C + square), r, PRECISION)
-            store_rows(o + tokens, scale * out, HV * V, cols, V, count)
+            store_rows(o + tokens, out, HV * V, cols, V, count, C)
         S *= tl.load(total + prepared * BK + tl.arange(0, BK))[:, None]
         S += dot(tl.load(Kt + prepared * C * BK + tall), r, PRECISION)
     if final_state is not None:
@@ -92,7 +92,7 @@ def scan_kernel(
 
 @triton.jit
 def reverse_kernel(
-    Q, E, Kt, total, A_qk, A, do, dfinal_state, cu_seqlens, ends, T, NT, scale,
+    Q, E, Kt, total, A_qk, A, do, dfinal_state, cu_seqlens, ends, T, NT,
     dZ, dstates, dinitial_state,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr, BV: tl.constexpr,
@@ -121,18 +121,18 @@ def reverse_kernel(
         count = length - c * C
         prepared = (chunk + c).to(tl.int64) * H + h
         tokens = ((start + c * C) * HV + hv) * V
-        dS_out = dS.to(dtype)
+        dS_out = cast(dS, dtype)
         block, inside = _state_block(chunk + c, hv, cols, HV, K, V, BK)
         tl.store(dstates + block, dS_out, mask=inside)
         dr = dot(tl.load(Kt + prepared * C * BK + wide), dS_out, PRECISION)
         dS *= tl.load(total + prepared * BK + tl.arange(0, BK))[:, None]
         if do is not None:
-            dout = (scale * load_rows(do + tokens, HV * V, cols, V, count)).to(dtype)
+            dout = cast(load_rows(do + tokens, HV * V, cols, V, count, C), dtype)
             dr += dot(tl.load(A_qk + prepared * C * C + turned), dout, PRECISION)
             dS += dot(tl.load(Q + prepared * C * BK + tall), dout, PRECISION)
-        dz = dot(tl.load(A + prepared * C * C + turned), dr.to(dtype), PRECISION).to(dtype)
-        store_rows(dZ + tokens, dz, HV * V, cols, V, count)
+        dz = cast(dot(tl.load(A + prepared * C * C + turned), cast(dr, dtype), PRECISION), dtype)
+        store_rows(dZ + tokens, dz, HV * V, cols, V, count, C)
         dS -= dot(tl.load(E + prepared * C * BK + tall), dz, PRECISION)
     if dinitial_state is not None:
         block, inside = _state_block(n, hv, cols, HV, K, V, BK)
-        tl.store(dinitial_state + block, dS, mask=inside)
+        tl.store(dinitial_state + block, cast(dS, dinitial_state.dtype.element_ty), mask=inside)

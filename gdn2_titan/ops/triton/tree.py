@@ -1,63 +1,70 @@
-"""Device functions: decays between tokens of a chunk, by halving. The mathematics is that of ``ops/intra.py``.
+"""Device functions: decays between the tokens of half a chunk, by halving. The mathematics is that of ``ops/intra.py``.
 
 Where row r lies in the right half of a block of 2m tokens and column s in its left half,
 
     exp(G_r - G_s) = exp(g summed from the middle to r) * exp(g summed from s + 1 to the middle),
 
 two factors in [0, 1]. Each token belongs to one half, so that one factor per token and level is all there is: row i
-sums g over the tokens j of ``level(i, j, m)``, which a product with that 0/1 matrix does on tensor cores. Sums of
+sums g over the tokens j of ``level(i, j, depth)``, which a product with that 0/1 matrix does on tensor cores. Sums of
 numbers of one sign do not cancel, and no difference of sums is ever taken. The gradient goes down the same matrices.
+
+A chunk is worked on as two halves of HALF tokens and the corner that joins them, so that every square fits in few
+registers. The loops over levels are not unrolled for the same reason.
 """
 
 import triton
 import triton.language as tl
 
-from .products import dot
+from .products import cast, dot
 from .rows import C
 
-__all__ = ["LEVELS", "after", "corner", "level", "pairs", "sum_over", "up_to"]
+__all__ = ["HALF", "LEVELS", "after", "corner", "level", "pairs", "sum_over", "up_to"]
 
-LEVELS = tl.constexpr(C.value.bit_length() - 1)
+HALF = tl.constexpr(C.value // 2)
+LEVELS = tl.constexpr(HALF.value.bit_length() - 1)  # at depth n, blocks of m = 2^n tokens are joined
 
 
 @triton.jit
 def pairs():
-    """Row and column numbers [C, 1], [1, C]."""
-    rows = tl.arange(0, C)
+    """Row and column numbers [HALF, 1], [1, HALF]."""
+    rows = tl.arange(0, HALF)
     return rows[:, None], rows[None, :]
 
 
 @triton.jit
-def level(i, j, m: tl.constexpr):
+def level(i, j, depth):
     """Whether row i takes on the decay of token j when blocks of m tokens are joined."""
-    right = (i // m) % 2 == 1
-    return (i // m == j // m) & ((right & (j <= i)) | ((right == 0) & (j > i)))
+    right = ((i >> depth) & 1) == 1
+    return ((i >> depth) == (j >> depth)) & (right == (j <= i))
 
 
 @triton.jit
-def corner(i, j, m: tl.constexpr):
+def corner(i, j, depth):
     """Whether (i, j) lies in the corner that joins two blocks of m tokens: right half down, left half across."""
-    return (i // (2 * m) == j // (2 * m)) & ((i // m) % 2 == 1) & ((j // m) % 2 == 0)
+    return (i > j) & (((i ^ j) >> depth) == 1)
 
 
 @triton.jit
 def up_to(i, j):
-    """The tokens whose decay separates row i from the state before the chunk."""
+    """The tokens whose decay separates row i from what came before this half."""
     return j <= i
 
 
 @triton.jit
 def after(i, j):
-    """The tokens whose decay separates row i from the state after the chunk."""
+    """The tokens whose decay separates row i from what comes after this half."""
     return j > i
 
 
 @triton.jit
 def sum_over(mask, x, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """mask [C, C] of 0/1 times x [C, D] fp32. SPLIT: x as the sum of two bf16, 16 bits: for inputs of 8 or 11."""
+    """mask [HALF, HALF] times x [HALF, D] fp32. SPLIT: x as the sum of two bf16, 16 bits: for inputs of 8 or 11."""
+    ones = tl.where(mask, 1.0, 0.0)
     if SPLIT:
-        ones = mask.to(tl.bfloat16)
-        high = x.to(tl.bfloat16)
-        low = (x - high.to(tl.float32)).to(tl.bfloat16)
-        return dot(ones, high, PRECISION) + dot(ones, low, PRECISION)
-    return dot(mask.to(tl.float32), x, PRECISION)
+        high = cast(x, tl.bfloat16)
+        low = cast(x - high.to(tl.float32), tl.bfloat16)
+        ones = ones.to(tl.bfloat16)
+        total = dot(ones, high, PRECISION) + dot(ones, low, PRECISION)
+    else:
+        total = dot(ones, x, PRECISION)
+    return total
