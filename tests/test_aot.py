@@ -37,9 +37,10 @@ def assert_faultless(reports):
 
 
 def assert_hopper_uses_wgmma(reports):
+    """Not in prepare_kernel, whose products are of fewer rows than the 64 that wgmma takes."""
     for report in reports:
         if report["target"] == "sm_90" and report["op"] == "chunk" and report["kind"] != "fp32":
-            assert report["matrix"].get("HGMMA"), report
+            assert report["matrix"].get("HGMMA") or report["kernel"] == "prepare_kernel", report
 
 
 def test_what_training_runs_on_hopper_does_not_spill_fits_and_uses_wgmma():

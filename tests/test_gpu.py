@@ -37,13 +37,6 @@ RAW = dict(l2norm=True, gate=True, sigmoid=True, erase_scale=2.0)
 functions = pytest.mark.parametrize("function", [chunk_gdn2, recurrent_gdn2], ids=lambda f: f.__name__)
 
 
-@pytest.fixture(autouse=True)
-def exact_products():
-    """PyTorch's own products in fp32 as fp32."""
-    with mock.patch.object(torch.backends.cuda.matmul, "allow_tf32", False):
-        yield
-
-
 def on_device(inputs):
     """The same inputs on the device, the differentiable ones leaves again."""
     moved = {n: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for n, x in inputs.items()}
