@@ -5,6 +5,7 @@ At real sizes the fp64 side is the chunked PyTorch form, which the other tests h
 
 import contextlib
 import functools
+import math
 from unittest import mock
 
 import pytest
@@ -254,13 +255,13 @@ def test_a_cuda_graph_of_forward_and_backward_replays_with_new_inputs_and_resets
             torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
-VOCABULARY, SPAN = 64, 32
+VOCABULARY, SPAN, REPEATS = 32, 8, 16
 
 
-def repeating_batch(generator, batch=8, repeats=8):
-    """Tokens [batch, repeats * SPAN]: a random span over and over. Past its first occurrence it can be remembered."""
+def repeating_batch(generator, batch=8):
+    """Tokens [batch, REPEATS * SPAN]: a random span over and over. Past its first occurrence it can be remembered."""
     span = torch.randint(VOCABULARY, (batch, SPAN), generator=generator)
-    return span.repeat(1, repeats)
+    return span.repeat(1, REPEATS)
 
 
 def losses_of_training(steps, dtype):
@@ -270,7 +271,7 @@ def losses_of_training(steps, dtype):
     model = GDN2Model(args)
     model.init_weights()
     model.to(DEVICE)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
     generator = torch.Generator().manual_seed(1)
     losses = []
     for _ in range(steps):
@@ -291,9 +292,9 @@ def test_2000_steps_of_training_in_bf16_stay_beside_those_in_fp32():
     steps = 2000
     fp32, bf16 = (losses_of_training(steps, dtype) for dtype in (FP32, BF16))
     assert torch.isfinite(fp32).all() and torch.isfinite(bf16).all()
-    # Averages over 200 steps, once there is something learned; 5% and a hundredth of a nat are what bf16 may cost.
+    # Averages over 200 steps, once all is learned; 5% and a hundredth of a nat are what bf16 may cost.
     for start in range(steps // 2, steps, 200):
         exact, rounded = (losses[start : start + 200].mean() for losses in (fp32, bf16))
         assert abs(rounded - exact) <= 0.05 * exact + 0.01, f"steps from {start}: {rounded:.4f} and {exact:.4f} in fp32"
-    # Of eight occurrences of a span only the first cannot be foreseen: log(64) / 8 = 0.52 nats a token.
-    assert bf16[-200:].mean() < 0.75 * torch.tensor(VOCABULARY).log()
+    # Only the first occurrence of a span cannot be foreseen, log(32) / 16 = 0.22 nats a token.
+    assert bf16[-200:].mean() < 2 * math.log(VOCABULARY) / REPEATS
