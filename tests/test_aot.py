@@ -53,10 +53,12 @@ def test_what_training_runs_on_hopper_does_not_spill_fits_and_uses_wgmma():
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_no_kernel_spills_or_outgrows_the_target_or_multiplies_without_tensor_cores(target):
-    reports = compiled("--target", target)
-    assert_faultless(reports)
-    assert_hopper_uses_wgmma(reports)
-    assert {report["size"] for report in reports if report["op"] == "chunk"} == {64, 128, 256}
+    """All of bf16, and fp32 at K = V = 128; the rest of fp32, which takes long, only in benchmarks/aot_report.py."""
+    half = compiled("--target", target, "--kind", "bf16", "bf16 raw")
+    single = compiled("--target", target, "--kind", "fp32", "--size", "128")
+    assert_faultless(half + single)
+    assert_hopper_uses_wgmma(half)
+    assert {report["size"] for report in half if report["op"] == "chunk"} == {64, 128, 256}
 
 
 def test_a_configuration_that_spills_is_found_out():
