@@ -20,8 +20,7 @@ from .tree import LEVELS
 __all__ = ["chunk_backward", "chunk_forward"]
 
 
-def _config(**options):
-    return options
+NORMS = ("norm_q", "norm_k")
 
 
 @dataclass(frozen=True)
@@ -53,25 +52,26 @@ def _call(q, v, cu_seqlens):
 def _activation(q, options):
     """Constants of the kernels that read raw inputs."""
     return dict(
-        L2NORM=options["l2norm"], GATE=options["gate"], SIGMOID=options["sigmoid"], ERASE=options["erase_scale"],
+        GATE=options["gate"], SIGMOID=options["sigmoid"], ERASE=options["erase_scale"],
         SPLIT=q.dtype != torch.float32,
     )  # fmt: skip
 
 
 def _prepare(call, q, k, g, b, A_log, dt_bias, resets, scale, options):
-    """Q, E, Kt, total, A_qk, A by name."""
+    """Q, E, Kt, total, A_qk, A by name; and norm_q, norm_k, None where q and k are used as they are."""
     H, BK = call.sizes["H"], call.sizes["BK"]
     wide, square = (call.chunks, H, CHUNK, BK), (call.chunks, H, CHUNK, CHUNK)
     out = {name: q.new_empty(wide) for name in ("Q", "E", "Kt")}
     out["total"] = q.new_empty(wide[:2] + wide[3:], dtype=torch.float32)
     out |= {name: q.new_empty(square) for name in ("A_qk", "A")}
+    norms = {name: q.new_empty(wide[:3], dtype=torch.float32) if options["l2norm"] else None for name in NORMS}
     launching.launch(
         prepare_kernel, lambda meta: (call.chunks, H), (dict(BS=min(BK, 32), num_warps=4, num_stages=1),),
-        dict(q=q, k=k, g=g, b=b, A_log=A_log, dt_bias=dt_bias, resets=resets, N=call.sequences, scale=scale, levels=LEVELS.value)
-        | call.spans | out,
+        dict(q=q, k=k, g=g, b=b, A_log=A_log, dt_bias=dt_bias, resets=resets, N=call.sequences, scale=scale, levels=torch.full((1,),LEVELS.value,dtype=torch.int32))
+        | call.spans | out | norms,
         call.sizes | _activation(q, options),
     )  # fmt: skip
-    return out
+    return out, norms
 
 
 def _slices(V):
@@ -99,7 +99,7 @@ def chunk_forward(q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, r
         q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets
     )
     call = _call(q, v, cu_seqlens)
-    prepared = _prepare(call, q, k, g, b, A_log, dt_bias, resets, scale, options)
+    prepared, _ = _prepare(call, q, k, g, b, A_log, dt_bias, resets, scale, options)
     o = torch.empty_like(v)
     final_state = q.new_empty((call.sequences, v.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)
     _scan(call, prepared, v, w, initial_state, options["sigmoid"], o=o, final_state=final_state)
@@ -116,9 +116,9 @@ def chunk_backward(
     )
     (H, K), (HV, V) = q.shape[2:], v.shape[2:]
     call = _call(q, v, cu_seqlens)
-    prepared = _prepare(call, q, k, g, b, A_log, dt_bias, resets, scale, options)
+    prepared, norms = _prepare(call, q, k, g, b, A_log, dt_bias, resets, scale, options)
     R, dZ = torch.empty_like(v), torch.empty_like(v)
-    states, dstates = (q.new_empty(call.chunks, HV, K, V) for _ in range(2))
+    states, dstates = (q.new_empty(call.chunks, HV, V, K) for _ in range(2))
     _scan(call, prepared, v, w, initial_state, options["sigmoid"], R=R, states=states)
     dinitial_state = None if initial_state is None else torch.empty_like(initial_state)
     launching.launch(
@@ -139,13 +139,13 @@ def chunk_backward(
             parts["ddt_bias"] = new((call.chunks, H, K), dtype=torch.float32)
     launching.launch(
         gradient_kernel, lambda meta: (call.chunks, H),
-        (dict(BS=min(call.sizes["BK"], 32), BV=min(_slices(V), 64), num_warps=4, num_stages=1),),
+        (dict(BS=min(call.sizes["BK"], 64), BV=min(_slices(V), 64), num_warps=8, num_stages=1),),
         dict(
             q=q, k=k, v=v, g=g, b=b, w=w, A_log=A_log, dt_bias=dt_bias, resets=resets, N=call.sequences, scale=scale,
-            levels=LEVELS.value,
+            levels=torch.full((1,),LEVELS.value,dtype=torch.int32),
             do=do, R=R, dZ=dZ, states=states, dstates=dstates,
             squares=q.new_empty(call.chunks, H, 2, CHUNK, CHUNK),
-        ) | call.spans | parts | dict(zip(("dq", "dk", "dv", "dg", "db", "dw"), grads, strict=True)),
+        ) | call.spans | norms | parts | dict(zip(("dq", "dk", "dv", "dg", "db", "dw"), grads, strict=True)),
         call.sizes | dict(HV=HV, V=V) | _activation(q, options),
     )  # fmt: skip
     dA_log = None if A_log is None else parts["dA_log"].sum(0).to(A_log.dtype)

@@ -8,54 +8,36 @@ import triton
 import triton.language as tl
 
 from .products import cast, dot
-from .rows import C, chunk_of, inverse_norms, load_log_decay, load_rows
+from .rows import C, chunk_of, load_erase, load_log_decay, load_unit, store_inverse_norms
 from .tree import HALF, after, corner, level, pairs, sum_over, up_to
 
-__all__ = ["load_half", "prepare_kernel"]
-
-
-@triton.jit
-def load_half(
-    q, k, g, b, A_log, dt_bias, resets, norm_q, norm_k, stride, cols, K, count, scale,
-    L2NORM: tl.constexpr, GATE: tl.constexpr, SIGMOID: tl.constexpr, ERASE: tl.constexpr,
-):  # fmt: skip
-    """scale * q, k, b, log-decay [HALF, BLOCK] as the recurrence reads them, and g + dt_bias."""
-    qs = scale * load_rows(q, stride, cols, K, count, HALF)
-    ks = load_rows(k, stride, cols, K, count, HALF)
-    if L2NORM:
-        qs *= norm_q[:, None]
-        ks *= norm_k[:, None]
-    erase = load_rows(b, stride, cols, K, count, HALF)
-    if SIGMOID:
-        erase = ERASE * tl.sigmoid(erase)
-    decay, raw = load_log_decay(g, stride, cols, K, count, A_log, dt_bias, resets, GATE, HALF)
-    return qs, ks, erase, decay, raw
+__all__ = ["prepare_kernel"]
 
 
 @triton.jit
 def _half_products(
     q, k, g, b, A_log, dt_bias, resets, norm_q, norm_k, stride, count, scale, levels,
     K: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr,
-    L2NORM: tl.constexpr, GATE: tl.constexpr, SIGMOID: tl.constexpr, ERASE: tl.constexpr,
+    GATE: tl.constexpr, SIGMOID: tl.constexpr, ERASE: tl.constexpr,
     dtype: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A_qk and T within half a chunk [HALF, HALF]."""
     i, j = pairs()
     products = tl.zeros([HALF, HALF], tl.float32)
     triangle = tl.zeros([HALF, HALF], tl.float32)
-    for first in range(0, BK, BS):
+    for first in tl.range(0, BK, BS, disable_licm=True):
         cols = first + tl.arange(0, BS)
-        qs, ks, erase, decay, _ = load_half(
-            q, k, g, b, A_log, dt_bias, resets, norm_q, norm_k, stride, cols, K, count, scale,
-            L2NORM, GATE, SIGMOID, ERASE,
-        )  # fmt: skip
+        qs = scale * load_unit(q, norm_q, stride, cols, K, count, HALF)
+        ks = load_unit(k, norm_k, stride, cols, K, count, HALF)
+        es = ks * load_erase(b, stride, cols, K, count, SIGMOID, ERASE, HALF)
+        decay, _ = load_log_decay(g, stride, cols, K, count, A_log, dt_bias, resets, GATE, HALF)
         products += tl.where(i == j, tl.sum(qs * ks, 1)[:, None], 0.0)
-        for depth in range(levels):
+        for depth in tl.range(tl.load(levels), disable_licm=True):
             factor = tl.exp(sum_over(level(i, j, depth), decay, SPLIT, PRECISION))
             columns = tl.trans(cast(ks * factor, dtype))
             inside = corner(i, j, depth)
             products += tl.where(inside, dot(cast(qs * factor, dtype), columns, PRECISION), 0.0)
-            triangle += tl.where(inside, dot(cast(erase * ks * factor, dtype), columns, PRECISION), 0.0)
+            triangle += tl.where(inside, dot(cast(es * factor, dtype), columns, PRECISION), 0.0)
     return products, triangle
 
 
@@ -64,7 +46,7 @@ def _inverse(T, levels, PRECISION: tl.constexpr):
     """(I + T)^-1 of a strictly lower triangular T [HALF, HALF], joined from the inverses of halves."""
     i, j = pairs()
     X = tl.where(i == j, 1.0, 0.0)
-    for depth in range(levels):
+    for depth in tl.range(tl.load(levels), disable_licm=True):
         X -= dot(dot(X, tl.where(corner(i, j, depth), T, 0.0), PRECISION), X, PRECISION)
     return X
 
@@ -79,12 +61,13 @@ def _store_block(square, row: tl.constexpr, column: tl.constexpr, value):
 @triton.jit
 def prepare_kernel(
     q, k, g, b, A_log, dt_bias, resets, cu_seqlens, ends, T, NT, N, scale, levels,
-    Q, E, Kt, total, A_qk, A,
+    Q, E, Kt, total, A_qk, A, norm_q, norm_k,
     H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
-    PACKED: tl.constexpr, L2NORM: tl.constexpr, GATE: tl.constexpr, SIGMOID: tl.constexpr, ERASE: tl.constexpr,
+    PACKED: tl.constexpr, GATE: tl.constexpr, SIGMOID: tl.constexpr, ERASE: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """q, k, g, b [B * T, H, K]; Q, E, Kt [NC, H, C, BK]; total [NC, H, BK] fp32; A_qk, A [NC, H, C, C].
+    """q, k, g, b [B * T, H, K]; Q, E, Kt [NC, H, C, BK]; total [NC, H, BK] fp32; A_qk, A [NC, H, C, C];
+    norm_q, norm_k [NC, H, C] fp32: 1 / length of q and k, None where they are used as they are.
 
     BK: K padded to a power of two, worked on BS channels at a time. Suffixes 1 and 2: the halves of the chunk."""
     i_c = tl.program_id(0)
@@ -108,28 +91,30 @@ def prepare_kernel(
         A_log += h
         if dt_bias is not None:
             dt_bias += h * K
-    norm_q1, norm_q2, norm_k1, norm_k2 = None, None, None, None
-    if L2NORM:
-        norm_q1 = inverse_norms(q, stride, K, BK, BS, count, HALF)
-        norm_q2 = inverse_norms(q + half, stride, K, BK, BS, count - HALF, HALF)
-        norm_k1 = inverse_norms(k, stride, K, BK, BS, count, HALF)
-        norm_k2 = inverse_norms(k + half, stride, K, BK, BS, count - HALF, HALF)
-
     # A half after the other, then the corner that joins them: the sums of one of them at a time are in registers.
     i, j = pairs()
     block = i_c.to(tl.int64) * H + h
+    norm_q2, norm_k2 = norm_q, norm_k
+    if norm_q is not None:
+        norm_q += block * C
+        norm_k += block * C
+        norm_q2 = norm_q + HALF
+        norm_k2 = norm_k + HALF
+        store_inverse_norms(q, norm_q, stride, K, BK, BS, count, C)
+        store_inverse_norms(k, norm_k, stride, K, BK, BS, count, C)
+        tl.debug_barrier()  # below, threads read what others wrote
     A_qk += block * C * C
     A += block * C * C
     products, triangle = _half_products(
-        q, k, g, b, A_log, dt_bias, resets, norm_q1, norm_k1, stride, count, scale, levels, K, BK, BS,
-        L2NORM, GATE, SIGMOID, ERASE, dtype, SPLIT, PRECISION,
+        q, k, g, b, A_log, dt_bias, resets, norm_q, norm_k, stride, count, scale, levels, K, BK, BS,
+        GATE, SIGMOID, ERASE, dtype, SPLIT, PRECISION,
     )  # fmt: skip
     inverse1 = _inverse(triangle, levels, PRECISION)
     _store_block(A_qk, 0, 0, products)
     _store_block(A, 0, 0, inverse1)
     products, triangle = _half_products(
         q + half, k + half, g + half, b + half, A_log, dt_bias, resets2, norm_q2, norm_k2, stride, count - HALF,
-        scale, levels, K, BK, BS, L2NORM, GATE, SIGMOID, ERASE, dtype, SPLIT, PRECISION,
+        scale, levels, K, BK, BS, GATE, SIGMOID, ERASE, dtype, SPLIT, PRECISION,
     )  # fmt: skip
     inverse2 = _inverse(triangle, levels, PRECISION)
     _store_block(A_qk, 1, 1, products)
@@ -139,34 +124,32 @@ def prepare_kernel(
     triangle = tl.zeros([HALF, HALF], tl.float32)
     _store_block(A_qk, 0, 1, products)
     _store_block(A, 0, 1, products)
-    for first in range(0, BK, BS):
+    for first in tl.range(0, BK, BS, disable_licm=True):
         cols = first + tl.arange(0, BS)
         place = block * C * BK + tl.arange(0, HALF)[:, None] * BK + cols[None, :]
         place2 = place + HALF * BK
-        q1, k1, erase, decay, _ = load_half(
-            q, k, g, b, A_log, dt_bias, resets, norm_q1, norm_k1, stride, cols, K, count, scale,
-            L2NORM, GATE, SIGMOID, ERASE,
-        )  # fmt: skip
-        before = tl.exp(sum_over(up_to(i, j), decay, SPLIT, PRECISION))
-        tl.store(Q + place, cast(q1 * before, dtype))
+        decay, _ = load_log_decay(g, stride, cols, K, count, A_log, dt_bias, resets, GATE, HALF)
+        before = tl.exp(sum_over(up_to(i, j, levels), decay, SPLIT, PRECISION))
+        qs = scale * load_unit(q, norm_q, stride, cols, K, count, HALF)
+        tl.store(Q + place, cast(qs * before, dtype))
+        k1 = load_unit(k, norm_k, stride, cols, K, count, HALF)
+        erase = load_erase(b, stride, cols, K, count, SIGMOID, ERASE, HALF)
         tl.store(E + place, cast(erase * k1 * before, dtype))
-        k1 *= tl.exp(sum_over(after(i, j), decay, SPLIT, PRECISION))
+        k1 *= tl.exp(sum_over(after(i, j, levels), decay, SPLIT, PRECISION))
         total1 = tl.exp(tl.sum(decay, 0))
-        q2, k2, erase, decay, _ = load_half(
-            q + half, k + half, g + half, b + half, A_log, dt_bias, resets2, norm_q2, norm_k2, stride, cols, K,
-            count - HALF, scale, L2NORM, GATE, SIGMOID, ERASE,
-        )  # fmt: skip
-        before = tl.exp(sum_over(up_to(i, j), decay, SPLIT, PRECISION))
-        q2 *= before
-        e2 = erase * k2 * before
-        tl.store(Q + place2, cast(q2 * total1[None, :], dtype))
-        tl.store(E + place2, cast(e2 * total1[None, :], dtype))
-        tl.store(Kt + place2, cast(k2 * tl.exp(sum_over(after(i, j), decay, SPLIT, PRECISION)), dtype))
+        columns = tl.trans(cast(k1, dtype))
+        decay, _ = load_log_decay(g + half, stride, cols, K, count - HALF, A_log, dt_bias, resets2, GATE, HALF)
         total2 = tl.exp(tl.sum(decay, 0))
         tl.store(Kt + place, cast(k1 * total2[None, :], dtype))
         tl.store(total + block * BK + cols, total1 * total2)
-        columns = tl.trans(cast(k1, dtype))
-        products += dot(cast(q2, dtype), columns, PRECISION)
-        triangle += dot(cast(e2, dtype), columns, PRECISION)
+        before = tl.exp(sum_over(up_to(i, j, levels), decay, SPLIT, PRECISION))
+        rows = scale * load_unit(q + half, norm_q2, stride, cols, K, count - HALF, HALF) * before
+        tl.store(Q + place2, cast(rows * total1[None, :], dtype))
+        products += dot(cast(rows, dtype), columns, PRECISION)
+        ks = load_unit(k + half, norm_k2, stride, cols, K, count - HALF, HALF)
+        rows = load_erase(b + half, stride, cols, K, count - HALF, SIGMOID, ERASE, HALF) * ks * before
+        tl.store(E + place2, cast(rows * total1[None, :], dtype))
+        triangle += dot(cast(rows, dtype), columns, PRECISION)
+        tl.store(Kt + place2, cast(ks * tl.exp(sum_over(after(i, j, levels), decay, SPLIT, PRECISION)), dtype))
     _store_block(A_qk, 1, 0, products)
     _store_block(A, 1, 0, -dot(dot(inverse2, triangle, PRECISION), inverse1, PRECISION))

@@ -8,7 +8,8 @@ from ..gates import NORM_EPS
 from .products import cast
 
 __all__ = [
-    "C", "RESET", "chunk_of", "inverse_norms", "load_log_decay", "load_reset", "load_rows", "softplus", "store_rows",
+    "C", "RESET", "chunk_of", "load_erase", "load_log_decay", "load_reset", "load_rows", "load_unit",
+    "softplus", "store_inverse_norms", "store_rows",
 ]  # fmt: skip
 
 C = tl.constexpr(CHUNK)
@@ -63,13 +64,31 @@ def store_rows(x, value, stride, cols, D, count, R: tl.constexpr):
 
 
 @triton.jit
-def inverse_norms(x, stride, D, BD: tl.constexpr, BS: tl.constexpr, count, R: tl.constexpr):
-    """1 / sqrt(sum of squares + eps) of each of R rows [R], BS columns at a time."""
+def store_inverse_norms(x, norms, stride, D, BD: tl.constexpr, BS: tl.constexpr, count, R: tl.constexpr):
+    """1 / sqrt(sum of squares + eps) of each of R rows to norms [R], BS columns at a time."""
     squares = tl.zeros([R], tl.float32)
     for first in range(0, BD, BS):
         rows = load_rows(x, stride, first + tl.arange(0, BS), D, count, R)
         squares += tl.sum(rows * rows, 1)
-    return tl.rsqrt(squares + EPS)
+    tl.store(norms + tl.arange(0, R), tl.rsqrt(squares + EPS))
+
+
+@triton.jit
+def load_unit(x, norms, stride, cols, D, count, R: tl.constexpr):
+    """``load_rows``, each divided by its length where norms, from ``store_inverse_norms``, is given."""
+    rows = load_rows(x, stride, cols, D, count, R)
+    if norms is not None:
+        rows *= tl.load(norms + tl.arange(0, R))[:, None]
+    return rows
+
+
+@triton.jit
+def load_erase(b, stride, cols, K, count, SIGMOID: tl.constexpr, ERASE: tl.constexpr, R: tl.constexpr):
+    """Erase gates of R rows [R, BLOCK]. b: at the first row and head."""
+    erase = load_rows(b, stride, cols, K, count, R)
+    if SIGMOID:
+        erase = ERASE * tl.sigmoid(erase)
+    return erase
 
 
 @triton.jit

@@ -1,14 +1,17 @@
 """Kernels: from chunk to chunk, the state in registers. One program per sequence, value head and slice of V.
 
-forward    R = A (Z - E S)    O = Q S + A_qk R    S <- total * S + Kt^T R
-reverse    dR = A_qk^T dO + Kt dS    dZ = A^T dR    dS <- total * dS + Q^T dO - E^T dZ
+    forward    R = A (Z - E S)    O = Q S + A_qk R    S <- total * S + Kt^T R
+    reverse    dR = A_qk^T dO + Kt dS    dZ = A^T dR    dS <- total * dS + Q^T dO - E^T dZ
+
+Everything with an axis of V is held transposed, [BV, C] and [BV, K]: S, R and their like are then always the left
+operand of a product, which tensor cores take from the registers that the product before left it in.
 """
 
 import triton
 import triton.language as tl
 
 from .products import cast, dot
-from .rows import C, load_rows, store_rows
+from .rows import C
 
 __all__ = ["reverse_kernel", "scan_kernel"]
 
@@ -31,10 +34,34 @@ def _span(n, ends, cu_seqlens, T, NT, PACKED: tl.constexpr):
 
 @triton.jit
 def _state_block(n, hv, cols, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr):
-    """Offsets [BK, BV] into states [N, HV, K, V] and their mask. n: sequence or chunk."""
+    """Offsets [BV, BK] into states [N, HV, K, V], and their mask."""
     rows = tl.arange(0, BK)
-    offsets = (n.to(tl.int64) * HV + hv) * K * V + rows[:, None] * V + cols[None, :]
-    return offsets, (rows < K)[:, None] & (cols < V)[None, :]
+    offsets = (n.to(tl.int64) * HV + hv) * K * V + rows[None, :] * V + cols[:, None]
+    return offsets, (rows < K)[None, :] & (cols < V)[:, None]
+
+
+@triton.jit
+def _store_state(states, S, chunk, hv, cols, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr):
+    """S [BV, BK] of a chunk to states [NC, HV, V, K]."""
+    rows = tl.arange(0, BK)
+    place = (chunk.to(tl.int64) * HV + hv) * V * K + cols[:, None] * K + rows[None, :]
+    tl.store(states + place, S, mask=(cols < V)[:, None] & (rows < K)[None, :])
+
+
+@triton.jit
+def _load_turned(x, stride, cols, V, count):
+    """C rows of x, turned [BV, C], in fp32, zeros from row count on."""
+    rows = tl.arange(0, C)
+    inside = (cols < V)[:, None] & (rows < count)[None, :]
+    return tl.load(x + rows[None, :] * stride + cols[:, None], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_turned(x, value, stride, cols, V, count):
+    """The inverse of ``_load_turned``."""
+    rows = tl.arange(0, C)
+    inside = (cols < V)[:, None] & (rows < count)[None, :]
+    tl.store(x + rows[None, :] * stride + cols[:, None], cast(value, x.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -47,7 +74,7 @@ def scan_kernel(
     """Q, E, Kt, total, A_qk, A: from ``prepare_kernel``; v, w [B * T, HV, V]; initial_state [N, HV, K, V] or None.
 
     Writes o [B * T, HV, V] and final_state [N, HV, K, V], or for the backward R [B * T, HV, V] and states
-    [NC, HV, K, V], the state that each chunk enters with; whichever is given."""
+    [NC, HV, V, K], the state that each chunk enters with; whichever is given."""
     n = tl.program_id(1) // HV
     hv = tl.program_id(1) % HV
     h = hv // (HV // H)
@@ -55,12 +82,13 @@ def scan_kernel(
     dtype: tl.constexpr = Q.dtype.element_ty
     chunk, chunks, start, length = _span(n, ends, cu_seqlens, T, NT, PACKED)
     rows = tl.arange(0, C)
-    wide = rows[:, None] * BK + tl.arange(0, BK)[None, :]
-    tall = tl.arange(0, BK)[:, None] + rows[None, :] * BK
-    square = rows[:, None] * C + rows[None, :]
+    channels = tl.arange(0, BK)
+    wide = rows[:, None] * BK + channels[None, :]
+    tall = channels[:, None] + rows[None, :] * BK
+    turned = rows[:, None] + rows[None, :] * C
 
     block, inside = _state_block(n, hv, cols, HV, K, V, BK)
-    S = tl.zeros([BK, BV], tl.float32)
+    S = tl.zeros([BV, BK], tl.float32)
     if initial_state is not None:
         S += tl.load(initial_state + block, mask=inside, other=0.0).to(tl.float32)
     for c in range(chunks):
@@ -69,24 +97,22 @@ def scan_kernel(
         tokens = ((start + c * C) * HV + hv) * V
         S_in = cast(S, dtype)
         if states is not None:
-            block, inside = _state_block(chunk + c, hv, cols, HV, K, V, BK)
-            tl.store(states + block, S_in, mask=inside)
-        gate = load_rows(w + tokens, HV * V, cols, V, count, C)
+            _store_state(states, S_in, chunk + c, hv, cols, HV, K, V, BK)
+        gate = _load_turned(w + tokens, HV * V, cols, V, count)
         if SIGMOID:
             gate = tl.sigmoid(gate)
-        r = gate * load_rows(v + tokens, HV * V, cols, V, count, C)
-        r -= dot(tl.load(E + prepared * C * BK + wide), S_in, PRECISION)
-        r = cast(dot(tl.load(A + prepared * C * C + square), cast(r, dtype), PRECISION), dtype)
+        r = gate * _load_turned(v + tokens, HV * V, cols, V, count)
+        r -= dot(S_in, tl.load(E + prepared * C * BK + tall), PRECISION)
+        r = cast(dot(cast(r, dtype), tl.load(A + prepared * C * C + turned), PRECISION), dtype)
         if R is not None:
-            store_rows(R + tokens, r, HV * V, cols, V, count, C)
+            _store_turned(R + tokens, r, HV * V, cols, V, count)
         if o is not None:
-            out = dot(tl.load(Q + prepared * C * BK + wide), S_in, PRECISION)
-            out += dot(tl.load(A_qk + prepared * C * C + square), r, PRECISION)
-            store_rows(o + tokens, out, HV * V, cols, V, count, C)
-        S *= tl.load(total + prepared * BK + tl.arange(0, BK))[:, None]
-        S += dot(tl.load(Kt + prepared * C * BK + tall), r, PRECISION)
+            out = dot(S_in, tl.load(Q + prepared * C * BK + tall), PRECISION)
+            out += dot(r, tl.load(A_qk + prepared * C * C + turned), PRECISION)
+            _store_turned(o + tokens, out, HV * V, cols, V, count)
+        S *= tl.load(total + prepared * BK + channels)[None, :]
+        S += dot(r, tl.load(Kt + prepared * C * BK + wide), PRECISION)
     if final_state is not None:
-        block, inside = _state_block(n, hv, cols, HV, K, V, BK)
         tl.store(final_state + block, S, mask=inside)
 
 
@@ -99,7 +125,7 @@ def reverse_kernel(
 ):  # fmt: skip
     """do [B * T, HV, V] and dfinal_state [N, HV, K, V], each None where zero.
 
-    Writes dZ [B * T, HV, V], dstates [NC, HV, K, V], the gradient of the state that each chunk leaves with, and
+    Writes dZ [B * T, HV, V], dstates [NC, HV, V, K], the gradient of the state that each chunk leaves with, and
     dinitial_state [N, HV, K, V] where given."""
     n = tl.program_id(1) // HV
     hv = tl.program_id(1) % HV
@@ -108,12 +134,13 @@ def reverse_kernel(
     dtype: tl.constexpr = Q.dtype.element_ty
     chunk, chunks, start, length = _span(n, ends, cu_seqlens, T, NT, PACKED)
     rows = tl.arange(0, C)
-    wide = rows[:, None] * BK + tl.arange(0, BK)[None, :]
-    tall = tl.arange(0, BK)[:, None] + rows[None, :] * BK
-    turned = rows[:, None] + rows[None, :] * C
+    channels = tl.arange(0, BK)
+    wide = rows[:, None] * BK + channels[None, :]
+    tall = channels[:, None] + rows[None, :] * BK
+    square = rows[:, None] * C + rows[None, :]
 
     block, inside = _state_block(n, hv, cols, HV, K, V, BK)
-    dS = tl.zeros([BK, BV], tl.float32)
+    dS = tl.zeros([BV, BK], tl.float32)
     if dfinal_state is not None:
         dS += tl.load(dfinal_state + block, mask=inside, other=0.0).to(tl.float32)
     for back in range(chunks):
@@ -122,17 +149,15 @@ def reverse_kernel(
         prepared = (chunk + c).to(tl.int64) * H + h
         tokens = ((start + c * C) * HV + hv) * V
         dS_out = cast(dS, dtype)
-        block, inside = _state_block(chunk + c, hv, cols, HV, K, V, BK)
-        tl.store(dstates + block, dS_out, mask=inside)
-        dr = dot(tl.load(Kt + prepared * C * BK + wide), dS_out, PRECISION)
-        dS *= tl.load(total + prepared * BK + tl.arange(0, BK))[:, None]
+        _store_state(dstates, dS_out, chunk + c, hv, cols, HV, K, V, BK)
+        dr = dot(dS_out, tl.load(Kt + prepared * C * BK + tall), PRECISION)
+        dS *= tl.load(total + prepared * BK + channels)[None, :]
         if do is not None:
-            dout = cast(load_rows(do + tokens, HV * V, cols, V, count, C), dtype)
-            dr += dot(tl.load(A_qk + prepared * C * C + turned), dout, PRECISION)
-            dS += dot(tl.load(Q + prepared * C * BK + tall), dout, PRECISION)
-        dz = cast(dot(tl.load(A + prepared * C * C + turned), cast(dr, dtype), PRECISION), dtype)
-        store_rows(dZ + tokens, dz, HV * V, cols, V, count, C)
-        dS -= dot(tl.load(E + prepared * C * BK + tall), dz, PRECISION)
+            dout = cast(_load_turned(do + tokens, HV * V, cols, V, count), dtype)
+            dr += dot(dout, tl.load(A_qk + prepared * C * C + square), PRECISION)
+            dS += dot(dout, tl.load(Q + prepared * C * BK + wide), PRECISION)
+        dz = cast(dot(cast(dr, dtype), tl.load(A + prepared * C * C + square), PRECISION), dtype)
+        _store_turned(dZ + tokens, dz, HV * V, cols, V, count)
+        dS -= dot(dz, tl.load(E + prepared * C * BK + wide), PRECISION)
     if dinitial_state is not None:
-        block, inside = _state_block(n, hv, cols, HV, K, V, BK)
         tl.store(dinitial_state + block, cast(dS, dinitial_state.dtype.element_ty), mask=inside)

@@ -45,15 +45,15 @@ def corner(i, j, depth):
 
 
 @triton.jit
-def up_to(i, j):
+def up_to(i, j, levels):
     """The tokens whose decay separates row i from what came before this half."""
-    return j <= i
+    return level(i, j, tl.load(levels)) == 0
 
 
 @triton.jit
-def after(i, j):
+def after(i, j, levels):
     """The tokens whose decay separates row i from what comes after this half."""
-    return j > i
+    return level(i, j, tl.load(levels))
 
 
 @triton.jit
