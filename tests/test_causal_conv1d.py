@@ -1,7 +1,6 @@
 """causal_conv1d against a convolution written token by token in fp64, and as a citizen of PyTorch."""
 
 import itertools
-import sys
 
 import pytest
 import torch
@@ -11,10 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from gdn2_titan.ops import windowed_conv1d
 from gdn2_titan.ops.causal_conv1d import causal_conv1d
-
-# Not `import ... as`: the package may export the function under the module's own name.
-conv_module = sys.modules["gdn2_titan.ops.causal_conv1d"]
 
 FORWARD = torch.ops.gdn2_titan.causal_conv1d
 BACKWARD = torch.ops.gdn2_titan.causal_conv1d_backward
@@ -408,9 +405,9 @@ def test_eager_and_compiled_agree_under_autocast_and_match_running_without_it():
 def test_autocast_is_off_inside_both_op_bodies(monkeypatch):
     # On a CPU nothing in the bodies is of a kind that autocast changes; on other devices some operators are.
     seen = []
-    layout = conv_module._layout
+    layout = windowed_conv1d._layout
     monkeypatch.setattr(
-        conv_module, "_layout", lambda *args: seen.append(torch.is_autocast_enabled("cpu")) or layout(*args)
+        windowed_conv1d, "_layout", lambda *args: seen.append(torch.is_autocast_enabled("cpu")) or layout(*args)
     )
     with torch.autocast("cpu", torch.bfloat16):
         causal_conv1d(**make())[0].sum().backward()

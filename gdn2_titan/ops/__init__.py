@@ -1,7 +1,9 @@
 """Gated DeltaNet-2 as an operator: import this and get torch, nothing else."""
 
 from .causal_conv1d import causal_conv1d
-from .functional import chunk_gdn2, fused_recurrent_gdn2, recurrent_gdn2
+from .functional import chunk_gdn2, fused_recurrent_gdn2, recurrent_gdn2, recurrent_gdn2_
 from .reference import naive_recurrent_gdn2
 
-__all__ = ["causal_conv1d", "chunk_gdn2", "fused_recurrent_gdn2", "naive_recurrent_gdn2", "recurrent_gdn2"]
+__all__ = [
+    "causal_conv1d", "chunk_gdn2", "fused_recurrent_gdn2", "naive_recurrent_gdn2", "recurrent_gdn2", "recurrent_gdn2_",
+]  # fmt: skip

@@ -1,20 +1,26 @@
 """The public functions: defaults, validation, docstrings. Each ends in one operator of ``library``."""
 
-from .library import chunk_gdn2_op, recurrent_gdn2_op
-from .reference import naive_recurrent_gdn2
-from .validation import check_inputs
+import torch
 
-__all__ = ["chunk_gdn2", "fused_recurrent_gdn2", "recurrent_gdn2"]
+from .library import chunk_gdn2_op, recurrent_gdn2_inplace_op, recurrent_gdn2_op
+from .reference import naive_recurrent_gdn2
+from .validation import check_inputs, check_state
+
+__all__ = ["chunk_gdn2", "fused_recurrent_gdn2", "recurrent_gdn2", "recurrent_gdn2_"]
 
 BACKENDS = ("auto", "triton", "torch", "reference")
+
+
+def _check_backend(backend):
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(map(repr, BACKENDS))}")
 
 
 def _call(
     op, q, k, v, g, b, w, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
     A_log, dt_bias, use_sigmoid_in_kernel, erase_scale, cu_seqlens, resets, backend,
 ):  # fmt: skip
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(map(repr, BACKENDS))}")
+    _check_backend(backend)
     if backend == "reference":
         return naive_recurrent_gdn2(
             q, k, v, g, b, w, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
@@ -115,3 +121,56 @@ def recurrent_gdn2(
 
 
 fused_recurrent_gdn2 = recurrent_gdn2
+
+
+def recurrent_gdn2_(
+    q, k, v, g, b, w, state,
+    scale=None,
+    use_qk_l2norm_in_kernel=False,
+    use_gate_in_kernel=False,
+    A_log=None,
+    dt_bias=None,
+    use_sigmoid_in_kernel=False,
+    erase_scale=1.0,
+    cu_seqlens=None,
+    resets=None,
+    backend="auto",
+):  # fmt: skip
+    """:func:`recurrent_gdn2` that starts from ``state`` and leaves the final state there: a step of decoding that
+    allocates nothing but its output.
+
+    Args:
+        state: [N, HV, K, V], contiguous, float32 (float64 for float64 inputs), read and overwritten. N is B, or the
+            number of packed sequences. A sequence of no tokens keeps its state.
+        The others: as in :func:`chunk_gdn2`.
+
+    Returns:
+        o [B, T, HV, V] in v's dtype.
+
+    Raises:
+        RuntimeError: a gradient would be needed; there is none through a state that is overwritten.
+        TypeError, ValueError: naming the argument, what came and what is allowed. ``state`` is then as it was.
+    """
+    _check_backend(backend)
+    scale = check_inputs(
+        q, k, v, g, b, w, scale, None, use_gate_in_kernel, A_log, dt_bias,
+        use_sigmoid_in_kernel, erase_scale, cu_seqlens, resets,
+    )  # fmt: skip
+    check_state(state, q, v, cu_seqlens)
+    tensors = (q, k, v, g, b, w, A_log, dt_bias, state)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        raise RuntimeError(
+            "recurrent_gdn2_ overwrites its state and has no gradient; use recurrent_gdn2 or torch.no_grad()"
+        )
+    if backend == "reference":
+        o, final_state = naive_recurrent_gdn2(
+            q, k, v, g, b, w, scale, state, True, use_qk_l2norm_in_kernel, use_gate_in_kernel,
+            A_log, dt_bias, use_sigmoid_in_kernel, erase_scale, cu_seqlens, resets,
+        )  # fmt: skip
+        state.copy_(final_state)
+        return o
+    return recurrent_gdn2_inplace_op(
+        q, k, v, g, b, w, A_log, dt_bias, state, cu_seqlens, resets, scale,
+        use_qk_l2norm_in_kernel, use_gate_in_kernel, use_sigmoid_in_kernel, float(erase_scale),
+        backend,
+    )  # fmt: skip

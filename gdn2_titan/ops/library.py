@@ -9,24 +9,16 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import chunked
+from .dispatch import use_triton
 from .flops import backward_flops, forward_flops
 from .gates import activate, compute_dtype
 from .reference import recur_packed
-from .triton.target import check_target
 
-__all__ = ["chunk_gdn2_op", "recurrent_gdn2_op"]
+__all__ = ["chunk_gdn2_op", "recurrent_gdn2_op", "recurrent_gdn2_inplace_op"]
 
 
 def _options(l2norm, gate, sigmoid, erase_scale):
     return {"l2norm": l2norm, "gate": gate, "sigmoid": sigmoid, "erase_scale": erase_scale}
-
-
-def use_triton(name, x, backend, head_sizes=()):
-    """Whether the Triton kernels serve a call on the argument ``name``; ValueError where they should and cannot."""
-    if backend == "torch" or (backend == "auto" and (x.device.type != "cuda" or x.dtype == torch.float64)):
-        return False
-    check_target(name, x, head_sizes)
-    return True
 
 
 def _kernels(q, v, backend):
@@ -36,6 +28,26 @@ def _kernels(q, v, backend):
     from .triton import chunk  # not before it is needed: Triton is not everywhere
 
     return chunk
+
+
+def _recurrent_torch(
+    q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets, scale, options, final_state=None
+):
+    """o and the final state, which is written to ``final_state`` where that is given; it may be the initial state."""
+    (B, _, _, K), (HV, V), dtype = q.shape, v.shape[2:], compute_dtype(q)
+    q, k, g, b, w = activate(q, k, g, b, w, A_log, dt_bias, resets, **options)
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    state = q.new_zeros(N, HV, K, V) if initial_state is None else initial_state.to(dtype, copy=True)
+    o, state = recur_packed(q, k, v.to(dtype), g, b, w, state, scale, cu_seqlens)
+    return o.to(v.dtype), state if final_state is None else final_state.copy_(state)
+
+
+def _recurrent_kernel(q, v, backend):
+    if not use_triton("q", q, backend, (q.shape[-1], v.shape[-1])):
+        return _recurrent_torch
+    from .triton import recurrent
+
+    return recurrent.recurrent_forward
 
 
 def _no_autocast(x):
@@ -65,16 +77,28 @@ def recurrent_gdn2_op(
     cu_seqlens: Tensor | None, resets: Tensor | None,
     scale: float, l2norm: bool, gate: bool, sigmoid: bool, erase_scale: float, backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    B, T, H, K = q.shape
-    HV, V = v.shape[2:]
-    dtype = compute_dtype(q)
     with _no_autocast(q):
-        options = _options(l2norm, gate, sigmoid, erase_scale)
-        q, k, g, b, w = activate(q, k, g, b, w, A_log, dt_bias, resets, **options)
-        N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        state = q.new_zeros(N, HV, K, V) if initial_state is None else initial_state.to(dtype, copy=True)
-        o, final_state = recur_packed(q, k, v.to(dtype), g, b, w, state, scale, cu_seqlens)
-    return o.to(v.dtype).contiguous(), final_state.contiguous()
+        o, final_state = _recurrent_kernel(q, v, backend)(
+            q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets, scale,
+            _options(l2norm, gate, sigmoid, erase_scale),
+        )  # fmt: skip
+    return o.contiguous(), final_state.contiguous()
+
+
+@torch.library.custom_op("gdn2_titan::recurrent_gdn2_", mutates_args={"state"})
+def recurrent_gdn2_inplace_op(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor,
+    A_log: Tensor | None, dt_bias: Tensor | None, state: Tensor,
+    cu_seqlens: Tensor | None, resets: Tensor | None,
+    scale: float, l2norm: bool, gate: bool, sigmoid: bool, erase_scale: float, backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """o; ``state``, contiguous and in the compute dtype, is the initial state and becomes the final one."""
+    with _no_autocast(q):
+        o, _ = _recurrent_kernel(q, v, backend)(
+            q, k, v, g, b, w, A_log, dt_bias, state, cu_seqlens, resets, scale,
+            _options(l2norm, gate, sigmoid, erase_scale), final_state=state,
+        )  # fmt: skip
+    return o.contiguous()
 
 
 @torch.library.custom_op("gdn2_titan::chunk_gdn2_backward", mutates_args=())
@@ -102,6 +126,11 @@ def _fake_forward(q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, *
 
 chunk_gdn2_op.register_fake(_fake_forward)
 recurrent_gdn2_op.register_fake(_fake_forward)
+
+
+@recurrent_gdn2_inplace_op.register_fake
+def _(q, k, v, *rest):
+    return v.new_empty(v.shape)
 
 
 @chunk_gdn2_backward_op.register_fake
@@ -140,7 +169,10 @@ def _sizes(q_shape, v_shape):
     return B * T, H, K, v_shape[2] // H * v_shape[3]
 
 
-@register_flop_formula([torch.ops.gdn2_titan.chunk_gdn2, torch.ops.gdn2_titan.recurrent_gdn2])
+FORWARD_OPS = ("chunk_gdn2", "recurrent_gdn2", "recurrent_gdn2_")
+
+
+@register_flop_formula([getattr(torch.ops.gdn2_titan, name) for name in FORWARD_OPS])
 def _(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs):
     return forward_flops(*_sizes(q_shape, v_shape))
 

@@ -8,7 +8,9 @@ import math
 
 import torch
 
-__all__ = ["FLOAT_DTYPES", "check_cu_seqlens", "check_inputs", "check_packing"]
+from .gates import compute_dtype
+
+__all__ = ["FLOAT_DTYPES", "check_cu_seqlens", "check_inputs", "check_packing", "check_state"]
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -108,6 +110,21 @@ def check_inputs(
     if not isinstance(scale, (int, float)) or not math.isfinite(scale):
         raise ValueError(f"scale is {scale!r}; it must be a finite number or None for K**-0.5")
     return float(scale)
+
+
+def check_state(state, q, v, cu_seqlens):
+    """Raise for a ``state`` that cannot be updated in place. The other arguments have passed ``check_inputs``."""
+    _require_tensor("state", state)
+    if state.device != q.device:
+        raise ValueError(f"state is on {state.device}; it must be on q's device {q.device}")
+    dtype = compute_dtype(q)
+    if state.dtype != dtype:
+        raise TypeError(f"state has dtype {state.dtype}; it must be {dtype}, which {q.dtype} is computed in")
+    (B, _, _, K), (HV, V) = q.shape, v.shape[2:]
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    _require_shape("state", state, (N, HV, K, V), "[N, HV, K, V]")
+    if not state.is_contiguous():
+        raise ValueError(f"state has strides {state.stride()}; it must be contiguous, as it is updated in place")
 
 
 def check_cu_seqlens(cu_seqlens, T):

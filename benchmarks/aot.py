@@ -1,0 +1,262 @@
+"""Compile the kernels for GPUs that are not here, and read in the machine code what they take.
+
+    python benchmarks/aot.py --target sm_90 --op chunk --kind bf16 --size 128
+
+Each launch that the calls of ``CASES`` would make on a target is compiled by Triton's own path, specialisation of
+arguments included: by its warm-up entry, under a driver that knows nothing but the target. A line a kernel: its
+configuration, registers of a thread, what spilled, shared memory, matrix instructions, and what is wrong, if anything.
+Without TRITON_INTERPRET: Triton decides when it decorates a kernel whether it will be compiled.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import itertools
+import json
+import multiprocessing
+import re
+import subprocess
+import tempfile
+
+import torch
+import triton
+from calls import KINDS, conv_inputs, gdn2_inputs
+from launches import recorded
+from triton.backends.compiler import GPUTarget
+
+from gdn2_titan import ops
+
+__all__ = ["CASES", "OPS", "TARGETS", "reports"]
+
+KB = 1024
+TENSOR_MEMORY = 512  # columns, of a program on sm_100; for a kernel that wants more Triton emits a trap
+# Name: what ``target.arch`` returns there, what Triton calls it, the shared memory of one program.
+TARGETS = {
+    "sm_80": (80, GPUTarget("cuda", 80, 32), 163 * KB),
+    "sm_90": (90, GPUTarget("cuda", 90, 32), 227 * KB),
+    "sm_100": (100, GPUTarget("cuda", 100, 32), 227 * KB),
+    "gfx942": ("gfx942", GPUTarget("hip", "gfx942", 64), 64 * KB),
+}
+SIZES = (64, 128, 256)
+# What a call asks for besides; "documents" is how training calls it, "packed" takes cu_seqlens.
+OPTIONS = {
+    "plain": {},
+    "documents": {"resets": True, "state": True},
+    "packed": {"packed": True, "state": True},
+}
+B, T, H = 1, 4096, 4
+
+
+def _train(function, inputs):
+    outputs = function(**inputs, backend="triton")
+    torch.autograd.grad([x for x in outputs if x is not None], [x for x in inputs.values() if _learns(x)],
+                        [torch.zeros_like(x) for x in outputs if x is not None])  # fmt: skip
+
+
+def _learns(x):
+    return isinstance(x, torch.Tensor) and x.requires_grad
+
+
+def _chunk(kind, size, options):
+    _train(ops.chunk_gdn2, gdn2_inputs(kind, B, T, H, size, size, **options, requires_grad=True))
+
+
+def _recurrent(kind, size, options):
+    with torch.no_grad():
+        ops.recurrent_gdn2(**gdn2_inputs(kind, B, T, H, size, size, **options), backend="triton")
+
+
+def _decode(kind, size, options):
+    """One token for each of 64 sequences, the state updated in place."""
+    inputs = gdn2_inputs(kind, 64, 1, H, size, size, state=True)
+    del inputs["output_final_state"]
+    state = inputs.pop("initial_state")
+    with torch.no_grad():
+        ops.recurrent_gdn2_(state=state, **inputs, backend="triton")
+
+
+def _conv(kind, size, options):
+    _train(ops.causal_conv1d, conv_inputs(kind, B, T, H * size, **options, requires_grad=True))
+
+
+OPS = {"chunk": _chunk, "recurrent": _recurrent, "decode": _decode, "conv": _conv}
+
+
+def _cases():
+    """Every kind and size of input, and every option with the inputs of training; the convolution knows no sizes."""
+    for op, kind, size, options in itertools.product(OPS, KINDS, SIZES, OPTIONS):
+        if op == "conv":
+            if size == 128 and kind != "bf16 raw":
+                yield op, kind, size, options
+        elif options == "plain" or (op != "decode" and size == 128 and kind == "bf16 raw"):
+            yield op, kind, size, options
+
+
+CASES = tuple(_cases())
+
+
+class _Driver:
+    """What Triton asks of a device in order to compile for it."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return self.target.arch  # what a kernel's compiled forms are kept by
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def _compile(launch, config, target):
+    triton.runtime.driver.set_active(_Driver(target))
+    return launch.kernel.warmup(grid=(1,), **launch.args, **launch.constants, **config)
+
+
+def _cuda_resources(compiled):
+    def cuobjdump(option):
+        command = [triton.knobs.nvidia.cuobjdump.path, option, cubin.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = cuobjdump("--dump-resource-usage")
+        sass = cuobjdump("--dump-sass")
+    used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    instructions = collections.Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?(\w+)", sass, re.MULTILINE))
+    return {
+        "registers": used["REG"],
+        "spilled": used["STACK"] + used["LOCAL"],  # bytes of a thread
+        "spill_instructions": instructions["STL"] + instructions["LDL"],
+        "matrix": {n: x for n, x in sorted(instructions.items()) if re.fullmatch(r"[HQDIO]?G?MMA|UTC\w*MMA", n)},
+    }
+
+
+def _hip_resources(compiled):
+    text = compiled.asm["amdgcn"]
+
+    def field(name):
+        return int(re.search(rf"\.{name}:\s+(\d+)", text).group(1))
+
+    matrix = collections.Counter(re.findall(r"^\s+(v_s?mfma\w*)", text, re.MULTILINE))
+    return {
+        "registers": field("vgpr_count"),
+        "spilled": field("private_segment_fixed_size"),
+        "spill_instructions": field("vgpr_spill_count") + field("sgpr_spill_count"),
+        "matrix": dict(sorted(matrix.items())),
+    }
+
+
+OPERAND = r"(?:tensor|!ttg\.memdesc)<(\d+)x(\d+)x(\w+)"
+DOT = re.compile(rf"\b(tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma)\b.* : {OPERAND}.*?>(?: \*|,) {OPERAND}")
+
+
+def _products(text):
+    """The products in the target's own IR, e.g. "wgmma 64x128x64 bf16" (rows, columns, inner) -> how many."""
+    names = {"tt.dot": "mma", "ttng.warp_group_dot": "wgmma", "ttng.tc_gen5_mma": "tcgen05"}
+    found = collections.Counter()
+    for op, rows, inner, dtype, _, columns, _ in DOT.findall(text):
+        found[f"{names[op]} {rows}x{columns}x{inner} {dtype}"] += 1
+    return dict(sorted(found.items()))
+
+
+def _report(launch, config, target):
+    _, triton_target, limit = TARGETS[target]
+    compiled = _compile(launch, config, triton_target)
+    resources = _cuda_resources if triton_target.backend == "cuda" else _hip_resources
+    return {
+        **resources(compiled),
+        "shared": compiled.metadata.shared,
+        "shared_limit": limit,
+        "tensor_memory": getattr(compiled.metadata, "tmem_size", 0),
+        "products": _products(compiled.asm["ttgir"]),
+    }
+
+
+def faults(report):
+    """What of a report breaks the promise made for every default configuration; one sentence each."""
+    if "error" in report:
+        return [f"does not compile: {report['error']}"]
+    found = []
+    if report["spilled"] or report["spill_instructions"]:
+        found.append(f"spills {report['spilled']} bytes in {report['spill_instructions']} places")
+    if report["shared"] > report["shared_limit"]:
+        found.append(f"wants {report['shared']} bytes of shared memory of {report['shared_limit']}")
+    if report["tensor_memory"] > TENSOR_MEMORY:
+        found.append(f"wants {report['tensor_memory']} columns of tensor memory of {TENSOR_MEMORY}")
+    if report["products"] and not report["matrix"]:
+        found.append("multiplies without tensor cores")
+    if report["target"] == "sm_90":
+        # A warp group takes 64 rows at a time, so smaller products have no choice.
+        slow = [x for x in report["products"] if re.fullmatch(r"mma (64|128|256)x\S+ b?f16", x)]
+        found += [f"multiplies {x} without wgmma" for x in slow]
+    return found
+
+
+def _configs(launch, all_candidates, changes):
+    candidates = launch.candidates if all_candidates else launch.candidates[:1]
+    return [config | {name: x for name, x in changes.items() if name in config} for config in candidates]
+
+
+def case_reports(target, case, kernels=None, all_candidates=False, changes=None):
+    """One dict for each kernel that the case starts on the target, at its default configuration or at all of them.
+    kernels: names of those wanted. changes: of the configurations, by name."""
+    op, kind, size, options = case
+    with recorded(TARGETS[target][0]) as launches:
+        OPS[op](kind, size, OPTIONS[options])
+    found = []
+    for launch in launches:
+        if kernels and launch.name not in kernels:
+            continue
+        for config in _configs(launch, all_candidates, changes or {}):
+            report = {"op": op, "kind": kind, "size": size, "options": options, "target": target}
+            report |= {"kernel": launch.name, "config": config}
+            try:
+                report |= _report(launch, config, target)
+            except Exception as error:  # whatever Triton or an assembler raises: one kernel must not hide the others
+                report["error"] = f"{type(error).__name__}: {error}"
+            if report not in found:
+                found.append(report)
+    return found
+
+
+def reports(targets, cases, *options, workers=2):
+    """The reports of all cases on all targets, as they are ready. options: of ``case_reports``."""
+    context = multiprocessing.get_context("spawn")  # a fork would inherit the threads of torch
+    with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
+        tasks = [pool.submit(case_reports, target, case, *options) for target in targets for case in cases]
+        for task in tasks:
+            yield from task.result()
+
+
+def _line(report):
+    case = "{target:>6} {op} {kind} {size} {options}: {kernel} {config}".format(**report)
+    if "error" not in report:
+        case += ", {registers} registers, {shared} bytes shared, {matrix}".format(**report)
+    return "\n    ".join([case, *faults(report)])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    axes = {"op": OPS, "kind": KINDS, "size": SIZES, "options": OPTIONS}
+    for name, values in (axes | {"target": TARGETS}).items():
+        values = list(values)
+        parser.add_argument(f"--{name}", nargs="*", type=type(values[0]), choices=values, default=values)
+    parser.add_argument("--kernel", nargs="*", help="names of kernels")
+    parser.add_argument("--all-candidates", action="store_true", help="not only the default configurations")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=NUMBER", help="change the configurations")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    parser.add_argument("--workers", type=int, default=2)
+    chosen = parser.parse_args()
+    cases = [case for case in CASES if all(x in getattr(chosen, name) for name, x in zip(axes, case, strict=True))]
+    changes = {name: int(x) for name, x in (change.split("=") for change in chosen.set)}
+    for report in reports(chosen.target, cases, chosen.kernel, chosen.all_candidates, changes, workers=chosen.workers):
+        print(json.dumps(report | {"faults": faults(report)}) if chosen.json else _line(report), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Which kernels a call starts on a given architecture, seen on ordinary CPU tensors and without that architecture.
+
+Every kernel of the package is started through ``launching.launch``, and every choice that depends on the device is made
+by ``target.arch``: both are replaced while a call is recorded.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Callable
+from unittest import mock
+
+from gdn2_titan.ops import triton as kernels
+from gdn2_titan.ops.triton import launching, target
+
+__all__ = ["Launch", "recorded"]
+
+# Kernels ask on import whether they are interpreted: before ``recorded`` gives check_target another answer.
+for module in pkgutil.iter_modules(kernels.__path__, kernels.__name__ + "."):
+    importlib.import_module(module.name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One start of a kernel: what ``launching.launch`` was given."""
+
+    kernel: Callable
+    grid: Callable
+    candidates: tuple[dict, ...]
+    args: dict
+    constants: dict
+
+    @property
+    def name(self):
+        return self.kernel.__name__
+
+
+@contextlib.contextmanager
+def recorded(architecture, start=lambda launch: None):
+    """The launches within this block, in order, as if all tensors were on ``architecture`` (a value of target.arch).
+
+    start: called with each of them in place of starting it. By default nothing runs, and the results are whatever lay
+    in memory.
+    """
+    launches = []
+
+    def launch(kernel, grid, candidates, args, constants):
+        launches.append(Launch(kernel, grid, candidates, args, constants))
+        start(launches[-1])
+
+    with (
+        mock.patch.object(launching, "launch", launch),
+        mock.patch.object(target, "arch", lambda x: architecture),
+        mock.patch.object(target, "interpreted", lambda: True),  # CPU tensors are not refused
+    ):
+        yield launches

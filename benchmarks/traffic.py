@@ -1,0 +1,227 @@
+"""Count what the op moves: launches, and the bytes that each kernel loads and stores per token and key head.
+
+    python benchmarks/traffic.py
+
+The kernels run in Triton's interpreter on CPU tensors, in the default configuration of --arch, and every load and store
+goes through a counter with its pointers and mask. Bytes are those that differ within one program: what a program reads
+again it finds in its cache; "issued" is without that mercy, "distinct" counts an address once in a whole launch, as if
+the cache between programs never missed. Memory traffic lies between "distinct" and "issued". PyTorch operators that the
+op calls on the way count as launches too, each reading and writing its tensors once.
+Each figure is the difference between two lengths, so that what a call costs once a sequence (its states) falls out.
+The floor: every input read once and every output written once.
+"""
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import json
+import os
+from unittest import mock
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are decorated
+
+import numpy as np
+import torch
+import triton.runtime.interpreter as interpreter
+from calls import KINDS, gdn2_inputs
+from launches import recorded
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gdn2_titan.ops import chunk_gdn2
+
+__all__ = ["BAR", "measure"]
+
+LENGTHS = (256, 512)
+# Bytes per token and key head, and launches, that the package promises at K = V = 128.
+BAR = {"forward": (4600, 3), "backward": (13000, 6), "saved": 1800}
+ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+
+
+@dataclasses.dataclass
+class Traffic:
+    """Bytes of the launches of one kernel."""
+
+    launches: int = 0
+    loaded: int = 0
+    stored: int = 0
+    issued: int = 0
+    distinct: int = 0
+
+    def per_token(self, other, tokens):
+        """This of one length less the other of a shorter one; the launches do not depend on the length."""
+        fields = {name: (x - getattr(other, name)) / tokens for name, x in dataclasses.asdict(self).items()}
+        return dataclasses.asdict(Traffic(**fields | {"launches": self.launches}))
+
+
+class Memory:
+    """In the place of the interpreter's memory: notes the addresses of each program, and passes the access on."""
+
+    def __init__(self, memory):
+        self.memory = memory
+        self.forget()
+
+    def __getattr__(self, name):
+        return getattr(self.memory, name)
+
+    def forget(self):
+        self.touched = collections.defaultdict(list)  # (is it a store, program, bytes an element) -> addresses
+
+    def _note(self, store, pointers, mask, size):
+        program = interpreter.interpreter_builder.grid_idx
+        self.touched[store, program, size].append(pointers[np.broadcast_to(mask, pointers.shape)].ravel())
+
+    def load(self, pointers, mask, other, dtype):
+        self._note(False, pointers, mask, np.dtype(dtype).itemsize)
+        return self.memory.load(pointers, mask, other, dtype)
+
+    def store(self, pointers, value, mask):
+        self._note(True, pointers, mask, value.itemsize)
+        return self.memory.store(pointers, value, mask)
+
+    def atomic_rmw(self, op, pointers, value, mask, order):
+        for store in (False, True):
+            self._note(store, pointers, mask, value.itemsize)
+        return self.memory.atomic_rmw(op, pointers, value, mask, order)
+
+    def add_to(self, traffic):
+        """Add what was noted since the last ``forget`` as one launch."""
+        traffic.launches += 1
+        everywhere = collections.defaultdict(list)
+        for (store, _, size), accesses in self.touched.items():
+            addresses = np.concatenate(accesses)
+            traffic.issued += size * addresses.size
+            addresses = np.unique(addresses)
+            everywhere[store, size].append(addresses)
+            name = "stored" if store else "loaded"
+            setattr(traffic, name, getattr(traffic, name) + size * addresses.size)
+        traffic.distinct += sum(size * np.unique(np.concatenate(x)).size for (_, size), x in everywhere.items())
+        self.forget()
+
+
+class Operators(TorchDispatchMode):
+    """Adds to ``rows`` the PyTorch operators that would start a kernel on a GPU, also inside this package's ops."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = None
+        self.paused = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if self.paused or self.rows is None:
+            return func(*args, **kwargs)
+        with self:
+            if func.namespace == "gdn2_titan":  # into its body
+                return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
+            result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+        result = func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in ALLOCATIONS:
+            row = self.rows[f"aten.{name}"]
+            row.launches += 1
+            read, written = (_bytes(x) for x in ((args, kwargs), result))
+            row.loaded += read
+            row.stored += written
+            row.issued += read + written
+            row.distinct += read + written
+        return result
+
+
+def _bytes(tree):
+    """Of the tensors in an operator's arguments or results; what is expanded is there once."""
+    tensors = [x for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)]
+    elements = [[n for n, stride in zip(x.shape, x.stride(), strict=True) if stride] for x in tensors]
+    return sum(x.element_size() * int(np.prod(n)) for x, n in zip(tensors, elements, strict=True))
+
+
+@contextlib.contextmanager
+def _counting(architecture):
+    """-> a function that begins a phase: {kernel or operator: Traffic}, filled from then on."""
+    memory = Memory(interpreter._interpreter)
+    operators = Operators()
+
+    def start(launch):
+        operators.paused = True
+        launch.kernel[launch.grid](**launch.args, **launch.constants, **launch.candidates[0])
+        operators.paused = False
+        memory.add_to(operators.rows[launch.name])
+
+    def begin():
+        operators.rows = collections.defaultdict(Traffic)
+        return operators.rows
+
+    with mock.patch.object(interpreter, "_interpreter", memory), recorded(architecture, start), operators:
+        yield begin
+
+
+def _count(kind, T, K, V, architecture):
+    """{"forward": {name: Traffic}, "backward": ...}, the floors, and the bytes saved for backward."""
+    inputs = gdn2_inputs(kind, 1, T, 1, K, V, requires_grad=True)
+    leaves = [x for x in inputs.values() if isinstance(x, torch.Tensor)]
+    do = torch.ones_like(inputs["v"])
+    saved = {}
+
+    def save(x):
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    phases = {}
+    with _counting(architecture) as begin:
+        phases["forward"] = begin()
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
+            o, _ = chunk_gdn2(**inputs, backend="triton")
+        phases["backward"] = begin()
+        grads = torch.autograd.grad(o, leaves, do)
+    floors = {"forward": _bytes((leaves, o)), "backward": _bytes((leaves, do, grads))}
+    return phases, floors, sum(saved.values())
+
+
+def measure(kind, K=128, V=128, architecture=90):
+    """Per token and key head: {"forward": {"kernels": {name: {...}}, "total": {...}, "floor": bytes}, "backward": ...,
+    "saved": bytes}."""
+    (short, short_floors, short_saved), (long, long_floors, long_saved) = (
+        _count(kind, T, K, V, architecture) for T in LENGTHS
+    )
+    tokens = LENGTHS[1] - LENGTHS[0]
+    result = {"saved": (long_saved - short_saved) / tokens}
+    for phase in long:
+        kernels = {name: row.per_token(short[phase][name], tokens) for name, row in long[phase].items()}
+        total = {field: sum(row[field] for row in kernels.values()) for field in dataclasses.asdict(Traffic())}
+        floor = (long_floors[phase] - short_floors[phase]) / tokens
+        result[phase] = {"kernels": kernels, "total": total, "floor": floor}
+    return result
+
+
+def _print(kind, found):
+    print(f"\n{kind}; bytes per token and key head")
+    print(f"{'':>22} {'launches':>8} {'loaded':>8} {'stored':>8} {'both':>8} {'issued':>8} {'distinct':>8}")
+    for phase in ("forward", "backward"):
+        for name, row in (found[phase]["kernels"] | {phase: found[phase]["total"]}).items():
+            both = row["loaded"] + row["stored"]
+            numbers = (row["loaded"], row["stored"], both, row["issued"], row["distinct"])
+            print(f"{name:>22} {row['launches']:>8} " + " ".join(f"{x:>8.0f}" for x in numbers))
+        floor, (limit, launches) = found[phase]["floor"], BAR[phase]
+        print(f"{'':>22} floor {floor:.0f}, {both / floor:.2f} of it; the bar is {limit} in {launches} launches")
+    print(f"{'saved for backward':>22} {found['saved']:.0f}; the bar is {BAR['saved']} with raw gates in bf16")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, default=90, help="whose default configuration, e.g. 80 or 90")
+    parser.add_argument("--kind", nargs="*", choices=list(KINDS), default=["bf16", "bf16 raw"])
+    parser.add_argument("--size", type=int, default=128, help="K and V")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    chosen = parser.parse_args()
+    found = {kind: measure(kind, chosen.size, chosen.size, chosen.arch) for kind in chosen.kind}
+    if chosen.json:
+        print(json.dumps(found))
+    else:
+        for kind in found:
+            _print(kind, found[kind])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Decoding: the recurrence token by token, each slice of the state in registers from its first token to its last.
+
+At one token per sequence, a step of decoding, it is bound by reading and writing the state once: a row of a slice is
+128 bytes, loaded 16 bytes to the thread. The final state may be the memory of the initial one: every program reads its
+slice, all of it, before it writes it, and nobody else's.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..gates import NORM_EPS
+from ..validation import check_cu_seqlens
+from . import launching
+
+__all__ = ["recurrent_forward"]
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)) to rounding, for every x: with u = 1 + e as rounded, log1p(e) = log(u) * e / (u - 1)."""
+    e = tl.exp(-tl.abs(x))
+    u = 1 + e
+    rounded = tl.where(u == 1, 1.0, u - 1)
+    return tl.maximum(x, 0.0) + tl.where(u == 1, e, tl.log(u) * (e / rounded))
+
+
+@triton.jit
+def l2_normalized(x, EPS: tl.constexpr):
+    return x * tl.rsqrt(tl.sum(x * x, 0) + EPS)
+
+
+@triton.jit
+def recurrent_kernel(
+    q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets, o, final_state, T, scale,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    L2NORM: tl.constexpr, GATE: tl.constexpr, SIGMOID: tl.constexpr, ERASE_SCALE: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
+    """One sequence, one value head, BV columns of its state; the slices of a head are neighbours in the grid.
+
+    q, k, g, b [B, T, H, K]; v, w, o [B, T, HV, V]; states [N, HV, K, V]; all contiguous, T any number when packed.
+    """
+    SLICES: tl.constexpr = (V + BV - 1) // BV
+    program = tl.program_id(0)
+    row = (program // SLICES).to(tl.int64)  # of the states: n * HV + hv
+    n, hv = row // HV, row % HV
+    h = hv // (HV // H)
+    kk = tl.arange(0, BK)
+    vv = program % SLICES * BV + tl.arange(0, BV)
+    in_k, in_v = kk < K, vv < V
+    cell = kk[:, None] * V + vv[None, :]
+    in_cell = in_k[:, None] & in_v[None, :]
+    if initial_state is None:
+        S = tl.zeros([BK, BV], tl.float32)
+    else:
+        S = tl.load(initial_state + row * K * V + cell, mask=in_cell, other=0).to(tl.float32)
+
+    first, length = n * T, T
+    if cu_seqlens is not None:
+        first = tl.load(cu_seqlens + n).to(tl.int64)
+        length = (tl.load(cu_seqlens + n + 1) - first).to(tl.int32)
+    if GATE:
+        rate = tl.exp(tl.load(A_log + h).to(tl.float32))
+        if dt_bias is not None:
+            bias = tl.load(dt_bias + h * K + kk, mask=in_k, other=0).to(tl.float32)
+
+    for t in range(length):
+        token = first + t
+        at_key = (token * H + h) * K
+        at_value = (token * HV + hv) * V
+        q_t = tl.load(q + at_key + kk, mask=in_k, other=0).to(tl.float32)
+        k_t = tl.load(k + at_key + kk, mask=in_k, other=0).to(tl.float32)
+        g_t = tl.load(g + at_key + kk, mask=in_k, other=0).to(tl.float32)
+        b_t = tl.load(b + at_key + kk, mask=in_k, other=0).to(tl.float32)
+        v_t = tl.load(v + at_value + vv, mask=in_v, other=0).to(tl.float32)
+        w_t = tl.load(w + at_value + vv, mask=in_v, other=0).to(tl.float32)
+        if L2NORM:
+            q_t, k_t = l2_normalized(q_t, EPS), l2_normalized(k_t, EPS)
+        if GATE:
+            if dt_bias is not None:
+                g_t += bias
+            g_t = -rate * softplus(g_t)
+        if SIGMOID:
+            b_t, w_t = ERASE_SCALE * tl.sigmoid(b_t), tl.sigmoid(w_t)
+        decay = tl.exp(g_t)
+        if resets is not None:
+            decay = tl.where(tl.load(resets + token) != 0, 0.0, decay)
+
+        S = decay[:, None] * S
+        # Both sums are over the decayed state, so that neither waits for the other.
+        read = tl.sum((b_t * k_t)[:, None] * S, 0)
+        kept = tl.sum(q_t[:, None] * S, 0)
+        write = w_t * v_t - read
+        S += k_t[:, None] * write[None, :]
+        o_t = scale * (kept + tl.sum(q_t * k_t, 0) * write)
+        tl.store(o + at_value + vv, o_t.to(o.dtype.element_ty), mask=in_v)
+    tl.store(final_state + row * K * V + cell, S, mask=in_cell)
+
+
+def configuration(BK, V):
+    """The one candidate: measuring several would take several steps of a state that is updated in place.
+
+    A slice is up to 32 columns wide; a thread holds 32 numbers of it, and at least 4, so that no two hold the same one.
+    """
+    BV = min(32, padded(V))
+    return {"BV": BV, "num_warps": max(1, BK * BV // 1024)}
+
+
+def padded(size):
+    return max(16, triton.next_power_of_2(size))
+
+
+def recurrent_forward(
+    q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets, scale, options, final_state=None
+):
+    """o [B, T, HV, V] and the final state [N, HV, K, V] fp32, written to ``final_state`` where that is given, which may
+    be the initial state itself. Arguments as those of the op; options: see ``gates.activate``."""
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, T)
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if final_state is None:
+        final_state = q.new_empty((N, HV, K, V), dtype=torch.float32)
+    o = v.new_empty(v.shape)
+    args = {"q": q, "k": k, "v": v, "g": g, "b": b, "w": w, "A_log": A_log, "dt_bias": dt_bias}
+    args |= {"initial_state": initial_state, "cu_seqlens": cu_seqlens, "resets": resets}
+    args = {name: None if x is None else x.contiguous() for name, x in args.items()}
+    args |= {"o": o, "final_state": final_state, "T": T, "scale": scale}
+    BK = padded(K)
+    constants = {
+        "H": H, "HV": HV, "K": K, "V": V, "BK": BK, "L2NORM": options["l2norm"], "GATE": options["gate"],
+        "SIGMOID": options["sigmoid"], "ERASE_SCALE": options["erase_scale"], "EPS": NORM_EPS,
+    }  # fmt: skip
+
+    def grid(meta):
+        return (N * HV * triton.cdiv(V, meta["BV"]),)
+
+    launching.launch(recurrent_kernel, grid, (configuration(BK, V),), args, constants)
+    return o, final_state

@@ -1,0 +1,49 @@
+"""What the Triton kernels move, counted by benchmarks/traffic.py in Triton's interpreter, against what is promised."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TRAFFIC = Path(__file__).parents[1] / "benchmarks" / "traffic.py"
+KINDS = ("bf16", "bf16 raw")
+
+
+@pytest.fixture(scope="module")
+def counted():
+    command = [sys.executable, str(TRAFFIC), "--json", "--kind", *KINDS]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def moved(phase):
+    return phase["total"]["loaded"] + phase["total"]["stored"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_forward_moves_at_most_4600_bytes_per_token_and_head_in_at_most_3_launches(counted, kind):
+    assert moved(counted[kind]["forward"]) <= 4600
+    assert counted[kind]["forward"]["total"]["launches"] <= 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_backward_moves_at_most_13000_bytes_per_token_and_head_in_at_most_6_launches(counted, kind):
+    assert moved(counted[kind]["backward"]) <= 13000
+    assert counted[kind]["backward"]["total"]["launches"] <= 6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_saved_for_backward_is_the_inputs(counted, kind):
+    # q, k, v, b, w in bf16 and g in fp32, or all six in bf16, of 128 channels.
+    assert counted[kind]["saved"] == {"bf16": 5 * 256 + 512, "bf16 raw": 6 * 256}[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_the_counter_sees_every_input_read_and_every_output_written(counted, kind, phase):
+    """No launch can load less than the floor's inputs: a count below it would be the counter's fault."""
+    found = counted[kind][phase]
+    assert found["floor"] == {"bf16": (2048, 3840), "bf16 raw": (1792, 3328)}[kind][phase == "backward"]
+    total = found["total"]
+    assert found["floor"] <= total["distinct"] <= moved(found) <= total["issued"]
