@@ -68,7 +68,8 @@ def _prepare(call, q, k, g, b, A_log, dt_bias, resets, scale, options):
     norms = {name: q.new_empty(wide[:3], dtype=torch.float32) if options["l2norm"] else None for name in NORMS}
     launching.launch(
         prepare_kernel, lambda meta: (call.chunks, H), (dict(BS=min(BK, 32), num_warps=4, num_stages=1),),
-        dict(q=q, k=k, g=g, b=b, A_log=A_log, dt_bias=dt_bias, resets=resets, N=call.sequences, scale=scale, levels=_levels(q.device))
+        dict(q=q, k=k, g=g, b=b, A_log=A_log, dt_bias=dt_bias, resets=resets, N=call.sequences, scale=scale)
+        | dict(levels=_levels(q.device))
         | call.spans | out | norms,
         call.sizes | _activation(q, options),
     )  # fmt: skip

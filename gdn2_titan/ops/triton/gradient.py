@@ -13,7 +13,14 @@ import triton.language as tl
 
 from .products import cast, dot
 from .rows import (
-    C, chunk_of, load_erase, load_log_decay, load_reset, load_rows, load_unit, store_rows,
+    C,
+    chunk_of,
+    load_erase,
+    load_log_decay,
+    load_reset,
+    load_rows,
+    load_unit,
+    store_rows,
 )  # fmt: skip
 from .tree import HALF, after, corner, level, pairs, sum_over, up_to
 
@@ -100,7 +107,7 @@ def _state_gradients(
 def _levels(
     x, k, decay, dx, dk, ddecay, dsquare, levels, dtype: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """Add to the gradients of x, k and the log-decays [HALF, BS] what the decayed products x k^T [HALF, HALF] gained."""
+    """Add to the gradients of x, k and the log-decays [HALF, BS] what the decayed products x k^T gained: dsquare."""
     i, j = pairs()
     for depth in tl.range(tl.load(levels), disable_licm=True):
         factor = tl.exp(sum_over(level(i, j, depth), decay, SPLIT, PRECISION))
