@@ -178,7 +178,7 @@ def _half_gradient(
 def _without_radial(dx, x, norms, stride, K: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr, count):
     """Make the gradient of x / |x|, stored in dx, the one of x. norms [C]: 1 / |x|."""
     for half in tl.range(C // HALF, disable_licm=True):
-        here = half.to(tl.int64) * HALF * stride
+        here = half * HALF * stride
         left = count - half * HALF
         radial = tl.zeros([HALF], tl.float32)
         for first in tl.range(0, BK, BS, disable_licm=True):
