@@ -105,6 +105,13 @@ def test_the_tiles_and_configuration_in_use_equal_the_definition():
     assert_close(got, want, 1e-5)
 
 
+def results_of(inputs, activation, backend):
+    """Outputs and gradients by name, for output gradients that depend on nothing but the shapes."""
+    outs = causal_conv1d(**inputs, activation=activation, output_final_state=True, backend=backend)
+    grads = gradients(inputs, outs, [grad.to(outs[0]) for grad in output_gradients(*outs)])
+    return dict(zip(("y", "final_state"), outs, strict=True)) | {f"d{name}": grad for name, grad in grads.items()}
+
+
 def assert_errs_at_most_twice_what_pytorch_does(inputs):
     got, want = run_both(inputs, "silu", backend="triton")
     torch_path, _ = run_both(inputs, "silu", backend="torch")
@@ -175,6 +182,18 @@ def test_an_initial_state_of_nan_behind_a_reset_gives_finite_results_and_no_grad
     grads = gradients(inputs, [y, final_state], output_gradients(y, final_state))
     assert all(torch.isfinite(tensor).all() for tensor in (y, final_state, *grads.values()))
     assert not grads["initial_state"].any()
+
+
+@interpreted
+@pytest.mark.usefixtures("small_tiles")
+def test_a_token_that_would_overflow_after_the_end_leaves_the_gradients_finite():
+    inputs = make(B=1, T=6, dtype=torch.float32)
+    with torch.no_grad():
+        inputs["x"][:, -1] = 1e37
+        inputs["weight"][:, -2:] = torch.tensor([1e3, 1.0])
+    # The PyTorch kernel: autograd of the definition is NaN where its exp overflows.
+    want = results_of(in_fp64(inputs), "silu", "torch")
+    assert_close(results_of(inputs, "silu", "triton"), want, 1e-5)
 
 
 @interpreted
@@ -263,12 +282,6 @@ def on_gpu(inputs):
         name: None if value is None else value.detach().cuda().requires_grad_(value.requires_grad)
         for name, value in inputs.items()
     }
-
-
-def results_of(inputs, activation, backend):
-    outs = causal_conv1d(**inputs, activation=activation, output_final_state=True, backend=backend)
-    grads = gradients(inputs, outs, [grad.to(outs[0]) for grad in output_gradients(*outs)])
-    return dict(zip(("y", "final_state"), outs, strict=True)) | {f"d{name}": grad for name, grad in grads.items()}
 
 
 REAL = {
