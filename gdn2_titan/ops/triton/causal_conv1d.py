@@ -107,9 +107,10 @@ def _bounds(n, cu_seqlens, T):
 
 
 @triton.jit
-def _walk(tile, first, T, N, cu_seqlens):
-    """Where a walk begins: its batch row, sequence and the sequence's bounds. first: its first token, maybe < 0."""
-    n = tile
+def _sequence_of_walk(b, first, T, N, cu_seqlens):
+    """The sequence that a walk through batch row b begins in, and its bounds. first: the walk's first token, which
+    may lie before 0."""
+    n = b
     if cu_seqlens is not None:
         n = _sequence_at(tl.maximum(first, 0), tl.full((), 0, tl.int32), cu_seqlens, N)
     start, end = _bounds(n, cu_seqlens, T)
@@ -175,7 +176,7 @@ def _forward_tokens(
     b = tile // tiles
     t0 = tile % tiles * (ROWS - S)
     first = t0 - S
-    n, start, end = _walk(b, first, T, N, cu_seqlens)
+    n, start, end = _sequence_of_walk(b, first, T, N, cu_seqlens)
     b = b.to(tl.int64)
     x += b * x_stride_b
     y += b * T * D
@@ -260,7 +261,7 @@ def _backward_tokens(
     b = tile // tiles
     t0 = tile % tiles * OWNED
     first = t0 - S
-    n, start, end = _walk(b, first, T, N, cu_seqlens)
+    n, start, end = _sequence_of_walk(b, first, T, N, cu_seqlens)
     b = b.to(tl.int64)
     x += b * x_stride_b
     dx += b * T * D
@@ -453,7 +454,7 @@ def _inputs(x, weight, bias, initial_state, cu_seqlens, resets):
 
 
 def forward(x, weight, bias, silu, initial_state, cu_seqlens, resets):
-    """y [B, T, D] and final_state [N, D, S], in x's dtype."""
+    """y [B, T, D] and final_state [N, D, S], in x's dtype. No float64. cu_seqlens were checked."""
     x = _rows(x)
     inputs = _inputs(x, weight, bias, initial_state, cu_seqlens, resets)
     B, T, D = x.shape
