@@ -13,6 +13,7 @@ reading it back would.
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from .transforms import differentiable, once
 from .validation import FLOAT_DTYPES, check_cu_seqlens, check_packing
 
 __all__ = ["causal_conv1d"]
@@ -174,7 +175,7 @@ def _autograd(ctx, dy, dfinal_state):
     x, weight, bias, initial_state, cu_seqlens, resets = ctx.saved_tensors
     if dy is None and dfinal_state is None:
         return None, None, None, None, None, None, None
-    dx, dweight, dbias, dinitial_state = torch.ops.gdn2_titan.causal_conv1d_backward(
+    dx, dweight, dbias, dinitial_state = _backward_once(
         dy, dfinal_state, x, weight, bias, ctx.silu, initial_state, cu_seqlens, resets
     )
     if bias is None:
@@ -184,12 +185,9 @@ def _autograd(ctx, dy, dfinal_state):
     return dx, dweight, dbias, None, dinitial_state, None, None
 
 
-def _no_double_backward(ctx, *grads):
-    raise RuntimeError("causal_conv1d cannot be differentiated twice; it has no formula for second derivatives")
-
-
 _forward.register_autograd(_autograd, setup_context=_setup_context)
-_backward.register_autograd(_no_double_backward)
+_differentiable = differentiable(_forward, _setup_context, _autograd)
+_backward_once = once(_backward, "causal_conv1d")
 
 
 @register_flop_formula(torch.ops.gdn2_titan.causal_conv1d)
@@ -271,7 +269,5 @@ def causal_conv1d(
         ValueError: a wrong shape, device, activation, or cu_seqlens that do not run from 0 to T without falling.
     """
     _check_inputs(x, weight, bias, activation, initial_state, cu_seqlens, resets)
-    y, final_state = torch.ops.gdn2_titan.causal_conv1d(
-        x, weight, bias, activation in SILU, initial_state, cu_seqlens, resets
-    )
+    y, final_state = _differentiable(x, weight, bias, activation in SILU, initial_state, cu_seqlens, resets)
     return y, final_state if output_final_state else None
