@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
 from gdn2_titan.ops import chunk_gdn2, chunked, naive_recurrent_gdn2, recurrent_gdn2
@@ -97,6 +98,30 @@ def test_every_call_is_one_op_forward_and_one_backward_without_gradients_of_zero
         o.sum().backward()
     assert [name for name, _ in spy.calls] == [function.__name__, "chunk_gdn2_backward"]
     assert spy.calls[1][1][:2] == [True, False]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("policy, runs", [(CheckpointPolicy.MUST_SAVE, 1), (CheckpointPolicy.PREFER_RECOMPUTE, 2)])
+def test_selective_checkpointing_that_names_the_op_does_not_run_it_again(policy, runs, compiled, monkeypatch):
+    torch._dynamo.reset()
+    inputs, calls, kernel = make(), [], chunked.chunk_forward
+    monkeypatch.setattr(chunked, "chunk_forward", lambda *args: calls.append(1) or kernel(*args))
+
+    def choose(context, op, *args, **kwargs):
+        return policy if op is OPS.chunk_gdn2.default else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def block(q):
+        return chunk_gdn2(**inputs | {"q": 2 * q})[0].sin()
+
+    def checkpointed(q):
+        contexts = functools.partial(create_selective_checkpoint_contexts, choose)
+        return checkpoint(block, q, use_reentrant=False, context_fn=contexts)
+
+    function = torch.compile(checkpointed, fullgraph=True, backend="aot_eager") if compiled else checkpointed
+    (got,) = torch.autograd.grad(function(inputs["q"]).sum(), inputs["q"])
+    assert len(calls) == runs
+    (want,) = torch.autograd.grad(block(inputs["q"]).sum(), inputs["q"])
+    assert torch.equal(got, want)
 
 
 COMPILED = {

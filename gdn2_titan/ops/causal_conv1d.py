@@ -11,6 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import windowed_conv1d
 from .dispatch import use_triton
+from .transforms import differentiable, once
 from .validation import FLOAT_DTYPES, check_cu_seqlens, check_packing
 
 __all__ = ["causal_conv1d"]
@@ -85,7 +86,7 @@ def _autograd(ctx, dy, dfinal_state):
     x, weight, bias, initial_state, cu_seqlens, resets = ctx.saved_tensors
     if dy is None and dfinal_state is None:
         return None, None, None, None, None, None, None, None
-    dx, dweight, dbias, dinitial_state = torch.ops.gdn2_titan.causal_conv1d_backward(
+    dx, dweight, dbias, dinitial_state = _backward_once(
         dy, dfinal_state, x, weight, bias, ctx.silu, initial_state, cu_seqlens, resets, ctx.backend
     )
     if bias is None:
@@ -95,12 +96,9 @@ def _autograd(ctx, dy, dfinal_state):
     return dx, dweight, dbias, None, dinitial_state, None, None, None
 
 
-def _no_double_backward(ctx, *grads):
-    raise RuntimeError("causal_conv1d cannot be differentiated twice; it has no formula for second derivatives")
-
-
 _forward.register_autograd(_autograd, setup_context=_setup_context)
-_backward.register_autograd(_no_double_backward)
+_differentiable = differentiable(_forward, _setup_context, _autograd)
+_backward_once = once(_backward, "causal_conv1d")
 
 
 @register_flop_formula(torch.ops.gdn2_titan.causal_conv1d)
@@ -187,7 +185,5 @@ def causal_conv1d(
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(map(repr, BACKENDS))}")
     _check_inputs(x, weight, bias, activation, initial_state, cu_seqlens, resets)
-    y, final_state = torch.ops.gdn2_titan.causal_conv1d(
-        x, weight, bias, activation in SILU, initial_state, cu_seqlens, resets, backend
-    )
+    y, final_state = _differentiable(x, weight, bias, activation in SILU, initial_state, cu_seqlens, resets, backend)
     return y, final_state if output_final_state else None

@@ -2,7 +2,7 @@
 
 import torch
 
-from .library import chunk_gdn2_op, recurrent_gdn2_inplace_op, recurrent_gdn2_op
+from .library import differentiable_chunk_gdn2, differentiable_recurrent_gdn2, recurrent_gdn2_inplace_op
 from .reference import naive_recurrent_gdn2
 from .validation import check_inputs, check_state
 
@@ -90,8 +90,9 @@ def chunk_gdn2(
         TypeError, ValueError: naming the argument, what came and what is allowed.
     """
     return _call(
-        chunk_gdn2_op, q, k, v, g, b, w, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel,
-        use_gate_in_kernel, A_log, dt_bias, use_sigmoid_in_kernel, erase_scale, cu_seqlens, resets, backend,
+        differentiable_chunk_gdn2, q, k, v, g, b, w, scale, initial_state, output_final_state,
+        use_qk_l2norm_in_kernel, use_gate_in_kernel, A_log, dt_bias, use_sigmoid_in_kernel, erase_scale,
+        cu_seqlens, resets, backend,
     )  # fmt: skip
 
 
@@ -115,8 +116,9 @@ def recurrent_gdn2(
     Gradients flow here too, by the chunked backward.
     """
     return _call(
-        recurrent_gdn2_op, q, k, v, g, b, w, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel,
-        use_gate_in_kernel, A_log, dt_bias, use_sigmoid_in_kernel, erase_scale, cu_seqlens, resets, backend,
+        differentiable_recurrent_gdn2, q, k, v, g, b, w, scale, initial_state, output_final_state,
+        use_qk_l2norm_in_kernel, use_gate_in_kernel, A_log, dt_bias, use_sigmoid_in_kernel, erase_scale,
+        cu_seqlens, resets, backend,
     )  # fmt: skip
 
 

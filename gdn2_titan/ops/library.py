@@ -13,8 +13,9 @@ from .dispatch import use_triton
 from .flops import backward_flops, forward_flops
 from .gates import activate, compute_dtype
 from .reference import recur_packed
+from .transforms import differentiable, once
 
-__all__ = ["chunk_gdn2_op", "recurrent_gdn2_op", "recurrent_gdn2_inplace_op"]
+__all__ = ["differentiable_chunk_gdn2", "differentiable_recurrent_gdn2", "recurrent_gdn2_inplace_op"]
 
 
 def _options(l2norm, gate, sigmoid, erase_scale):
@@ -155,13 +156,16 @@ def _backward(ctx, do, dfinal_state):
         return (None,) * (TENSORS + len(ctx.numbers))
     inputs = ctx.saved_tensors
     # The recurrent op too: its gradient is the same function of the same inputs.
-    grads = chunk_gdn2_backward_op(do, dfinal_state, *inputs, *ctx.numbers)
+    grads = _backward_once(do, dfinal_state, *inputs, *ctx.numbers)
     present = [None if x is None else grad for x, grad in zip(inputs[:9], grads, strict=True)]
     return (*present, None, None, *(None for _ in ctx.numbers))
 
 
 chunk_gdn2_op.register_autograd(_backward, setup_context=_setup_context)
 recurrent_gdn2_op.register_autograd(_backward, setup_context=_setup_context)
+differentiable_chunk_gdn2 = differentiable(chunk_gdn2_op, _setup_context, _backward)
+differentiable_recurrent_gdn2 = differentiable(recurrent_gdn2_op, _setup_context, _backward)
+_backward_once = once(chunk_gdn2_backward_op, "chunk_gdn2 and recurrent_gdn2")
 
 
 def _sizes(q_shape, v_shape):
