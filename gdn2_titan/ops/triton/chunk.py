@@ -12,7 +12,7 @@ import triton
 
 from ..flops import CHUNK
 from ..validation import check_cu_seqlens
-from . import launching, target
+from . import configurations, launching, target
 from .gradient import gradient_kernel
 from .prepare import prepare_kernel
 from .scan import reverse_kernel, scan_kernel
@@ -67,7 +67,7 @@ def _prepare(call, q, k, g, b, A_log, dt_bias, resets, scale, options):
     out |= {name: q.new_empty(square) for name in ("A_qk", "A")}
     norms = {name: q.new_empty(wide[:3], dtype=torch.float32) if options["l2norm"] else None for name in NORMS}
     launching.launch(
-        prepare_kernel, lambda meta: (call.chunks, H), (dict(BS=min(BK, 32), num_warps=4, num_stages=1),),
+        prepare_kernel, lambda meta: (call.chunks, H), configurations.prepare(BK),
         dict(q=q, k=k, g=g, b=b, A_log=A_log, dt_bias=dt_bias, resets=resets, N=call.sequences, scale=scale)
         | dict(levels=_levels(q.device))
         | call.spans | out | norms,
@@ -82,15 +82,11 @@ def _levels(device):
     return torch.full((1,), LEVELS.value, dtype=torch.int32, device=device)
 
 
-def _slices(V):
-    return min(max(16, triton.next_power_of_2(V)), 128)
-
-
 def _scan(call, prepared, v, w, initial_state, sigmoid, o=None, final_state=None, R=None, states=None):
     HV, V = v.shape[2:]
     launching.launch(
         scan_kernel, lambda meta: (triton.cdiv(V, meta["BV"]), call.sequences * HV),
-        (dict(BV=_slices(V), num_warps=8, num_stages=2),),
+        configurations.scan(call.arch, v.dtype, call.sizes["BK"], V),
         dict(v=v, w=w, initial_state=initial_state, o=o, final_state=final_state, R=R, states=states)
         | call.spans | prepared,
         call.sizes | dict(HV=HV, V=V, SIGMOID=sigmoid),
@@ -131,7 +127,7 @@ def chunk_backward(
     dinitial_state = None if initial_state is None else torch.empty_like(initial_state)
     launching.launch(
         reverse_kernel, lambda meta: (triton.cdiv(V, meta["BV"]), call.sequences * HV),
-        (dict(BV=_slices(V), num_warps=8, num_stages=2),),
+        configurations.scan(call.arch, q.dtype, call.sizes["BK"], V),
         dict(
             do=do, dfinal_state=dfinal_state, dZ=dZ, dstates=dstates, dinitial_state=dinitial_state
         ) | call.spans | prepared,
@@ -142,12 +138,12 @@ def chunk_backward(
     if options["gate"]:
         # Of chunks that there are not (see _call) nothing is written.
         new = q.new_empty if cu_seqlens is None else q.new_zeros
-        parts["dA_log"] = new((call.chunks, H), dtype=torch.float32)
+        parts["dA_log"] = new((call.chunks, H, K), dtype=torch.float32)
         if dt_bias is not None:
             parts["ddt_bias"] = new((call.chunks, H, K), dtype=torch.float32)
     launching.launch(
         gradient_kernel, lambda meta: (call.chunks, H),
-        (dict(BS=min(call.sizes["BK"], 64), BV=min(_slices(V), 64), num_warps=8, num_stages=1),),
+        configurations.gradient(q.dtype, call.sizes["BK"], V),
         dict(
             q=q, k=k, v=v, g=g, b=b, w=w, A_log=A_log, dt_bias=dt_bias, resets=resets, N=call.sequences, scale=scale,
             levels=_levels(q.device),
@@ -156,6 +152,6 @@ def chunk_backward(
         ) | call.spans | norms | parts | dict(zip(("dq", "dk", "dv", "dg", "db", "dw"), grads, strict=True)),
         call.sizes | dict(HV=HV, V=V) | _activation(q, options),
     )  # fmt: skip
-    dA_log = None if A_log is None else parts["dA_log"].sum(0).to(A_log.dtype)
+    dA_log = None if A_log is None else parts["dA_log"].sum((0, 2)).to(A_log.dtype)
     ddt_bias = None if dt_bias is None else parts["ddt_bias"].sum(0).to(dt_bias.dtype).view(dt_bias.shape)
     return (*grads, dA_log, ddt_bias, dinitial_state)

@@ -28,10 +28,16 @@ __all__ = ["gradient_kernel"]
 
 
 @triton.jit
-def _load_block(square, row: tl.constexpr, column: tl.constexpr):
-    """A block [HALF, HALF] of a square [C, C]."""
-    i, j = pairs()
-    return tl.load(square + (row * HALF + i) * C + column * HALF + j)
+def _block_place(i, j):
+    """Where (i, j) of a square [C, C] lies when its four blocks [HALF, HALF] are stored one after the other."""
+    return ((i // HALF) * 2 + j // HALF) * HALF * HALF + (i % HALF) * HALF + j % HALF
+
+
+@triton.jit
+def _load_block(square, row: tl.constexpr, column: tl.constexpr, levels):
+    """A block [HALF, HALF] of a square."""
+    i, j = pairs(levels)
+    return tl.load(square + (row * 2 + column) * HALF * HALF + i * HALF + j)
 
 
 @triton.jit
@@ -61,7 +67,7 @@ def _square_gradients(
             store_rows(dv + tokens, dz * gate, HV * V, cols, V, count, C)
             store_rows(dw + tokens, dgate, HV * V, cols, V, count, C)
     rows = tl.arange(0, C)
-    place = squares + rows[:, None] * C + rows[None, :]
+    place = squares + _block_place(rows[:, None], rows[None, :])
     tl.store(place, cast(dproducts, dtype))
     tl.store(place + C * C, cast(dtriangle, dtype))
 
@@ -108,7 +114,7 @@ def _levels(
     x, k, decay, dx, dk, ddecay, dsquare, levels, dtype: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr
 ):
     """Add to the gradients of x, k and the log-decays [HALF, BS] what the decayed products x k^T gained: dsquare."""
-    i, j = pairs()
+    i, j = pairs(levels)
     for depth in tl.range(tl.load(levels), disable_licm=True):
         factor = tl.exp(sum_over(level(i, j, depth), decay, SPLIT, PRECISION))
         inside = tl.where(corner(i, j, depth), dsquare, 0.0)
@@ -127,14 +133,14 @@ def _half_gradient(
     GATE: tl.constexpr, SIGMOID: tl.constexpr, ERASE: tl.constexpr,
     dtype: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of q, k, g, b of half a chunk; return those of A_log and dt_bias [BS].
+    """Write the gradients of q, k, g, b of half a chunk; return those of A_log, by channel, and dt_bias [BS].
 
     dq, de, dk [HALF, BS]: the gradients of q and e = b * k decayed from the start of the half, and of k decayed to its
     end; dlog [BS]: of the log of the half's whole decay; squares: of A_qk and T.
 
     A factor turns the gradient of a decayed row into that of the row; the product of that with the row is the gradient
     of the factor's log. Each result is written as soon as it is complete, each input read when it is due: registers."""
-    i, j = pairs()
+    i, j = pairs(levels)
     ks = load_unit(k, norm_k, stride, cols, K, count, HALF)
     decay, _ = load_log_decay(g, stride, cols, K, count, A_log, dt_bias, resets, GATE, HALF)
     dk *= tl.exp(sum_over(after(i, j, levels), decay, SPLIT, PRECISION))
@@ -145,7 +151,7 @@ def _half_gradient(
     qs = scale * load_unit(q, norm_q, stride, cols, K, count, HALF)
     dq *= before
     ddecay += sum_over(up_to(j, i, levels), qs * dq, SPLIT, PRECISION)
-    dsquare = _load_block(squares, half, half)
+    dsquare = _load_block(squares, half, half, levels)
     dq, dk, ddecay = _levels(qs, ks, decay, dq, dk, ddecay, dsquare, levels, dtype, SPLIT, PRECISION)
     diagonal = tl.sum(tl.where(i == j, dsquare.to(tl.float32), 0.0), 1)[:, None]  # of A_qk: it knows no decay
     dk += diagonal * qs
@@ -153,7 +159,7 @@ def _half_gradient(
     store_rows(dq_out, scale * (dq + diagonal * ks), stride, cols, K, count, HALF)
 
     ddecay += sum_over(up_to(j, i, levels), es * de, SPLIT, PRECISION)
-    dsquare = _load_block(squares + C * C, half, half)
+    dsquare = _load_block(squares + C * C, half, half, levels)
     de, dk, ddecay = _levels(es, ks, decay, de, dk, ddecay, dsquare, levels, dtype, SPLIT, PRECISION)
     erase = load_erase(b, stride, cols, K, count, SIGMOID, ERASE, HALF)
     store_rows(dk_out, dk + de * erase, stride, cols, K, count, HALF)
@@ -164,11 +170,11 @@ def _half_gradient(
 
     if resets is not None:
         ddecay = tl.where(load_reset(resets, count, HALF)[:, None], 0.0, ddecay)
-    dlog_A = 0.0
+    dlog_A = tl.sum(ddecay, 0)
     if GATE:
         decay, raw = load_log_decay(g, stride, cols, K, count, A_log, dt_bias, resets, GATE, HALF)
         ddecay = tl.where((tl.arange(0, HALF) < count)[:, None], ddecay, 0.0)
-        dlog_A = tl.sum(ddecay * decay)
+        dlog_A = tl.sum(ddecay * decay, 0)
         ddecay *= -tl.exp(tl.load(A_log).to(tl.float32)) * tl.sigmoid(raw)
     store_rows(dg_out, ddecay, stride, cols, K, count, HALF)
     return dlog_A, tl.sum(ddecay, 0)
@@ -206,8 +212,8 @@ def gradient_kernel(
     norm_q, norm_k: from ``prepare_kernel``;
     squares [NC, H, 2, C, C]: scratch.
 
-    Writes dq .. dw in the shape of their inputs, and for each chunk its part of dA_log [NC, H] and ddt_bias
-    [NC, H, K], fp32, where given. BS channels of K at a time. Suffixes 1 and 2: the halves of the chunk."""
+    Writes dq .. dw in the shape of their inputs, and for each chunk its part of dA_log (to be summed over
+    channels too) and ddt_bias [NC, H, K], fp32, where given. BS channels of K at a time. Suffixes 1 and 2: the halves of the chunk."""
     i_c = tl.program_id(0)
     h = tl.program_id(1)
     n, start, count = chunk_of(i_c, ends, cu_seqlens, T, NT, N, PACKED)
@@ -217,7 +223,6 @@ def gradient_kernel(
     stride: tl.constexpr = H * K
     half: tl.constexpr = HALF * H * K
     offset = (start * H + h) * K
-    offset2 = offset + half
     block = i_c.to(tl.int64) * H + h
     resets2 = resets
     if resets is not None:
@@ -233,8 +238,6 @@ def gradient_kernel(
         norm_k += block * C
         norm_q2 = norm_q + HALF
         norm_k2 = norm_k + HALF
-    dlog_A = 0.0
-    i, j = pairs()
 
     squares += block * 2 * C * C
     _square_gradients(do, R, dZ, v, w, dv, dw, squares, start, count, h, H, HV, V, BV, SIGMOID, dtype, PRECISION)
@@ -242,10 +245,12 @@ def gradient_kernel(
 
     for first in tl.range(0, BK, BS, disable_licm=True):
         cols = first + tl.arange(0, BS)
+        offset2 = offset + half
         # Half 2: its rows of A_qk and T also met the columns of half 1, which carry the decay to the middle.
         dqs, des, dks, dk1, dtotal = _state_gradients(
             do, R, dZ, states, dstates, i_c, start, count, h, cols, 1, H, HV, K, V, BS, BV, dtype, PRECISION
         )
+        i, j = pairs(levels)
         decay, _ = load_log_decay(g + offset, stride, cols, K, count, A_log, dt_bias, resets, GATE, HALF)
         total1 = tl.exp(tl.sum(decay, 0))
         columns = load_unit(k + offset, norm_k, stride, cols, K, count, HALF)
@@ -257,11 +262,11 @@ def gradient_kernel(
         before = tl.exp(sum_over(up_to(i, j, levels), decay, SPLIT, PRECISION))
         rows = scale * load_unit(q + offset2, norm_q2, stride, cols, K, count - HALF, HALF) * before
         dlog1 = tl.sum(rows * dqs, 0) + total2 * dtotal
-        dqs = dqs * total1[None, :] + dot(_load_block(squares, 1, 0), columns, PRECISION)
+        dqs = dqs * total1[None, :] + dot(_load_block(squares, 1, 0, levels), columns, PRECISION)
         rows = load_erase(b + offset2, stride, cols, K, count - HALF, SIGMOID, ERASE, HALF) * before
         rows *= load_unit(k + offset2, norm_k2, stride, cols, K, count - HALF, HALF)
         dlog1 += tl.sum(rows * des, 0)
-        des = des * total1[None, :] + dot(_load_block(squares + C * C, 1, 0), columns, PRECISION)
+        des = des * total1[None, :] + dot(_load_block(squares + C * C, 1, 0, levels), columns, PRECISION)
         dlog_A2, dbias2 = _half_gradient(
             q + offset2, k + offset2, g + offset2, b + offset2, A_log, dt_bias, resets2, norm_q2, norm_k2,
             dq + offset2, dk + offset2, dg + offset2, db + offset2, dqs, des, dks, total2 * dlog2, squares,
@@ -272,25 +277,25 @@ def gradient_kernel(
         dqs, des, dks, _, _ = _state_gradients(
             do, R, dZ, states, dstates, i_c, start, count, h, cols, 0, H, HV, K, V, BS, BV, dtype, PRECISION
         )
+        i, j = pairs(levels)
         decay, _ = load_log_decay(g + offset2, stride, cols, K, count - HALF, A_log, dt_bias, resets2, GATE, HALF)
         dks *= tl.exp(tl.sum(decay, 0))[None, :]
         before = tl.exp(sum_over(up_to(i, j, levels), decay, SPLIT, PRECISION))
         rows = scale * load_unit(q + offset2, norm_q2, stride, cols, K, count - HALF, HALF) * before
-        dks += dot(tl.trans(_load_block(squares, 1, 0)), cast(rows, dtype), PRECISION)
+        dks += dot(tl.trans(_load_block(squares, 1, 0, levels)), cast(rows, dtype), PRECISION)
         rows = load_erase(b + offset2, stride, cols, K, count - HALF, SIGMOID, ERASE, HALF) * before
         rows *= load_unit(k + offset2, norm_k2, stride, cols, K, count - HALF, HALF)
-        dks += dot(tl.trans(_load_block(squares + C * C, 1, 0)), cast(rows, dtype), PRECISION)
+        dks += dot(tl.trans(_load_block(squares + C * C, 1, 0, levels)), cast(rows, dtype), PRECISION)
         dlog_A1, dbias1 = _half_gradient(
             q + offset, k + offset, g + offset, b + offset, A_log, dt_bias, resets, norm_q, norm_k,
             dq + offset, dk + offset, dg + offset, db + offset, dqs, des, dks, total1 * dlog1, squares,
             0, levels, stride, cols, K, count, scale, GATE, SIGMOID, ERASE, dtype, SPLIT, PRECISION,
         )  # fmt: skip
-        dlog_A += dlog_A1 + dlog_A2
+        if dA_log is not None:
+            tl.store(dA_log + block * K + cols, dlog_A1 + dlog_A2, mask=cols < K)
         if ddt_bias is not None:
             tl.store(ddt_bias + block * K + cols, dbias1 + dbias2, mask=cols < K)
 
-    if dA_log is not None:
-        tl.store(dA_log + block, dlog_A)
     if norm_q is not None:
         tl.debug_barrier()  # what follows reads what other threads of the program may have written
         _without_radial(dq + offset, q + offset, norm_q, stride, K, BK, BS, count)

@@ -22,7 +22,7 @@ def _half_products(
     dtype: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A_qk and T within half a chunk [HALF, HALF]."""
-    i, j = pairs()
+    i, j = pairs(levels)
     products = tl.zeros([HALF, HALF], tl.float32)
     triangle = tl.zeros([HALF, HALF], tl.float32)
     for first in tl.range(0, BK, BS, disable_licm=True):
@@ -44,7 +44,7 @@ def _half_products(
 @triton.jit
 def _inverse(T, levels, PRECISION: tl.constexpr):
     """(I + T)^-1 of a strictly lower triangular T [HALF, HALF], joined from the inverses of halves."""
-    i, j = pairs()
+    i, j = pairs(levels)
     X = tl.where(i == j, 1.0, 0.0)
     for depth in tl.range(tl.load(levels), disable_licm=True):
         X -= dot(dot(X, tl.where(corner(i, j, depth), T, 0.0), PRECISION), X, PRECISION)
@@ -52,9 +52,9 @@ def _inverse(T, levels, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _store_block(square, row: tl.constexpr, column: tl.constexpr, value):
+def _store_block(square, row: tl.constexpr, column: tl.constexpr, value, levels):
     """Write a block [HALF, HALF] of a square [C, C]."""
-    i, j = pairs()
+    i, j = pairs(levels)
     tl.store(square + (row * HALF + i) * C + column * HALF + j, cast(value, square.dtype.element_ty))
 
 
@@ -92,7 +92,7 @@ def prepare_kernel(
         if dt_bias is not None:
             dt_bias += h * K
     # A half after the other, then the corner that joins them: the sums of one of them at a time are in registers.
-    i, j = pairs()
+    i, j = pairs(levels)
     block = i_c.to(tl.int64) * H + h
     norm_q2, norm_k2 = norm_q, norm_k
     if norm_q is not None:
@@ -110,20 +110,20 @@ def prepare_kernel(
         GATE, SIGMOID, ERASE, dtype, SPLIT, PRECISION,
     )  # fmt: skip
     inverse1 = _inverse(triangle, levels, PRECISION)
-    _store_block(A_qk, 0, 0, products)
-    _store_block(A, 0, 0, inverse1)
+    _store_block(A_qk, 0, 0, products, levels)
+    _store_block(A, 0, 0, inverse1, levels)
     products, triangle = _half_products(
         q + half, k + half, g + half, b + half, A_log, dt_bias, resets2, norm_q2, norm_k2, stride, count - HALF,
         scale, levels, K, BK, BS, GATE, SIGMOID, ERASE, dtype, SPLIT, PRECISION,
     )  # fmt: skip
     inverse2 = _inverse(triangle, levels, PRECISION)
-    _store_block(A_qk, 1, 1, products)
-    _store_block(A, 1, 1, inverse2)
+    _store_block(A_qk, 1, 1, products, levels)
+    _store_block(A, 1, 1, inverse2, levels)
 
     products = tl.zeros([HALF, HALF], tl.float32)
     triangle = tl.zeros([HALF, HALF], tl.float32)
-    _store_block(A_qk, 0, 1, products)
-    _store_block(A, 0, 1, products)
+    _store_block(A_qk, 0, 1, products, levels)
+    _store_block(A, 0, 1, products, levels)
     for first in tl.range(0, BK, BS, disable_licm=True):
         cols = first + tl.arange(0, BS)
         place = block * C * BK + tl.arange(0, HALF)[:, None] * BK + cols[None, :]
@@ -151,5 +151,5 @@ def prepare_kernel(
         tl.store(E + place2, cast(rows * total1[None, :], dtype))
         triangle += dot(cast(rows, dtype), columns, PRECISION)
         tl.store(Kt + place2, cast(ks * tl.exp(sum_over(after(i, j, levels), decay, SPLIT, PRECISION)), dtype))
-    _store_block(A_qk, 1, 0, products)
-    _store_block(A, 1, 0, -dot(dot(inverse2, triangle, PRECISION), inverse1, PRECISION))
+    _store_block(A_qk, 1, 0, products, levels)
+    _store_block(A, 1, 0, -dot(dot(inverse2, triangle, PRECISION), inverse1, PRECISION), levels)

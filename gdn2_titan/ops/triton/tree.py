@@ -26,9 +26,9 @@ LEVELS = tl.constexpr(HALF.value.bit_length() - 1)  # at depth n, blocks of m = 
 
 
 @triton.jit
-def pairs():
-    """Row and column numbers [HALF, 1], [1, HALF]."""
-    rows = tl.arange(0, HALF)
+def pairs(levels):
+    """Row and column numbers [HALF, 1], [1, HALF]; levels points to LEVELS, which the compiler does not know."""
+    rows = tl.arange(0, HALF) + (tl.load(levels) - LEVELS)
     return rows[:, None], rows[None, :]
 
 
