@@ -86,7 +86,7 @@ def _scan(call, prepared, v, w, initial_state, sigmoid, o=None, final_state=None
     HV, V = v.shape[2:]
     launching.launch(
         scan_kernel, lambda meta: (triton.cdiv(V, meta["BV"]), call.sequences * HV),
-        configurations.scan(call.arch, v.dtype, call.sizes["BK"], V),
+        configurations.scan(call.arch, call.sizes["BK"], V),
         dict(v=v, w=w, initial_state=initial_state, o=o, final_state=final_state, R=R, states=states)
         | call.spans | prepared,
         call.sizes | dict(HV=HV, V=V, SIGMOID=sigmoid),
@@ -127,7 +127,7 @@ def chunk_backward(
     dinitial_state = None if initial_state is None else torch.empty_like(initial_state)
     launching.launch(
         reverse_kernel, lambda meta: (triton.cdiv(V, meta["BV"]), call.sequences * HV),
-        configurations.scan(call.arch, q.dtype, call.sizes["BK"], V),
+        configurations.scan(call.arch, call.sizes["BK"], V),
         dict(
             do=do, dfinal_state=dfinal_state, dZ=dZ, dstates=dstates, dinitial_state=dinitial_state
         ) | call.spans | prepared,
@@ -143,7 +143,7 @@ def chunk_backward(
             parts["ddt_bias"] = new((call.chunks, H, K), dtype=torch.float32)
     launching.launch(
         gradient_kernel, lambda meta: (call.chunks, H),
-        configurations.gradient(q.dtype, call.sizes["BK"], V),
+        configurations.gradient(call.arch, call.sizes["BK"], V),
         dict(
             q=q, k=k, v=v, g=g, b=b, w=w, A_log=A_log, dt_bias=dt_bias, resets=resets, N=call.sequences, scale=scale,
             levels=_levels(q.device),

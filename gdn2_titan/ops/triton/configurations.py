@@ -4,7 +4,6 @@ They depend on the architecture, the dtype and the head sizes, never on a length
 not tune again. No default spills a register (docs/kernels.md).
 """
 
-import torch
 import triton
 
 __all__ = ["gradient", "prepare", "scan"]
@@ -18,11 +17,19 @@ def prepare(BK):
     return tuple(dict(BS=16, num_warps=warps, num_stages=1) for warps in (2, 4))
 
 
-def scan(arch, dtype, BK, V):
-    """For the scan and for its reverse: BV value channels of the state [BV, BK], four warps for 64 of them."""
-    BV = min(_padded(V), 128)
-    return (dict(BV=BV, num_warps=8 if BV == 128 else 4, num_stages=2),)
+def _amd(arch):
+    return isinstance(arch, str)
 
 
-def gradient(dtype, BK, V):
-    return (dict(BS=min(BK, 64), BV=min(_padded(V), 64), num_warps=8, num_stages=1),)
+def scan(arch, BK, V):
+    """For the scan and for its reverse: BV value channels of the state [BV, BK], four warps for 64 of them.
+
+    From sm_90 on 128 fit, so that a head of 128 reads Q, E, Kt, A_qk and A once."""
+    BV = min(_padded(V), 64 if _amd(arch) or arch == 80 or BK > 128 else 128)
+    return (dict(BV=BV, num_warps=8 if BV == 128 else 4, num_stages=1 if _amd(arch) or BK > 128 else 2),)
+
+
+def gradient(arch, BK, V):
+    """BS key channels and BV value channels at a time."""
+    size, warps = (32, 4) if _amd(arch) else (64, 8)
+    return (dict(BS=min(BK, size), BV=min(_padded(V), size), num_warps=warps, num_stages=1),)

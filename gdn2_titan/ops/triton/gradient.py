@@ -212,8 +212,9 @@ def gradient_kernel(
     norm_q, norm_k: from ``prepare_kernel``;
     squares [NC, H, 2, C, C]: scratch.
 
-    Writes dq .. dw in the shape of their inputs, and for each chunk its part of dA_log (to be summed over
-    channels too) and ddt_bias [NC, H, K], fp32, where given. BS channels of K at a time. Suffixes 1 and 2: the halves of the chunk."""
+    Writes dq .. dw in the shape of their inputs, and for each chunk its part of dA_log (to be summed over channels
+    too) and ddt_bias [NC, H, K], fp32, where given. BS channels of K at a time. Suffixes 1 and 2: the halves of the
+    chunk."""
     i_c = tl.program_id(0)
     h = tl.program_id(1)
     n, start, count = chunk_of(i_c, ends, cu_seqlens, T, NT, N, PACKED)
