@@ -146,7 +146,8 @@ def _hip_resources(compiled):
     return {
         "registers": field("vgpr_count"),
         "spilled": field("private_segment_fixed_size"),
-        "spill_instructions": field("vgpr_spill_count") + field("sgpr_spill_count"),
+        # Spilled scalars go to lanes of vectors, vectors first to accumulation registers: memory is what counts.
+        "spill_instructions": field("vgpr_spill_count") if field("private_segment_fixed_size") else 0,
         "matrix": dict(sorted(matrix.items())),
     }
 

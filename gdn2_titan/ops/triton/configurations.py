@@ -22,11 +22,17 @@ def _amd(arch):
 
 
 def scan(arch, BK, V):
-    """For the scan and for its reverse: BV value channels of the state [BV, BK], four warps for 64 of them.
+    """For the scan and for its reverse: BV value channels of the state [BV, BK] to a program.
 
-    From sm_90 on 128 fit, so that a head of 128 reads Q, E, Kt, A_qk and A once."""
-    BV = min(_padded(V), 64 if _amd(arch) or arch == 80 or BK > 128 else 128)
-    return (dict(BV=BV, num_warps=8 if BV == 128 else 4, num_stages=1 if _amd(arch) or BK > 128 else 2),)
+    From sm_90 on 128 fit, so that a head of 128 reads Q, E, Kt, A_qk and A once; 64 is the least that wgmma takes."""
+    if _amd(arch):
+        most, stages = 64, 1
+    elif arch == 80:
+        most, stages = 32, 2
+    else:
+        most, stages = (128, 2) if BK <= 128 else (64, 1)
+    BV = min(_padded(V), most)
+    return (dict(BV=BV, num_warps=8 if BV == 128 else 4, num_stages=stages),)
 
 
 def gradient(arch, BK, V):
