@@ -1,13 +1,18 @@
 """Inputs for the tests of the op, and what all of them measure by: outputs and every gradient, by name."""
 
+import functools
 import itertools
 
 import torch
+from hypothesis import strategies as st
 
 from gdn2_titan.ops import naive_recurrent_gdn2
 
 LEAVES = ("q", "k", "v", "g", "b", "w", "A_log", "dt_bias", "initial_state")
 RESULTS = ("o", "final_state")
+RAW = dict(l2norm=True, gate=True, sigmoid=True, erase_scale=2.0)
+# Where the Triton kernels run: interpreted, see conftest, where there is no GPU.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def decays(kind, shape, generator):
@@ -85,6 +90,53 @@ def random_resets(B, T, seed=0, every=30):
     return torch.rand(B, T, generator=generator) < 1 / every
 
 
+@st.composite
+def cases(draw, longest=200, heads=3, sizes=(1, 2, 5, 16, 24)):
+    """Arguments of ``make`` for any sizes and options. heads: the most key heads, and the most value heads to each."""
+    packed = draw(st.booleans())
+    B = 1 if packed else draw(st.integers(1, 2))
+    edges = [T for T in (1, 2, 16, 17, 63, 64, 65, 127, 128, 129) if T <= longest]
+    T = draw(st.integers(1, longest) | st.sampled_from(edges))
+    cu = None
+    if packed:
+        cu = [0, *sorted(draw(st.lists(st.integers(0, T), max_size=4))), T]
+    sigmoid = draw(st.booleans())
+    resets = None
+    if draw(st.booleans()):
+        resets = random_resets(B, T, seed=draw(st.integers(0, 100)), every=draw(st.sampled_from([2, 30])))
+        resets[:, 0] = draw(st.booleans())
+    return {
+        "B": B,
+        "T": T,
+        "H": draw(st.integers(1, heads)),
+        "groups": draw(st.integers(1, heads)),
+        "K": draw(st.sampled_from(sizes)),
+        "V": draw(st.sampled_from(sizes)),
+        "decay": draw(st.sampled_from(DECAYS)),
+        "l2norm": draw(st.booleans()),
+        "gate": draw(st.booleans()),
+        "dt_bias": draw(st.sampled_from(["[H, K]", "[H * K]", None])),
+        "sigmoid": sigmoid,
+        "erase_scale": draw(st.sampled_from([1.0, 2.0])) if sigmoid else 1.0,
+        "state": draw(st.booleans()),
+        "resets": resets,
+        "cu": cu,
+        "scale": draw(st.sampled_from([None, 1.0, -0.3])),
+        "seed": draw(st.integers(0, 1000)),
+    }
+
+
+def reversed_layout(x):
+    """The same values in a dense layout whose strides are in the reverse order of the axes."""
+    order = list(range(x.ndim))[::-1]
+    return x.permute(order).contiguous().permute(order)
+
+
+def strided(x):
+    """Every second element of a larger tensor along the last axis."""
+    return torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
+
+
 def leaves(inputs):
     return {name: inputs[name] for name in LEAVES if inputs.get(name) is not None}
 
@@ -129,13 +181,38 @@ def golden(inputs, output_grads, through=("o", "final_state")):
     return run(naive_recurrent_gdn2, cast(inputs, torch.float64), output_grads, through)
 
 
-def errors(got, want):
-    """name -> (largest deviation, largest magnitude wanted)."""
+def on_device(inputs):
+    """The same inputs on DEVICE, the differentiable ones leaves again."""
+    moved = {n: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for n, x in inputs.items()}
+    return moved | {name: moved[name].detach().requires_grad_() for name in leaves(inputs)}
+
+
+def run_on_device(function, inputs, output_grads, backend="triton", through=RESULTS):
+    """``run`` there, its results back here."""
+    chosen = functools.partial(function, backend=backend)
+    results = run(chosen, on_device(inputs), [grad.to(DEVICE) for grad in output_grads], through)
+    return {name: x.cpu() for name, x in results.items()}
+
+
+def op_arguments(inputs):
+    """inputs as the operator takes them, less the backend."""
+    tensors = [inputs.get(n) for n in LEAVES]
+    options = [inputs[n] for n in ("use_qk_l2norm_in_kernel", "use_gate_in_kernel", "use_sigmoid_in_kernel")]
+    scale = inputs["q"].shape[-1] ** -0.5 if inputs["scale"] is None else inputs["scale"]
+    return (*tensors, inputs["cu_seqlens"], inputs["resets"], scale, *options, inputs["erase_scale"])
+
+
+def assert_comparable(got, want):
     assert got.keys() == want.keys()
     for name, exact in want.items():
         assert got[name].shape == exact.shape, name
         assert torch.isfinite(exact).all(), f"the expected {name} is not finite"
         assert torch.isfinite(got[name]).all(), f"{name} is not finite"
+
+
+def errors(got, want):
+    """name -> (largest deviation, largest magnitude wanted)."""
+    assert_comparable(got, want)
     size = {name: exact.abs().max().item() for name, exact in want.items()}
     return {name: ((got[name].double() - exact).abs().max().item(), size[name]) for name, exact in want.items()}
 
@@ -146,6 +223,18 @@ def assert_close(got, want, relative, floor=0.0):
     largest = max(size for _, size in found.values())
     for name, (error, size) in found.items():
         assert error <= relative * size + floor * largest, f"{name}: off by {error:.2e} where the largest is {size:.2e}"
+
+
+def norm_errors(got, want):
+    """name -> (norm of the deviation, norm wanted)."""
+    assert_comparable(got, want)
+    return {name: ((got[name].double() - x).norm().item(), x.norm().item()) for name, x in want.items()}
+
+
+def assert_norms_close(got, want, relative):
+    """Each tensor by its own norm, however small that is; one that is zero exactly."""
+    for name, (error, size) in norm_errors(got, want).items():
+        assert error <= relative * size, f"{name}: off by {error:.2e}, its norm is {size:.2e}"
 
 
 def spans(inputs):

@@ -14,24 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gdn2_titan.ops import chunk_gdn2, chunked, naive_recurrent_gdn2, recurrent_gdn2
 from gdn2_titan.ops.flops import backward_flops, forward_flops
-from tests.gdn2_cases import cast, cotangents, leaves, make, run
+from tests.gdn2_cases import RAW, cast, cotangents, leaves, make, op_arguments, reversed_layout, run
 
 OPS = torch.ops.gdn2_titan
-RAW = dict(l2norm=True, gate=True, sigmoid=True, erase_scale=2.0)
 functions = pytest.mark.parametrize("function", [chunk_gdn2, recurrent_gdn2], ids=lambda f: f.__name__)
 
 
-def op_arguments(inputs):
-    tensors = [inputs.get(n) for n in ("q", "k", "v", "g", "b", "w", "A_log", "dt_bias", "initial_state")]
-    options = [inputs[n] for n in ("use_qk_l2norm_in_kernel", "use_gate_in_kernel", "use_sigmoid_in_kernel")]
-    scale = inputs["q"].shape[-1] ** -0.5 if inputs["scale"] is None else inputs["scale"]
-    return (*tensors, inputs["cu_seqlens"], inputs["resets"], scale, *options, inputs["erase_scale"])
-
-
 def permuted(x):
-    """The same values in a dense layout whose strides are not in the order of the axes."""
-    order = list(range(x.ndim))[::-1]
-    return x.detach().permute(order).contiguous().permute(order).requires_grad_(x.requires_grad)
+    return reversed_layout(x.detach()).requires_grad_(x.requires_grad)
 
 
 OPCHECK = {

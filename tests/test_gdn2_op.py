@@ -9,8 +9,10 @@ from gdn2_titan.ops import chunk_gdn2, fused_recurrent_gdn2, naive_recurrent_gdn
 from tests.gdn2_cases import (
     DECAYS,
     LEAVES,
+    RAW,
     RESULTS,
     assert_close,
+    cases,
     cast,
     collect,
     cotangents,
@@ -19,48 +21,15 @@ from tests.gdn2_cases import (
     leaves,
     make,
     random_resets,
+    reversed_layout,
     run,
+    strided,
 )  # fmt: skip
 
 FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16
 RELATIVE = {FP32: 1e-5, FP64: 1e-10}
 functions = pytest.mark.parametrize("function", [chunk_gdn2, recurrent_gdn2], ids=lambda f: f.__name__)
 dtypes = pytest.mark.parametrize("dtype", [FP32, FP64], ids=str)
-RAW = dict(l2norm=True, gate=True, sigmoid=True, erase_scale=2.0)
-
-
-@st.composite
-def cases(draw):
-    packed = draw(st.booleans())
-    B = 1 if packed else draw(st.integers(1, 2))
-    T = draw(st.integers(1, 200) | st.sampled_from([1, 2, 16, 17, 63, 64, 65, 127, 128, 129]))
-    cu = None
-    if packed:
-        cu = [0, *sorted(draw(st.lists(st.integers(0, T), max_size=4))), T]
-    sigmoid = draw(st.booleans())
-    resets = None
-    if draw(st.booleans()):
-        resets = random_resets(B, T, seed=draw(st.integers(0, 100)), every=draw(st.sampled_from([2, 30])))
-        resets[:, 0] = draw(st.booleans())
-    return {
-        "B": B,
-        "T": T,
-        "H": draw(st.integers(1, 3)),
-        "groups": draw(st.integers(1, 3)),
-        "K": draw(st.sampled_from([1, 2, 5, 16, 24])),
-        "V": draw(st.sampled_from([1, 3, 5, 16, 24])),
-        "decay": draw(st.sampled_from(DECAYS)),
-        "l2norm": draw(st.booleans()),
-        "gate": draw(st.booleans()),
-        "dt_bias": draw(st.sampled_from(["[H, K]", "[H * K]", None])),
-        "sigmoid": sigmoid,
-        "erase_scale": draw(st.sampled_from([1.0, 2.0])) if sigmoid else 1.0,
-        "state": draw(st.booleans()),
-        "resets": resets,
-        "cu": cu,
-        "scale": draw(st.sampled_from([None, 1.0, -0.3])),
-        "seed": draw(st.integers(0, 1000)),
-    }
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -320,16 +289,6 @@ def test_every_backend_serves_every_argument(backend, function):
         return function(**kwargs, backend=backend)
 
     assert_close(run(chosen, inputs, output_grads), golden(inputs, output_grads), 1e-10)
-
-
-def reversed_layout(x):
-    order = list(range(x.ndim))[::-1]
-    return x.permute(order).contiguous().permute(order)
-
-
-def strided(x):
-    """Every second element of a larger tensor along the last axis."""
-    return torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
 
 
 @functions

@@ -16,6 +16,8 @@ from gdn2_titan.models import GDN2Model, GDN2ModelArgs
 from gdn2_titan.ops import causal_conv1d, chunk_gdn2, chunked, recurrent_gdn2, recurrent_gdn2_
 from tests.gdn2_cases import (
     DECAYS,
+    DEVICE,
+    RAW,
     assert_close,
     cast,
     cotangents,
@@ -23,8 +25,10 @@ from tests.gdn2_cases import (
     golden,
     leaves,
     make,
+    on_device,
     random_resets,
     run,
+    run_on_device,
 )  # fmt: skip
 
 pytestmark = [
@@ -33,22 +37,7 @@ pytestmark = [
 ]
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-DEVICE = "cuda"
-RAW = dict(l2norm=True, gate=True, sigmoid=True, erase_scale=2.0)
 functions = pytest.mark.parametrize("function", [chunk_gdn2, recurrent_gdn2], ids=lambda f: f.__name__)
-
-
-def on_device(inputs):
-    """The same inputs on the device, the differentiable ones leaves again."""
-    moved = {n: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for n, x in inputs.items()}
-    return moved | {name: moved[name].detach().requires_grad_() for name in leaves(inputs)}
-
-
-def run_on_device(function, inputs, output_grads, backend="triton"):
-    """``gdn2_cases.run`` there, its results back here."""
-    chosen = functools.partial(function, backend=backend)
-    results = run(chosen, on_device(inputs), [grad.to(DEVICE) for grad in output_grads])
-    return {name: x.cpu() for name, x in results.items()}
 
 
 def golden_chunked(inputs, output_grads):

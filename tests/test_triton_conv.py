@@ -118,9 +118,7 @@ def assert_errs_at_most_twice_what_pytorch_does(inputs):
     for name, exact in want.items():
         assert got[name].dtype == torch_path[name].dtype, name
         errors = [(result[name].double() - exact).abs().max().item() for result in (got, torch_path)]
-        # The interpreter truncates to bfloat16, a GPU rounds.
-        slack = 1 if got[name].dtype == torch.bfloat16 else 1 / 8
-        slack *= torch.finfo(got[name].dtype).eps * exact.abs().max().item()
+        slack = torch.finfo(got[name].dtype).eps / 8 * exact.abs().max().item()
         assert errors[0] <= 2 * errors[1] + slack, f"{name}: off by {errors[0]:.2e}, PyTorch by {errors[1]:.2e}"
 
 

@@ -6,10 +6,9 @@ import torch
 from gdn2_titan.ops import naive_recurrent_gdn2, recurrent_gdn2, recurrent_gdn2_
 from gdn2_titan.ops.triton import launching
 from gdn2_titan.ops.triton.recurrent import configuration, padded
-from tests.gdn2_cases import DECAYS, LEAVES, RESULTS, assert_close, cast, errors, leaves, make
+from tests.gdn2_cases import DECAYS, LEAVES, RAW, RESULTS, assert_close, cast, errors, leaves, make, reversed_layout
 
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-RAW = dict(l2norm=True, gate=True, sigmoid=True, erase_scale=2.0)
 GPU = torch.cuda.is_available()
 interpreter = pytest.param("cpu", marks=pytest.mark.skipif(GPU, reason="on a GPU the kernels are not interpreted"))
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a GPU")]
@@ -138,7 +137,7 @@ def test_half_precision_errs_by_the_rounding_of_inputs_and_output_alone(case, dt
     # Nothing but o is rounded to the inputs' dtype on the way.
     assert_close({"final_state": got["final_state"]}, {"final_state": alone["final_state"]}, 1e-5)
     size = alone["o"].abs().max()
-    assert ((got["o"].double() - alone["o"]).abs() <= eps * alone["o"].abs() + 1e-5 * size).all()
+    assert ((got["o"].double() - alone["o"]).abs() <= eps / 2 * alone["o"].abs() + 1e-5 * size).all()
     want = definition(exact)
     allowed = errors(alone, want)
     for name, (error, size) in errors(got, want).items():
@@ -156,11 +155,6 @@ def test_the_initial_state_may_have_any_float_dtype(state_dtype, device):
 @pytest.mark.parametrize("dtype", [BF16, FP64], ids=str)
 def test_gates_and_parameters_may_have_other_dtypes_than_q(dtype, names, device):
     compare(cast(make(T=2, **RAW, dtype=FP32), dtype, only=names), device)
-
-
-def reversed_layout(x):
-    order = list(range(x.ndim))[::-1]
-    return x.permute(order).contiguous().permute(order)
 
 
 def test_the_memory_layout_of_inputs_does_not_matter(device):

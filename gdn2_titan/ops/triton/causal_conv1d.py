@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from . import launching
+from .products import cast
 
 __all__ = ["backward", "forward"]
 
@@ -197,6 +198,7 @@ def _forward_tokens(
             out = _pre_activation(taps, weights, offset, W)
             if SILU:
                 out *= tl.sigmoid(out)
+            out = cast(out, y.dtype.element_ty)
             tl.store(y + t.to(tl.int64) * D + d, out, mask=_channels(d, D, (t0 <= t) & (t < T)))
             window = taps[1:]
 
@@ -222,7 +224,8 @@ def _forward_state(
             row = _row(x, x_stride_t, t, start, end, d, D).to(tl.float32)
             window = (window + (row,))[1:]
     for i in tl.static_range(S):
-        tl.store(final_state + (n.to(tl.int64) * D + d) * S + i, window[i], mask=d < D)
+        entry = cast(window[i], final_state.dtype.element_ty)
+        tl.store(final_state + (n.to(tl.int64) * D + d) * S + i, entry, mask=d < D)
 
 
 @triton.jit(do_not_specialize=["B", "T", "N"])
@@ -307,7 +310,8 @@ def _backward_tokens(
                 if t == end - 1:
                     dtaps = _receive(dtaps, _columns(dfinal_state, n, d, D, S), age, S)
             # Of the walk's first rows, before t0, the sums are not whole; they are another tile's.
-            tl.store(dx + (t - S).to(tl.int64) * D + d, dtaps[0], mask=_channels(d, D, (t0 <= t - S) & (t - S < T)))
+            whole = cast(dtaps[0], dx.dtype.element_ty)
+            tl.store(dx + (t - S).to(tl.int64) * D + d, whole, mask=_channels(d, D, (t0 <= t - S) & (t - S < T)))
             window, dwindow = taps[1:], dtaps[1:]
     SUMS: tl.constexpr = W if bias is None else W + 1
     partial += tile.to(tl.int64) * SUMS * D + d
@@ -367,6 +371,7 @@ def _backward_state(
             passed = visible & (j >= 0)
             entry = tl.load(dfinal_state + (n.to(tl.int64) * D + d) * S + j, mask=_channels(d, D, passed), other=0.0)
             dtap += entry.to(tl.float32)
+        dtap = cast(dtap, dinitial_state.dtype.element_ty)
         tl.store(dinitial_state + (n.to(tl.int64) * D + d) * S + i, dtap, mask=d < D)
 
 
@@ -408,9 +413,9 @@ def causal_conv1d_sum_kernel(partial, dweight, dbias, P, D, W: tl.constexpr, BP:
         sums += tl.load(partial + offsets, mask=(p[:, None] < P) & (d[None, :] < D), other=0.0)
     total = tl.sum(sums, 0)
     if i < W:
-        tl.store(dweight + d * W + i, total, mask=d < D)
+        tl.store(dweight + d * W + i, cast(total, dweight.dtype.element_ty), mask=d < D)
     elif dbias is not None:
-        tl.store(dbias + d, total, mask=d < D)
+        tl.store(dbias + d, cast(total, dbias.dtype.element_ty), mask=d < D)
 
 
 def _config(vector, rows, warps=1):

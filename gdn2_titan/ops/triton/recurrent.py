@@ -12,17 +12,10 @@ import triton.language as tl
 from ..gates import NORM_EPS
 from ..validation import check_cu_seqlens
 from . import launching
+from .products import cast
+from .rows import softplus
 
 __all__ = ["recurrent_forward"]
-
-
-@triton.jit
-def softplus(x):
-    """log(1 + exp(x)) to rounding, for every x: with u = 1 + e as rounded, log1p(e) = log(u) * e / (u - 1)."""
-    e = tl.exp(-tl.abs(x))
-    u = 1 + e
-    rounded = tl.where(u == 1, 1.0, u - 1)
-    return tl.maximum(x, 0.0) + tl.where(u == 1, e, tl.log(u) * (e / rounded))
 
 
 @triton.jit
@@ -93,7 +86,7 @@ def recurrent_kernel(
         write = w_t * v_t - read
         S += k_t[:, None] * write[None, :]
         o_t = scale * (kept + tl.sum(q_t * k_t, 0) * write)
-        tl.store(o + at_value + vv, o_t.to(o.dtype.element_ty), mask=in_v)
+        tl.store(o + at_value + vv, cast(o_t, o.dtype.element_ty), mask=in_v)
     tl.store(final_state + row * K * V + cell, S, mask=in_cell)
 
 
