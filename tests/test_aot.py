@@ -13,6 +13,8 @@ import pytest
 
 AOT = Path(__file__).parents[1] / "benchmarks" / "aot.py"
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+# Bytes of a thread that still spill, by target, head size and kernel, in bf16 with or without raw gates, or in fp32.
+OPEN = {}
 CHUNK_KERNELS = {"prepare_kernel", "scan_kernel", "reverse_kernel", "gradient_kernel"}
 
 
@@ -27,12 +29,19 @@ def compiled(*options):
     return reports
 
 
+def place(report):
+    return report["target"], report["size"], report["kernel"]
+
+
 def assert_faultless(reports):
-    wrong = [
-        "{target} {op} {kind} {size} {options}: {kernel} {config} ".format(**report) + "; ".join(report["faults"])
-        for report in reports
-        if report["faults"]
-    ]
+    """But for the spills of OPEN, which may not grow, and leave the list when they are gone."""
+    wrong, most = [], {}
+    for report in reports:
+        only_spills = all(fault.startswith("spills ") for fault in report["faults"])
+        if report["faults"] and not (only_spills and report["spilled"] <= OPEN.get(place(report), 0)):
+            wrong.append("{target} {op} {kind} {size} {options}: {kernel} {config} {faults}".format(**report))
+        most[place(report)] = max(most.get(place(report), 0), report["spilled"])
+    wrong += [f"{case} no longer spills: off the list" for case in most if case in OPEN and not most[case]]
     assert not wrong, "\n".join(wrong)
 
 
@@ -52,7 +61,7 @@ def test_what_training_runs_on_hopper_does_not_spill_fits_and_uses_wgmma():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
-def test_no_kernel_spills_or_outgrows_the_target_or_multiplies_without_tensor_cores(target):
+def test_no_kernel_but_the_listed_spills_and_none_outgrows_the_target_or_multiplies_without_tensor_cores(target):
     """All of bf16, and fp32 at K = V = 128; the rest of fp32, which takes long, only in benchmarks/aot_report.py."""
     half = compiled("--target", target, "--kind", "bf16", "bf16 raw")
     single = compiled("--target", target, "--kind", "fp32", "--size", "128")
