@@ -24,13 +24,16 @@ def _amd(arch):
 def scan(arch, BK, V):
     """For the scan and for its reverse: BV value channels of the state [BV, BK] to a program.
 
-    From sm_90 on 128 fit, so that a head of 128 reads Q, E, Kt, A_qk and A once; 64 is the least that wgmma takes."""
+    From sm_90 on 128 fit, so that a head of 128 reads Q, E, Kt, A_qk and A once; 64 is the least that wgmma takes. A
+    head of 256 with 64 wants more tensor memory than sm_100 has."""
     if _amd(arch):
         most, stages = 64, 1
     elif arch == 80:
         most, stages = 32, 2
+    elif BK <= 128:
+        most, stages = 128, 2
     else:
-        most, stages = (128, 2) if BK <= 128 else (64, 1)
+        most, stages = (64 if arch == 90 else 32), 1
     BV = min(_padded(V), most)
     return (dict(BV=BV, num_warps=8 if BV == 128 else 4, num_stages=stages),)
 
