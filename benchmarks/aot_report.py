@@ -8,12 +8,14 @@ import pathlib
 
 import triton
 from aot import CASES, TARGETS, faults, reports
+from calls import KINDS
 
 PLACE = pathlib.Path(__file__).parents[1] / "docs" / "kernels.md"
 HEAD = """# The kernels' machine code
 
-By `python benchmarks/aot_report.py` with triton {version}, which compiles for targets that are not there; the inputs
-are those of `benchmarks/aot.py`. Every kernel at its default configuration, for each kind and size of input; registers
+By `python benchmarks/aot_report.py --kind {kinds}` with triton {version}, which compiles for
+targets that are not there; the inputs are those of `benchmarks/aot.py`. Every kernel at its default configuration, for
+each kind and size of input; registers
 of a thread, bytes it spills, shared memory of a program in KB (of what the target has), instructions that multiply
 matrices. "bf16" has the decay in fp32, "bf16 raw" is what a layer gives; "documents" are `resets` with an initial and
 a final state, "packed" is `cu_seqlens` with both.
@@ -41,14 +43,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, default=PLACE)
     parser.add_argument("--target", nargs="*", choices=list(TARGETS), default=list(TARGETS))
+    parser.add_argument("--kind", nargs="*", choices=KINDS, default=list(KINDS), help="fp32 takes long to compile")
     parser.add_argument("--workers", type=int, default=2)
     chosen = parser.parse_args()
     found = {target: [] for target in chosen.target}
-    for report in reports(chosen.target, CASES, workers=chosen.workers):
+    for report in reports(chosen.target, [case for case in CASES if case[1] in chosen.kind], workers=chosen.workers):
         found[report["target"]].append(report)
         for fault in faults(report):
             print("{target} {op} {kind} {size} {options}, {kernel}:".format(**report), fault, flush=True)
-    lines = [HEAD.format(version=triton.__version__)]
+    lines = [HEAD.format(version=triton.__version__, kinds=" ".join(repr(kind) for kind in chosen.kind))]
     wrong = sum(bool(faults(report)) for group in found.values() for report in group)
     lines += [f"{wrong} of {sum(map(len, found.values()))} break a promise; they are in bold.", ""]
     for target, group in found.items():
