@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 
 from gdn2_titan.models import GDN2Model, GDN2ModelArgs, layer
 from gdn2_titan.parallel import apply_compile, apply_fsdp, sum_gradients
+from tests.processes import run
 
 ARGS = GDN2ModelArgs(
     vocab_size=50, hidden_size=32, n_layers=2, mlp_size=64, num_heads=2, head_dim=16, attn_heads=2, window=8,
@@ -38,19 +37,7 @@ def assert_near(name, found, expected):
     assert error < 1e-4, f"{name} is off by {error:.1e}"
 
 
-def _start(rank, file):
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=WORLD)
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-
-
-def _finish():
-    dist.barrier()  # gloo aborts a process that leaves while the other still talks to it
-    dist.destroy_process_group()
-
-
-def _same_as_one_process(rank, file, compiled, reshard):
-    _start(rank, file)
+def _same_as_one_process(rank, compiled, reshard):
     single = build("cpu")
     torch.manual_seed(0)
     single.init_weights()
@@ -75,17 +62,15 @@ def _same_as_one_process(rank, file, compiled, reshard):
             optimizer.zero_grad()
     for name, parameter in sharded.named_parameters():
         assert_near(name, parameter.full_tensor(), expected[name])
-    _finish()
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled-fullgraph"])
 @pytest.mark.parametrize("reshard", [True, False], ids=["reshard", "keep"])
 def test_two_ranks_start_step_and_differentiate_as_one_process(tmp_path, compiled, reshard):
-    mp.spawn(_same_as_one_process, (str(tmp_path / "store"), compiled, reshard), nprocs=WORLD)
+    run(_same_as_one_process, WORLD, tmp_path / "store", compiled, reshard)
 
 
-def _decays_stay_exact(rank, file):
-    _start(rank, file)
+def _decays_stay_exact(rank):
     model = build()
     apply_fsdp(model, init_device_mesh("cpu", (WORLD,)), torch.bfloat16, torch.float32)
     model.to_empty(device="cpu")
@@ -110,8 +95,7 @@ def _decays_stay_exact(rank, file):
     assert dtype == torch.bfloat16
     assert torch.equal(A_log, before["layers.0.mixer.decay.A_log"])
     assert torch.equal(dt_bias, before["layers.0.mixer.decay.dt_bias"])
-    _finish()
 
 
 def test_decay_parameters_reach_the_op_unrounded_under_a_bf16_policy(tmp_path):
-    mp.spawn(_decays_stay_exact, (str(tmp_path / "store"),), nprocs=WORLD)
+    run(_decays_stay_exact, WORLD, tmp_path / "store")
