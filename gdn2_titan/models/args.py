@@ -45,6 +45,10 @@ class GDN2ModelArgs:
         """The mixer's name for a layer index."""
         return self.layer_pattern[layer % len(self.layer_pattern)]
 
+    def mixers(self):
+        """The names of all mixers that the model has."""
+        return {self.mixer(layer) for layer in range(self.n_layers)}
+
     def validate(self):
         """Raise ValueError, one sentence with field, value and what is allowed, unless a model can be built."""
         for field in (
@@ -73,7 +77,7 @@ class GDN2ModelArgs:
             )
         if self.norm_eps <= 0:
             raise ValueError(f"norm_eps is {self.norm_eps}; it must be greater than 0")
-        if any(name != "gdn2" for name in self.layer_pattern):
+        if self.mixers() - {"gdn2"}:
             if self.hidden_size % self.attn_heads or self.hidden_size // self.attn_heads % 2:
                 raise ValueError(
                     f"attn_heads is {self.attn_heads}; it must divide hidden_size = {self.hidden_size} "

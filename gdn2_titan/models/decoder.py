@@ -91,19 +91,24 @@ class GDN2Model(nn.Module):
         self.layers = nn.ModuleDict({str(i): Block(args, i) for i in range(args.n_layers)})
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.norm_eps)
         self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+        # Ranks that share a sequence between blocks (sequence parallelism); hidden states hold 1 / this of its tokens.
+        self.sequence_shards = 1
 
     def forward(self, tokens, resets=None):
         """tokens: ids [B, T] (or hidden states [B, T, D]); resets: bool [B, T], True where a document begins."""
-        h = self.tok_embeddings(tokens) if self.tok_embeddings is not None else tokens
-        B, T, _ = h.shape
+        if self.tok_embeddings is not None:
+            (B, T), h = tokens.shape, self.tok_embeddings(tokens)
+        else:
+            (B, T, _), h = tokens.shape, tokens
+            T = T * self.sequence_shards
         kinds = [self.args.mixer(int(name)) for name in self.layers]  # by name: a stage holds some of the layers
         angles, masks = None, {}
         if set(kinds) - {"gdn2"}:
-            positions = torch.arange(T, device=h.device)
+            positions = torch.arange(T, device=tokens.device)
             angles = rotary_angles(positions, self.args.hidden_size // self.args.attn_heads, self.args.rope_theta)
             for kind in set(kinds) - {"gdn2"}:
                 window = self.args.window if kind == "swa" else None
-                masks[kind] = attention_mask(B, T, window, resets, h.device)
+                masks[kind] = attention_mask(B, T, window, resets, tokens.device)
         for kind, block in zip(kinds, self.layers.values(), strict=True):
             h = block(h, resets, angles, masks.get(kind))
         h = self.norm(h) if self.norm is not None else h

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from gdn2_titan.ops import causal_conv1d, chunk_gdn2, recurrent_gdn2
 
@@ -34,6 +35,11 @@ class GDN2State(NamedTuple):
     memory: torch.Tensor  # [B, HV, K, V] fp32
 
 
+def _of_this_rank(param):
+    """What this rank holds of a parameter: under tensor parallelism, the part of its heads."""
+    return param.to_local() if isinstance(param, DTensor) else param
+
+
 class ShortConvolution(nn.Module):
     """Depthwise causal convolution and SiLU over [B, T, channels]."""
 
@@ -43,8 +49,9 @@ class ShortConvolution(nn.Module):
 
     def forward(self, x, resets=None, state=None, return_state=False):
         return causal_conv1d(
-            x, self.weight, activation="silu", initial_state=state, output_final_state=return_state, resets=resets
-        )
+            x, _of_this_rank(self.weight), activation="silu",
+            initial_state=state, output_final_state=return_state, resets=resets,
+        )  # fmt: skip
 
     def init_weights(self):
         bound = self.weight.shape[1] ** -0.5  # as nn.Conv1d: fan-in is the width
@@ -156,7 +163,7 @@ class GatedDeltaNet2(nn.Module):
         # Heads are counted from the tensors: under tensor parallelism a rank holds some of them.
         q, k, v = (t.unflatten(-1, (-1, size)) for t, size in ((q, K), (k, K), (v, V)))
         g = self.decay_proj(x).unflatten(-1, (q.shape[2], -1))
-        A_log, dt_bias = self.decay.A_log, self.decay.dt_bias
+        A_log, dt_bias = _of_this_rank(self.decay.A_log), _of_this_rank(self.decay.dt_bias)
         erase = self.erase_proj(x).unflatten(-1, (q.shape[2], -1))
         if self.tied_gates:
             write = erase.repeat_interleave(v.shape[2] // q.shape[2], dim=2)

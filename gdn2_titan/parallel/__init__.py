@@ -2,5 +2,6 @@
 
 from .compile import apply_compile
 from .fsdp import apply_fsdp, sum_gradients
+from .tensor import apply_tensor_parallel, check_tensor_parallel
 
-__all__ = ["apply_compile", "apply_fsdp", "sum_gradients"]
+__all__ = ["apply_compile", "apply_fsdp", "apply_tensor_parallel", "check_tensor_parallel", "sum_gradients"]

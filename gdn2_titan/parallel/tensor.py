@@ -1,0 +1,118 @@
+"""Tensor parallelism with sequence parallelism: the heads of every mixer are shared out among ranks.
+
+Between blocks a rank holds hidden states of its part of the sequence [B, T / ranks, D]. A mixer or an MLP gathers the
+sequence, works on the rank's heads or hidden channels, and scatters its output along the sequence again.
+"""
+
+from torch import nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+__all__ = ["apply_tensor_parallel", "check_tensor_parallel"]
+
+SEQUENCE = Shard(1)
+
+
+class _Distributed(ParallelStyle):
+    """The parameters that a module holds itself, in one layout; what goes in and out is left as it is."""
+
+    def __init__(self, layout):
+        self.layout = layout
+
+    def _apply(self, module, device_mesh):
+        for name, param in module.named_parameters(recurse=False):
+            shards = distribute_tensor(param, device_mesh, [self.layout], src_data_rank=None)
+            module.register_parameter(name, nn.Parameter(shards, requires_grad=param.requires_grad))
+        return module
+
+
+def check_tensor_parallel(args, degree):
+    """Raise ValueError, one sentence, unless ``degree`` ranks can share the model of a ``GDN2ModelArgs``."""
+    sides = {"mlp_size": args.mlp_size}
+    if "gdn2" in args.mixers():
+        sides["num_heads"] = args.num_heads  # value heads stay with their key head
+    if args.mixers() - {"gdn2"}:
+        sides["attn_heads"] = args.attn_heads
+        if args.attn_kv_heads is not None:
+            sides["attn_kv_heads"] = args.attn_kv_heads
+    for field, value in sides.items():
+        if value % degree:
+            raise ValueError(f"{field} is {value}; the tensor parallel degree {degree} must divide it")
+
+
+def apply_tensor_parallel(model, mesh: DeviceMesh, loss_parallel: bool = True):
+    """Shard a ``GDN2Model``, or a pipeline stage of one, in place over the 1-D ``mesh``.
+
+    Token ids [B, T] come in whole on every rank; T must be a multiple of the mesh's size. A stage without
+    ``tok_embeddings`` takes hidden states [B, T / ranks, D], one without ``lm_head`` returns them. loss_parallel: the
+    logits stay a DTensor sharded over the vocabulary, for torch.distributed.tensor.parallel.loss_parallel; else every
+    rank gets them whole.
+
+    Raises:
+        ValueError: a number of heads, or ``mlp_size``, is not a multiple of the mesh's size.
+    """
+    check_tensor_parallel(model.args, mesh.size())
+    ends = {
+        "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=SEQUENCE),
+        "norm": SequenceParallel(),
+        "lm_head": ColwiseParallel(
+            input_layouts=SEQUENCE,
+            output_layouts=Shard(-1) if loss_parallel else Replicate(),
+            use_local_output=not loss_parallel,
+        ),
+    }
+    parallelize_module(model, mesh, {name: style for name, style in ends.items() if getattr(model, name) is not None})
+    if model.tok_embeddings is not None:
+        model.tok_embeddings.register_forward_hook(_waited)
+    for block in model.layers.values():
+        parallelize_module(block, mesh, _block_plan(block))
+    model.sequence_shards = mesh.size()
+
+
+def _waited(module, inputs, output):
+    """A compiled block cannot take the result of a collective that is still under way for a graph input."""
+    return output + 0 if isinstance(output, AsyncCollectiveTensor) else output
+
+
+def _block_plan(block):
+    gathered = {"input_layouts": (SEQUENCE,), "desired_input_layouts": (Replicate(),)}
+    plan = {
+        "mixer_norm": SequenceParallel(),
+        "mlp_norm": SequenceParallel(),
+        "mlp": PrepareModuleInput(**gathered),
+        "mlp.gate_proj": ColwiseParallel(),
+        "mlp.up_proj": ColwiseParallel(),
+        "mlp.down_proj": RowwiseParallel(output_layouts=SEQUENCE),
+    }
+    others = (None,) * (1 if block.kind == "gdn2" else 2)  # resets; angles and mask
+    gathered = {name: (*layouts, *others) for name, layouts in gathered.items()}
+    mixer = {"": PrepareModuleInput(**gathered), "o_proj": RowwiseParallel(output_layouts=SEQUENCE)}
+    mixer |= dict.fromkeys(("q_proj", "k_proj", "v_proj"), ColwiseParallel())
+    if block.kind == "gdn2":
+        mixer |= _gdn2_plan(block.mixer)
+    return plan | {f"mixer.{name}".rstrip("."): style for name, style in mixer.items()}
+
+
+def _gdn2_plan(mixer):
+    """Of what only a GDN-2 mixer has. The first factors of the low-rank projections are computed by every rank: their
+    outputs are small, and what comes back to them is summed with the gradient of the mixer's input."""
+    plan = {name: _Distributed(Shard(0)) for name in ("q_conv1d", "k_conv1d", "v_conv1d", "decay")}
+    plan["o_norm"] = SequenceParallel(sequence_dim=2, use_local_output=True)  # [B, T, heads, V], by heads
+    plan["erase_proj"] = ColwiseParallel()
+    if mixer.write_proj is not None:
+        plan["write_proj"] = ColwiseParallel()
+    for name in ("decay_proj", "gate_proj"):
+        if isinstance(getattr(mixer, name), nn.Linear):  # a scalar decay
+            plan[name] = ColwiseParallel()
+        else:
+            plan |= {f"{name}.0": _Distributed(Replicate()), f"{name}.1": ColwiseParallel()}
+    return plan
