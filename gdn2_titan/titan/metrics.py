@@ -3,6 +3,7 @@
 import os
 
 import torch
+import torch.distributed as dist
 from torchtitan.components.metrics import MetricsProcessor, TensorBoardLogger
 from torchtitan.tools.logging import logger
 
@@ -14,7 +15,7 @@ __all__ = ["GDN2MetricsProcessor", "build_metrics_processor"]
 
 
 class GDN2MetricsProcessor(MetricsProcessor):
-    """Adds scalars gdn2/layers.<i>/<statistic>: of this rank's last microbatch of the step.
+    """Adds scalars gdn2/layers.<i>/<statistic>: of the last microbatch, and the heads, of one rank.
 
     A layer fills its statistics during forward while its flag is set, so no extra pass and no graph break is needed;
     the flag is raised one step ahead, for the first step of a run and every ``gdn2.statistics_freq`` steps.
@@ -49,18 +50,27 @@ class GDN2MetricsProcessor(MetricsProcessor):
 
     def should_log(self, step):
         # Asked once a step, between the step's forward and the next one's.
-        if self.recording and self.mixers:
-            values = torch.stack([mixer.statistics for mixer in self.mixers.values()]).tolist()
-            self.logger.log(
-                {
-                    f"gdn2/{layer}/{name}": value
-                    for layer, row in zip(self.mixers, values, strict=True)
-                    for name, value in zip(STATISTICS, row, strict=True)
-                },
-                step,
-            )
+        if self.recording:
+            statistics = self._statistics()
+            if statistics:
+                self.logger.log(statistics, step)
         self._record(self.statistics_freq > 0 and (step + 1) % self.statistics_freq == 0)
         return super().should_log(step)
+
+    def _statistics(self):
+        """Of the layers of all pipeline stages: one rank of the last stage writes them."""
+        rows = torch.stack([m.statistics for m in self.mixers.values()]).tolist() if self.mixers else []
+        found = {
+            f"gdn2/{layer}/{name}": value
+            for layer, row in zip(self.mixers, rows, strict=True)
+            for name, value in zip(STATISTICS, row, strict=True)
+        }
+        if not self.parallel_dims.pp_enabled:
+            return found
+        group = self.parallel_dims.get_mesh("pp").get_group()
+        stages = [None] * dist.get_world_size(group)
+        dist.all_gather_object(stages, found, group)
+        return {name: value for stage in stages for name, value in stage.items()}
 
     def log(self, *args, **kwargs):
         super().log(*args, **kwargs)

@@ -12,6 +12,9 @@ __all__ = ["TitanModelArgs", "titan_flavors"]
 
 @dataclasses.dataclass
 class TitanModelArgs(GDN2ModelArgs):
+    # Not a field: with this name TorchTitan asks the model for masks and hands them to every pipeline stage.
+    attn_type = "varlen"
+
     def update_from_config(self, job_config, **kwargs):
         for name, value in section(job_config, "gdn2").overrides().items():
             setattr(self, name, tuple(value) if isinstance(value, list) else value)

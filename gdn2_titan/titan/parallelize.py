@@ -3,9 +3,10 @@
 import torch
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed.activation_checkpoint import apply_ac
+from torchtitan.distributed.tensor_parallel import maybe_enable_async_tp
 from torchtitan.tools.logging import logger
 
-from gdn2_titan.parallel import apply_compile, apply_fsdp, sum_gradients
+from gdn2_titan.parallel import apply_compile, apply_fsdp, apply_tensor_parallel, sum_gradients
 
 __all__ = ["parallelize"]
 
@@ -23,9 +24,15 @@ SAVED_OPS = {
 
 
 def parallelize(model, parallel_dims, job_config):
-    """TorchTitan's ``parallelize_fn``: activation checkpointing, compilation, sharding, in this order."""
+    """TorchTitan's ``parallelize_fn``, for the model or a pipeline stage of it: tensor parallelism, activation
+    checkpointing, compilation, sharding, in this order."""
     training, parallelism = job_config.training, job_config.parallelism
     compiled = job_config.compile.enable and "model" in job_config.compile.components
+    if parallel_dims.tp_enabled:
+        mesh = parallel_dims.get_mesh("tp")
+        apply_tensor_parallel(model, mesh, loss_parallel=not parallelism.disable_loss_parallel)
+        maybe_enable_async_tp(job_config, mesh)
+        logger.info("Applied tensor parallelism to the model")
     if job_config.activation_checkpoint.mode != "none":
         apply_ac(
             model,
@@ -38,14 +45,16 @@ def parallelize(model, parallel_dims, job_config):
         apply_compile(model, job_config.compile.backend)
         logger.info("Compiling each block with torch.compile")
     if parallel_dims.fsdp_enabled:
+        reshard = parallelism.fsdp_reshard_after_forward
         names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
         apply_fsdp(
             model,
             parallel_dims.get_mesh(names),
             param_dtype=TORCH_DTYPE_MAP[training.mixed_precision_param],
             reduce_dtype=TORCH_DTYPE_MAP[training.mixed_precision_reduce],
-            reshard_after_forward=parallelism.fsdp_reshard_after_forward != "never",
-            reshard_last=parallelism.fsdp_reshard_after_forward == "always",
+            # Under pipeline parallelism each microbatch would gather the parameters again.
+            reshard_after_forward=reshard == "always" or (reshard == "default" and not parallel_dims.pp_enabled),
+            reshard_last=reshard == "always",
             cpu_offload=training.enable_cpu_offload,
         )
         sum_gradients(model)  # TorchTitan divides the loss by the global number of tokens

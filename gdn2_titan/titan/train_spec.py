@@ -2,19 +2,21 @@
 
 import functools
 
-from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.protocols import train_spec as titan_specs
 
-from gdn2_titan.models import GDN2Model, flavors
+from gdn2_titan.models import flavors
 
 from .dataloader import build_dataloader
 from .errors import ConfigError
+from .loss import build_loss
 from .metrics import build_metrics_processor
+from .model import TitanModel
 from .model_args import titan_flavors
 from .optimizer import build_optimizers
 from .parallelize import parallelize
+from .pipeline import pipeline
 from .validate_config import validate_config
 from .validator import build_validator
 
@@ -51,15 +53,15 @@ def _build_tokenizer(job_config):
 
 def get_train_spec():
     return titan_specs.TrainSpec(
-        model_cls=GDN2Model,
+        model_cls=TitanModel,
         model_args=titan_flavors(),
         parallelize_fn=parallelize,
-        pipelining_fn=None,
+        pipelining_fn=pipeline,
         build_optimizers_fn=build_optimizers,
         build_lr_schedulers_fn=build_lr_schedulers,
         build_dataloader_fn=_refusing(build_dataloader),
         build_tokenizer_fn=_build_tokenizer,
-        build_loss_fn=build_cross_entropy_loss,
+        build_loss_fn=build_loss,
         build_validator_fn=build_validator,
         build_metrics_processor_fn=build_metrics_processor,
     )

@@ -4,10 +4,12 @@ import dataclasses
 import os
 
 from gdn2_titan.models import flavors
+from gdn2_titan.parallel import check_tensor_parallel
 
 from .corpus import check_source
 from .cpu import accelerator
 from .errors import ConfigError
+from .pipeline import check_pipeline
 from .sections import GDN2, section
 
 __all__ = ["validate_config"]
@@ -54,40 +56,74 @@ def _check_numbers(job_config):
         raise ConfigError("checkpoint.keep_latest_k is 1; it must be 0 (keep all) or at least 2")
 
 
-def _check_parallelism(job_config):
+def _check_processes(job_config):
     parallelism = job_config.parallelism
-    for name in (
-        "tensor_parallel_degree",
-        "context_parallel_degree",
-        "pipeline_parallel_degree",
-        "expert_parallel_degree",
-    ):
+    for name in ("context_parallel_degree", "expert_parallel_degree"):
         if getattr(parallelism, name) != 1:
             value = getattr(parallelism, name)
-            raise ConfigError(f"parallelism.{name} is {value}; it must be 1: this model shards over data only so far")
+            raise ConfigError(f"parallelism.{name} is {value}; it must be 1: this model does not have it")
     world = int(os.environ.get("WORLD_SIZE", os.environ.get("NGPU", "1")))
+    rest = world
+    for name in ("pipeline_parallel_degree", "tensor_parallel_degree", "data_parallel_replicate_degree"):
+        degree = getattr(parallelism, name)
+        if degree < 1 or rest % degree:
+            of = (
+                f"the {world} processes"
+                if rest == world
+                else f"the {rest} of {world} processes that other degrees leave"
+            )
+            raise ConfigError(f"parallelism.{name} is {degree}; it must divide {of}")
+        rest //= degree
     replicate, shard = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
-    if replicate < 1 or world % replicate:
+    if shard not in (-1, rest):
         raise ConfigError(
-            f"parallelism.data_parallel_replicate_degree is {replicate}; it must divide the {world} processes"
+            f"parallelism.data_parallel_shard_degree is {shard}; it must be -1, or {rest} so that all degrees multiply "
+            f"to the {world} processes"
         )
-    if shard != -1 and shard * replicate != world:
-        raise ConfigError(
-            f"parallelism.data_parallel_shard_degree is {shard}; it must be -1, or {world // replicate} so that "
-            f"replicate and shard degrees multiply to the {world} processes"
-        )
-    if replicate > 1 and replicate == world:
+    if replicate > 1 and rest == 1:
         raise ConfigError(
             f"parallelism.data_parallel_replicate_degree is {replicate}; with {world} processes it must be less, "
             "so that parameters are sharded too (TorchTitan's pure replication scales gradients wrongly)"
         )
-    step = job_config.training.local_batch_size * world
+    step = job_config.training.local_batch_size * replicate * rest
     batch = job_config.training.global_batch_size
     if batch >= 0 and (batch == 0 or batch % step):
         raise ConfigError(
             f"training.global_batch_size is {batch}; it must be -1 or a multiple of training.local_batch_size times "
-            f"the {world} data-parallel processes = {step}"
+            f"the {replicate * rest} data-parallel processes = {step}"
         )
+
+
+def _check_shares(job_config):
+    """What the ranks of tensor and pipeline parallelism share must be theirs to share."""
+    parallelism, compiled = job_config.parallelism, job_config.compile
+    args = dataclasses.replace(flavors[job_config.model.flavor], **section(job_config, "gdn2").overrides())
+    degree = parallelism.tensor_parallel_degree
+    if degree > 1:
+        try:
+            check_tensor_parallel(args, degree)
+        except ValueError as error:
+            raise ConfigError(f"parallelism.tensor_parallel_degree is {degree}; {error}") from error
+        lengths = {"training": job_config.training.seq_len}
+        if job_config.validation.enable:
+            lengths["validation"] = job_config.validation.seq_len
+        for name, length in lengths.items():
+            if length % degree:
+                raise ConfigError(
+                    f"{name}.seq_len is {length}; parallelism.tensor_parallel_degree = {degree} must divide it"
+                )
+    if parallelism.enable_async_tensor_parallel:
+        if not (compiled.enable and "model" in compiled.components):
+            raise ConfigError(
+                "parallelism.enable_async_tensor_parallel is true; then compile.enable must be true and "
+                "compile.components must have 'model'"
+            )
+        if accelerator() is None:
+            raise ConfigError(
+                "parallelism.enable_async_tensor_parallel is true; it must be false on a machine without an accelerator"
+            )
+    if parallelism.pipeline_parallel_degree > 1:
+        check_pipeline(job_config, args.n_layers)
 
 
 def _check_rest(job_config):
@@ -123,5 +159,7 @@ def validate_config(job_config):
     """Raise ConfigError for the first thing wrong with a parsed job config. Loads nothing."""
     _check_model(job_config)
     _check_numbers(job_config)
-    _check_parallelism(job_config)
+    _check_processes(job_config)
+    if job_config.model.name == "gdn2":
+        _check_shares(job_config)
     _check_rest(job_config)

@@ -39,8 +39,10 @@ class GDN2Validator(Validator):
         self._dataloader_arguments = dp_world_size, dp_rank, tokenizer, job_config
 
     def post_dataloading_process(self, input_dict, labels, model_parts):
+        # The stock one leaves the resets out where a model's masks are not asked for by type.
         extra_inputs = {name: x for name, x in input_dict.items() if name != "input"}
-        return input_dict["input"], labels, extra_inputs, {}
+        masks = model_parts[0].get_attention_masks(input_dict["input"], self.tokenizer, extra_inputs)
+        return input_dict["input"], labels, extra_inputs, {"attention_masks": masks}
 
     def validate(self, model_parts, step):
         self.validation_dataloader = build_validation_dataloader(

@@ -1,0 +1,118 @@
+"""Pipeline parallelism by TorchTitan's splitter, with the gradients' scale that it leaves out."""
+
+import dataclasses
+import math
+import os
+
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
+from torchtitan.distributed.pipeline_parallel import generate_llm_fqn_per_model_part, pipeline_llm
+
+from .errors import ConfigError
+
+__all__ = ["check_pipeline", "pipeline"]
+
+
+def _number_of_stages(parallelism, n_layers):
+    """Stages over all ranks, as TorchTitan counts them."""
+    if parallelism.pipeline_parallel_layers_per_stage is not None:
+        ends = (
+            parallelism.pipeline_parallel_first_stage_less_layers + parallelism.pipeline_parallel_last_stage_less_layers
+        )
+        return math.ceil((n_layers + ends) / parallelism.pipeline_parallel_layers_per_stage)
+    single = issubclass(get_schedule_class(parallelism.pipeline_parallel_schedule), PipelineScheduleSingle)
+    return parallelism.pipeline_parallel_degree * (1 if single else 2)
+
+
+def _modules_of_stages(parallelism, n_layers):
+    """TorchTitan's shares of the model, or the user's, with the head under its name here."""
+    stages = parallelism.module_fqns_per_model_part
+    if stages is None:
+        stages = generate_llm_fqn_per_model_part(
+            _number_of_stages(parallelism, n_layers),
+            n_layers,
+            parallelism.pipeline_parallel_first_stage_less_layers,
+            parallelism.pipeline_parallel_last_stage_less_layers,
+        )
+    return [["lm_head" if name == "output" else name for name in stage] for stage in stages]
+
+
+def check_pipeline(job_config, n_layers):
+    """Raise ConfigError unless the model can be cut, and the batch scheduled, as [parallelism] says."""
+    parallelism, training = job_config.parallelism, job_config.training
+    degree, microbatch = parallelism.pipeline_parallel_degree, parallelism.pipeline_parallel_microbatch_size
+    csv, name = parallelism.pipeline_parallel_schedule_csv, parallelism.pipeline_parallel_schedule
+    if csv and not os.path.isfile(csv):
+        raise ConfigError(f"parallelism.pipeline_parallel_schedule_csv is {csv!r}; it must be a readable file")
+    try:
+        schedule = get_schedule_class(name)
+    except ValueError as error:
+        raise ConfigError(
+            f"parallelism.pipeline_parallel_schedule is {name!r}; it must be one of torch's schedules, such as '1F1B' "
+            "or 'Interleaved1F1B'"
+        ) from error
+    if microbatch < 1 or training.local_batch_size % microbatch:
+        raise ConfigError(
+            f"parallelism.pipeline_parallel_microbatch_size is {microbatch}; it must divide training.local_batch_size "
+            f"= {training.local_batch_size}"
+        )
+    microbatches = training.local_batch_size // microbatch
+    stages = parallelism.module_fqns_per_model_part
+    count = len(stages) if stages is not None else _number_of_stages(parallelism, n_layers)
+    single = issubclass(schedule, PipelineScheduleSingle)
+    if count != degree if single else (count % degree or count < 2 * degree):
+        allowed = f"{degree}, one for each rank" if single else f"a multiple of {degree}, at least two for each rank"
+        field = "module_fqns_per_model_part" if stages is not None else "pipeline_parallel_layers_per_stage"
+        raise ConfigError(f"parallelism.{field} makes {count} stages; with schedule {name!r} they must be {allowed}")
+    try:
+        _modules_of_stages(parallelism, n_layers)
+    except ValueError as error:
+        raise ConfigError(
+            f"parallelism.pipeline_parallel_degree is {degree}; {n_layers} layers do not fill {count} stages ({error})"
+        ) from error
+    batch = f"training.local_batch_size is {training.local_batch_size}, or {microbatches} microbatches of {microbatch}"
+    if microbatches < count and name in ("1F1B", "DualPipeV"):
+        raise ConfigError(f"{batch}; schedule {name!r} wants at least one for each of {count} stages")
+    if not single and microbatches % max(1, microbatches // degree):
+        raise ConfigError(
+            f"{batch}; schedule {name!r} wants a multiple of parallelism.pipeline_parallel_degree = {degree}"
+        )
+    validation = job_config.validation
+    if validation.enable:  # the stages' buffers have the shape of a training batch
+        for field in ("local_batch_size", "seq_len"):
+            if getattr(validation, field) != getattr(training, field):
+                raise ConfigError(
+                    f"validation.{field} is {getattr(validation, field)}; under pipeline parallelism it must be "
+                    f"training.{field} = {getattr(training, field)}"
+                )
+
+
+def _per_token(loss_fn, tokens):
+    """loss_fn with the gradient of a mean over ``tokens``: under pipeline parallelism TorchTitan takes the gradient of
+    the sum. The value stays the sum, which TorchTitan divides for its log."""
+
+    def scaled(*args):
+        total = loss_fn(*args)
+        mean = total / tokens
+        return mean + (total - mean).detach()
+
+    return scaled
+
+
+def pipeline(model, parallel_dims, job_config, device, model_args, parallelize_fn, loss_fn):
+    """TorchTitan's ``pipelining_fn``. Counts every position of the global batch as a token that is learnt, as this
+    package's data has it."""
+    training = job_config.training
+    sequences = training.global_batch_size
+    if sequences < 0:
+        sequences = training.local_batch_size * parallel_dims.dp_replicate * parallel_dims.dp_shard
+    stages = _modules_of_stages(job_config.parallelism, model_args.n_layers)
+    named = dataclasses.replace(job_config.parallelism, module_fqns_per_model_part=stages)
+    return pipeline_llm(
+        model,
+        parallel_dims,
+        dataclasses.replace(job_config, parallelism=named),
+        device,
+        model_args,
+        parallelize_fn,
+        _per_token(loss_fn, sequences * training.seq_len),
+    )
