@@ -3,8 +3,10 @@
 import json
 import multiprocessing
 import os
+import random
 import socket
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -19,21 +21,39 @@ multiprocessing.set_forkserver_preload(["torchtitan.train", "gdn2_titan.titan.jo
 SMALL = [
     *SHORT, "--training.seq_len=128", "--training.steps=10", "--gdn2.num_heads=4", "--gdn2.head_dim=16",
     "--gdn2.attn_kv_heads=4", "--gdn2.window=48", "--gdn2.statistics_freq=5", "--optimizer.eps=1e-4",
-    "--metrics.no-enable_tensorboard", "--checkpoint.enable", "--checkpoint.interval=1000", "--compile.backend=aot_eager",
+    "--metrics.no-enable_tensorboard", "--checkpoint.enable", "--checkpoint.interval=1000",
+    "--compile.backend=aot_eager", "--validation.enable", "--validation.freq=10", "--validation.steps=2",
+    "--validation.seq_len=128", "--training.dataset=files", "--validation.dataset=files",
 ]  # fmt: skip
 GLOBAL_BATCH = 4
 
 
-def arguments(config, folder, *extra):
-    """Of one run: a config's name, the folder for its checkpoints, and overrides."""
+def arguments(config, folder, documents, *extra, batch=GLOBAL_BATCH):
+    """Of one run of a config, with a file of documents and the batch of one data-parallel rank."""
     return [
         f"--job.config_file={ROOT / 'train_configs' / config}.toml", f"--job.dump_folder={folder}", *SMALL,
-        f"--training.local_batch_size={GLOBAL_BATCH}", *extra,
+        f"--training.local_batch_size={batch}", f"--training.dataset_path={documents}",
+        f"--validation.local_batch_size={batch}", f"--validation.dataset_path={documents}", *extra,
     ]  # fmt: skip
 
 
+def write_documents(path):
+    """JSON lines of short documents: several to a sequence, so that a reset that got lost would show."""
+    draw = random.Random(0)
+    with open(path, "w") as file:
+        for _ in range(2000):
+            words = ["".join(draw.choices("etaoinsh", k=draw.randint(1, 6))) for _ in range(draw.randint(3, 25))]
+            file.write(json.dumps({"text": " ".join(words)}) + "\n")
+
+
+class Curves(NamedTuple):
+    training: list  # [loss, gradient norm] of each step
+    validation: list  # losses
+    statistics: list  # names of the gates' statistics that were logged
+
+
 def train(world, folder, *runs):
-    """Run after run in the same ``world`` processes; returns for each [(loss, gradient norm), ...] by step."""
+    """Run after run in the same ``world`` processes; returns the Curves of each."""
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -43,11 +63,11 @@ def train(world, folder, *runs):
 
 
 def _read(folder, world, run):
-    ranks = [json.loads((folder / f"{run}-{rank}.json").read_text()) for rank in range(world)]
-    with_loss = [curve for curve in ranks if all(loss > 0 for loss, _ in curve)]
+    ranks = [Curves(*json.loads((folder / f"{run}-{rank}.json").read_text())) for rank in range(world)]
+    with_loss = [curves for curves in ranks if all(loss > 0 for loss, _ in curves.training)]
     assert with_loss, "no rank has a loss"
-    for curve in with_loss[1:]:
-        assert curve == with_loss[0], "ranks disagree"
+    for curves in with_loss[1:]:
+        assert curves == with_loss[0], "ranks disagree"
     return with_loss[0]
 
 
@@ -55,32 +75,44 @@ def _process(rank, world, port, folder, runs):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="localhost",
                       MASTER_PORT=str(port))  # fmt: skip
     torch.set_num_threads(1)
-    from torchtitan.train import Trainer
-
-    from gdn2_titan.titan import job_config  # noqa: F401, settles the device, registers the model
-    from gdn2_titan.titan.metrics import GDN2MetricsProcessor
-
     for i, run in enumerate(runs):
-        curve = []
-
-        def log(self, step, loss, max_loss, grad_norm, extra_metrics=None, curve=curve):
-            curve.append((loss, grad_norm))
-
-        with mock.patch.object(GDN2MetricsProcessor, "log", log), mock.patch("torchtitan.train.time.sleep"):
-            _train_once(Trainer, run)
-        (Path(folder) / f"{i}-{rank}.json").write_text(json.dumps(curve))
+        curves = _train_once(run)
+        (Path(folder) / f"{i}-{rank}.json").write_text(json.dumps(curves))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     os._exit(0)  # as in tests.processes
 
 
-def _train_once(trainer_class, run):
+def _train_once(run):
     from torchtitan.config import ConfigManager
+    from torchtitan.train import Trainer
+
+    from gdn2_titan.titan import job_config  # noqa: F401, settles the device, registers the model
+    from gdn2_titan.titan.metrics import GDN2MetricsProcessor
+
+    curves = Curves([], [], [])
+
+    class Recording(GDN2MetricsProcessor):
+        def log(self, step, loss, max_loss, grad_norm, extra_metrics=None):
+            curves.training.append((loss, grad_norm))
+
+        def log_validation(self, loss, step, extra_metrics=None):
+            curves.validation.append(loss)
+
+        def _statistics(self):
+            found = super()._statistics()
+            curves.statistics.extend(found)
+            return found
 
     torch._dynamo.reset()
-    trainer = trainer_class(ConfigManager().parse_args(run))
-    if trainer.job_config.checkpoint.create_seed_checkpoint:
-        trainer.checkpointer.save(curr_step=0, last_step=True)
-    else:
-        trainer.train()
-    trainer.close()
+    with (
+        mock.patch("gdn2_titan.titan.metrics.GDN2MetricsProcessor", Recording),
+        mock.patch("torchtitan.train.time.sleep"),
+    ):
+        trainer = Trainer(ConfigManager().parse_args(run))
+        if trainer.job_config.checkpoint.create_seed_checkpoint:
+            trainer.checkpointer.save(curr_step=0, last_step=True)
+        else:
+            trainer.train()
+        trainer.close()
+    return curves
