@@ -6,4 +6,4 @@ __all__ = ["apply_compile"]
 def apply_compile(model, backend: str = "inductor"):
     """Compile every block of a ``GDN2Model`` in place, without a graph break; state-dict keys stay as they are."""
     for block in model.layers.values():
-        block.compile(backend=backend, fullgraph=True)
+        block.compile(backend=backend, fullgraph=True, dynamic=False)
