@@ -4,12 +4,17 @@ import dataclasses
 import math
 import os
 
-from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
+from torch.distributed.pipelining.schedules import (
+    PipelineScheduleSingle,
+    ScheduleDualPipeV,
+    ScheduleZBVZeroBubble,
+    get_schedule_class,
+)
 from torchtitan.distributed.pipeline_parallel import generate_llm_fqn_per_model_part, pipeline_llm
 
 from .errors import ConfigError
 
-__all__ = ["check_pipeline", "pipeline"]
+__all__ = ["check_pipeline", "pipeline", "rank_with_loss"]
 
 
 def _number_of_stages(parallelism, n_layers):
@@ -34,6 +39,16 @@ def _modules_of_stages(parallelism, n_layers):
             parallelism.pipeline_parallel_last_stage_less_layers,
         )
     return [["lm_head" if name == "output" else name for name in stage] for stage in stages]
+
+
+def rank_with_loss(parallelism, processes):
+    """The first rank of the last stage, which alone knows the loss; a V-shaped schedule ends where it began."""
+    degree = parallelism.pipeline_parallel_degree
+    if issubclass(
+        get_schedule_class(parallelism.pipeline_parallel_schedule), (ScheduleZBVZeroBubble, ScheduleDualPipeV)
+    ):
+        return 0
+    return processes // degree * (degree - 1)
 
 
 def check_pipeline(job_config, n_layers):
