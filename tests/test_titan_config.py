@@ -143,6 +143,11 @@ LAYOUT_REFUSALS = [
     ({PP: 2, SCHEDULE: "Interleaved1F1B", "training.local_batch_size": 5}, ["local_batch_size is 5", PP, "multiple"]),
     ({PP: 2, "parallelism.pipeline_parallel_layers_per_stage": 2}, ["layers_per_stage", "3 stages", "2, one for each"]),
     ({PP: 2, "parallelism.pipeline_parallel_schedule_csv": "/no.csv"}, ["pipeline_parallel_schedule_csv", "/no.csv"]),
+    ({PP: 2, SCHEDULE: "InterleavedZeroBubble", "compile.enable": True}, ["compile.enable", "Interleaved", "false"]),
+    ({PP: 2, SCHEDULE: "InterleavedZeroBubble", "activation_checkpoint.selective_ac_option": "op"},
+     ["selective_ac_option", "'op'", "a number of layers"]),
+    ({PP: 2, SCHEDULE: "ZBVZeroBubble", "validation.enable": True, "validation.dataset": "stdlib"},
+     ["validation.enable", "'ZBVZeroBubble'", "false"]),
     ({PP: 2, "validation.enable": True, "validation.dataset": "stdlib", "validation.local_batch_size": 4},
      ["validation.local_batch_size", "4", "training.local_batch_size = 8"]),
 ]  # fmt: skip
@@ -159,6 +164,15 @@ def test_a_layout_that_eight_processes_cannot_have_is_refused_in_one_sentence(tm
     assert "\n" not in message
     for part in parts:
         assert part in message
+
+
+@pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="only torch 2.13 fails there")
+@pytest.mark.parametrize("mode", [{"mode": "full"}, {"mode": "selective", "selective_ac_option": "2"}])
+def test_checkpointing_whole_compiled_blocks_under_tensor_parallelism_is_refused(tmp_path, monkeypatch, mode):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    changes = {TP: 2, "compile.enable": True} | {f"activation_checkpoint.{name}": value for name, value in mode.items()}
+    with pytest.raises(ConfigError, match="activation_checkpoint.mode is .* it must be 'none', or 'selective'"):
+        check(write_toml(tmp_path / "x.toml", changes))
 
 
 @pytest.mark.parametrize(

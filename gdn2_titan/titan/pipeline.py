@@ -16,6 +16,11 @@ from .errors import ConfigError
 
 __all__ = ["check_pipeline", "pipeline", "rank_with_loss"]
 
+# The first and the last stage are on one rank.
+V_SHAPED = (ScheduleZBVZeroBubble, ScheduleDualPipeV)
+
+SPLIT_BACKWARD = ("ZBVZeroBubble", "InterleavedZeroBubble", "DualPipeV")
+
 
 def _number_of_stages(parallelism, n_layers):
     """Stages over all ranks, as TorchTitan counts them."""
@@ -91,7 +96,19 @@ def check_pipeline(job_config, n_layers):
         raise ConfigError(
             f"{batch}; schedule {name!r} wants a multiple of parallelism.pipeline_parallel_degree = {degree}"
         )
+    if name in SPLIT_BACKWARD:
+        because = f"with parallelism.pipeline_parallel_schedule = {name!r}, which cuts each backward in two, it must be"
+        if job_config.compile.enable and "model" in job_config.compile.components:
+            raise ConfigError(f"compile.enable is true; {because} false, or compile.components without 'model'")
+        checkpointing = job_config.activation_checkpoint
+        if checkpointing.mode == "selective" and checkpointing.selective_ac_option == "op":
+            raise ConfigError(f"activation_checkpoint.selective_ac_option is 'op'; {because} a number of layers")
     validation = job_config.validation
+    if validation.enable and issubclass(schedule, V_SHAPED):
+        raise ConfigError(
+            f"validation.enable is true; with parallelism.pipeline_parallel_schedule = {name!r} it must be false: "
+            "torch runs that schedule's backward in a validation too"
+        )
     if validation.enable:  # the stages' buffers have the shape of a training batch
         for field in ("local_batch_size", "seq_len"):
             if getattr(validation, field) != getattr(training, field):
