@@ -1,7 +1,7 @@
 """DTensor: the shardings that the operators accept, and how their results come out.
 
-Sequences have nothing to do with each other, nor have heads or the channels of a convolution. A dimension of the mesh may
-split either, and every rank works on its part alone. DTensor redistributes what arrives in any other layout.
+Sequences have nothing to do with each other, nor have heads or the channels of a convolution. A dimension of the mesh
+may split either, and every rank works on its part alone. DTensor redistributes what arrives in any other layout.
 """
 
 import itertools
@@ -36,8 +36,9 @@ ROLES = (
 
 
 def _ways(specs):
-    """The ways open to a call with these tensors, by name. DTensor chooses one for each dimension of the mesh, whichever
-    moves least, so every combination that it may choose must leave all ranks equal numbers of sequences and heads."""
+    """The ways open to a call with these tensors, by name. DTensor chooses one for each dimension of the mesh, those
+    that move least, so every combination that it may choose must leave all ranks equal numbers of sequences and heads.
+    """
     x = specs["q" if "q" in specs else "x"]
     mesh, sizes = x.mesh, {"whole": 1, "batch": x.shape[0], "heads": x.shape[2]}
 
@@ -58,7 +59,7 @@ def _ways(specs):
 
 
 def _register(op, gradients=()):
-    """gradients: the arguments whose gradients a backward op returns. A forward op returns an activation and a state."""
+    """gradients: the arguments whose gradients a backward op returns. Any other returns an activation and a state."""
     names = [argument.name for argument in op._schema.arguments]
 
     @register_sharding(op)
