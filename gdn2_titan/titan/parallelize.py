@@ -19,6 +19,7 @@ SAVED_OPS = {
     torch._higher_order_ops.flex_attention,
     torch.ops.gdn2_titan.chunk_gdn2.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    torch.ops.aten.max.default,  # of float8's scales
 }
 
 

@@ -11,6 +11,7 @@ from gdn2_titan.models import GDN2Model, flavors
 
 from .dataloader import build_dataloader
 from .errors import ConfigError
+from .float8 import register_converters
 from .metrics import build_metrics_processor
 from .model_args import titan_flavors
 from .optimizer import build_optimizers
@@ -69,3 +70,4 @@ def register(name="gdn2"):
     """Make the model known to TorchTitan as ``model.name = "gdn2"``. Once per process; again is harmless."""
     if name not in titan_specs._extra_train_specs:
         titan_specs.register_train_spec(name, get_train_spec())
+    register_converters()

@@ -8,6 +8,7 @@ from gdn2_titan.models import flavors
 from .corpus import check_source
 from .cpu import accelerator
 from .errors import ConfigError
+from .float8 import check_float8
 from .sections import GDN2, section
 
 __all__ = ["validate_config"]
@@ -124,4 +125,5 @@ def validate_config(job_config):
     _check_model(job_config)
     _check_numbers(job_config)
     _check_parallelism(job_config)
+    check_float8(job_config)
     _check_rest(job_config)
