@@ -1,6 +1,7 @@
 """Float8 and MXFP8 by TorchTitan: the converters' names, sections and refusals, and whole runs. Emulated on CPU."""
 
 import re
+import sys
 
 import pytest
 import torch
@@ -53,6 +54,14 @@ def test_a_toml_that_cannot_be_converted_is_refused_in_one_sentence(tmp_path, mo
     assert "\n" not in str(refusal.value)
     for part in parts:
         assert part in str(refusal.value)
+
+
+def test_a_torchao_without_mxfp8_layers_is_refused_in_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.prototype.moe_training.mxfp8_linear", None)
+    with pytest.raises(ConfigError, match=f"model.converters has '{MX}'; it needs a torchao with MXFP8"):
+        check(write_toml(tmp_path / "x.toml", EMULATED_MX))
+    with pytest.raises(ImportError, match="recipe is 'mxfp8_rceil'; it needs a torchao with MXFP8"):
+        apply_float8(on_meta("debug"), "mxfp8_rceil")
 
 
 @pytest.mark.parametrize(("converter", "oldest"), [(FLOAT8, (8, 9)), (MX, (10, 0))])
@@ -134,7 +143,7 @@ def test_other_models_of_the_process_keep_torchtitans_converter_and_a_forks_own_
     assert set(converted(config)) == {name for name in default if "mlp" not in name}
 
 
-LINE = r"tensorwise \(emulated\): 28 of 41 linear layers converted, 85.9% of the FLOPs in linear layers, 7\d.\d% of all"
+LINE = r"Converted 28 of 41 linear layers \(tensorwise, emulated\): 85.9% of the FLOPs in linear layers, 7\d.\d% of all"
 
 
 @pytest.mark.slow

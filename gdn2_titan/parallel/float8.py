@@ -1,6 +1,7 @@
 """The decoder's linear layers in float8 or MXFP8, through torchao: which of them, and their share of the work."""
 
 import dataclasses
+import importlib.util
 
 import torch
 from torch import nn
@@ -8,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from gdn2_titan.models.flops import mixing_flops
 
-__all__ = ["EXCLUDE", "FLOAT8_RECIPES", "MXFP8_RECIPES", "SMALLEST_SIDE", "apply_float8", "float8_share"]
+__all__ = ["EXCLUDE", "FLOAT8_RECIPES", "MXFP8_RECIPES", "SMALLEST_SIDE", "apply_float8", "float8_share", "has_mxfp8"]
 
 # torchao's names. The last of each kind computes the weights' gradients in high precision.
 FLOAT8_RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
@@ -18,6 +19,14 @@ MXFP8_RECIPES = ("mxfp8_rceil", "mxfp8_rceil_wgrad_with_hp")
 EXCLUDE = ("lm_head", "mixer.decay_proj", "mixer.gate_proj")
 # Below a matrix tile nothing is gained. Scalar gates, one output per head, are below it.
 SMALLEST_SIDE = 128
+
+
+def has_mxfp8() -> bool:
+    """Whether this version of torchao has MXFP8 linear layers; 0.18 has."""
+    try:
+        return importlib.util.find_spec("torchao.prototype.moe_training.mxfp8_linear") is not None
+    except ModuleNotFoundError:  # not even the package around it
+        return False
 
 
 def apply_float8(
@@ -50,6 +59,8 @@ def apply_float8(
         raise ValueError(f"recipe is {recipe!r}; it must be one of {', '.join(FLOAT8_RECIPES + MXFP8_RECIPES)}")
     if fsdp_all_gather and recipe != "tensorwise":
         raise ValueError(f"fsdp_all_gather is True; with recipe {recipe!r} it must be False, only 'tensorwise' has it")
+    if recipe in MXFP8_RECIPES and not has_mxfp8():
+        raise ImportError(f"recipe is {recipe!r}; it needs a torchao with MXFP8 linear layers, as 0.18 has")
     multiple = 32 if recipe in MXFP8_RECIPES else 16
     names = [
         name
@@ -87,7 +98,7 @@ def _unwrap(module, state_dict, prefix, _):
             stride=weight.stride(),
         )
     else:
-        plain = weight._tensor
+        plain = weight._tensor.detach()
     state_dict[f"{prefix}weight"] = plain
 
 

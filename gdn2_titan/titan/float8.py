@@ -6,7 +6,6 @@ float8 all-gather, the second needs a torchao of another generation. Other model
 
 import dataclasses
 import functools
-import importlib.util
 
 import torch._inductor.config
 from torchtitan.protocols import model_converter, train_spec
@@ -15,7 +14,7 @@ from torchtitan.tools.utils import has_cuda_capability, has_rocm_capability
 
 from gdn2_titan.models import GDN2Model
 from gdn2_titan.parallel import apply_float8, float8_share
-from gdn2_titan.parallel.float8 import FLOAT8_RECIPES, MXFP8_RECIPES
+from gdn2_titan.parallel.float8 import FLOAT8_RECIPES, MXFP8_RECIPES, has_mxfp8
 
 from .errors import ConfigError
 from .sections import Float8Linear, MXLinear
@@ -63,10 +62,11 @@ class LinearConverter:
         total = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
         names = apply_float8(model, self.recipe, **self.options)
         of_linear, of_all = float8_share(model, names, self.seq_len)
+        how = self.recipe + (", emulated" if self.options["emulate"] else "")
+        gathered = "; weights are gathered in float8" if self.options["fsdp_all_gather"] else ""
         logger.info(
-            f"{self.recipe}{' (emulated)' if self.options['emulate'] else ''}: {len(names)} of {total} linear layers "
-            f"converted, {of_linear:.1%} of the FLOPs in linear layers, {of_all:.1%} of all forward FLOPs"
-            f"{'; weights are gathered in float8' if self.options['fsdp_all_gather'] else ''}"
+            f"Converted {len(names)} of {total} linear layers ({how}): {of_linear:.1%} of the FLOPs in linear layers, "
+            f"{of_all:.1%} of all forward FLOPs{gathered}"
         )
 
     def post_optimizer_hook(self, model):
@@ -127,9 +127,7 @@ def _check_converter(job_config, name, settings):
             f"{name}.mxfp8_dim1_cast_kernel_choice is {settings.mxfp8_dim1_cast_kernel_choice!r}; it must be left out, "
             "torchao chooses the kernel itself"
         )
-    if importlib.util.find_spec("torchao") is None:
-        raise ConfigError(f"model.converters has {name!r}; it needs torchao, which is not installed")
-    if name == MX and importlib.util.find_spec("torchao.prototype.moe_training.mxfp8_linear") is None:
+    if name == MX and not has_mxfp8():
         raise ConfigError(f"model.converters has {name!r}; it needs a torchao with MXFP8 linear layers, as 0.18 has")
     _check_hardware(job_config, name, settings)
 
