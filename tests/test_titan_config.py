@@ -33,7 +33,7 @@ BASE = {
 def write_toml(path, changes):
     sections = {name: dict(fields) for name, fields in BASE.items()}
     for field, value in changes.items():
-        section, _, name = field.partition(".")
+        section, _, name = field.rpartition(".")
         sections.setdefault(section, {})[name] = value
 
     def literal(value):

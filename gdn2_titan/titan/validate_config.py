@@ -11,6 +11,7 @@ from gdn2_titan.parallel import check_tensor_parallel
 from .corpus import check_source
 from .cpu import accelerator
 from .errors import ConfigError
+from .float8 import check_float8
 from .pipeline import check_pipeline
 from .sections import GDN2, section
 
@@ -177,4 +178,5 @@ def validate_config(job_config):
     _check_processes(job_config)
     if job_config.model.name == "gdn2":
         _check_shares(job_config)
+    check_float8(job_config)
     _check_rest(job_config)
