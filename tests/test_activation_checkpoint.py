@@ -2,6 +2,8 @@
 
 import collections
 import copy
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -128,6 +130,10 @@ def test_by_op_the_backward_of_a_block_runs_no_product_no_attention_and_no_mixer
     again = {op for op in costly if backward["full", 1][op] > backward[None][op]}
     mixers = costly[1:3] if kind == "gdn2" else costly[3:]
     assert again == {costly[0], *mixers}, "full checkpointing would have run them"
+
+
+def test_the_plans_can_be_imported_before_anything_else_of_the_package():
+    subprocess.run([sys.executable, "-c", "import gdn2_titan.parallel"], check=True)
 
 
 def test_a_checkpoint_of_a_wrapped_model_loads_into_a_plain_one_and_back():

@@ -7,6 +7,8 @@ import torch._functorch.config
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+import gdn2_titan.ops  # noqa: F401 - registers the operators that are named below
+
 __all__ = ["SAVED_OPS", "apply_activation_checkpoint", "apply_memory_budget"]
 
 # What selective checkpointing by op keeps, because it costs the most to redo: matrix products and mixers. The short
