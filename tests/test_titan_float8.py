@@ -127,7 +127,7 @@ def test_emulation_and_the_gather_hold_with_a_recipe_by_name_too(tmp_path, monke
         assert module.config.enable_fsdp_float8_all_gather == (recipe == "tensorwise")
 
 
-def test_other_models_of_the_process_keep_torchtitans_converter_and_a_forks_own_config_has_our_defaults():
+def test_other_models_keep_torchtitans_converter_and_a_forks_own_config_has_our_defaults(monkeypatch):
     register()
     register()
     config = StockJobConfig()
@@ -141,6 +141,10 @@ def test_other_models_of_the_process_keep_torchtitans_converter_and_a_forks_own_
     assert set(converted(config)) == default
     config.quantize.linear.float8.filter_fqns = ["mlp", "lm_head", "decay", "mixer.gate"]
     assert set(converted(config)) == {name for name in default if "mlp" not in name}
+    monkeypatch.setattr(titan_float8, "has_cuda_capability", lambda *_: True)
+    config.model.converters = [MX]
+    check_float8(config)
+    assert set(converted(config)) == default
 
 
 LINE = r"Converted 28 of 41 linear layers \(tensorwise, emulated\): 85.9% of the FLOPs in linear layers, 7\d.\d% of all"
