@@ -89,6 +89,7 @@ REFUSALS = [
     ({"training.local_batch_size": 8, "training.global_batch_size": 12},
      ["training.global_batch_size", "12", "multiple of", "8"]),
     ({"optimizer.early_step_in_backward": True}, ["optimizer.early_step_in_backward", "true", "false"]),
+    ({"training.enable_cpu_offload": True}, ["training.enable_cpu_offload", "true", "false"]),
     ({"optimizer.name": 3}, ["optimizer.name", "3", "a string"]),
     ({"checkpoint.enable": True, "checkpoint.keep_latest_k": 1}, ["checkpoint.keep_latest_k", "1", "at least 2"]),
 ]  # fmt: skip
