@@ -86,7 +86,7 @@ def _scan(call, prepared, v, w, initial_state, sigmoid, o=None, final_state=None
     HV, V = v.shape[2:]
     launching.launch(
         scan_kernel, lambda meta: (triton.cdiv(V, meta["BV"]), call.sequences * HV),
-        configurations.scan(call.arch, call.sizes["BK"], V),
+        configurations.scan(call.arch, call.sizes["BK"], V, v.element_size()),
         dict(v=v, w=w, initial_state=initial_state, o=o, final_state=final_state, R=R, states=states)
         | call.spans | prepared,
         call.sizes | dict(HV=HV, V=V, SIGMOID=sigmoid),
@@ -127,7 +127,7 @@ def chunk_backward(
     dinitial_state = None if initial_state is None else torch.empty_like(initial_state)
     launching.launch(
         reverse_kernel, lambda meta: (triton.cdiv(V, meta["BV"]), call.sequences * HV),
-        configurations.scan(call.arch, call.sizes["BK"], V),
+        configurations.scan(call.arch, call.sizes["BK"], V, v.element_size()),
         dict(
             do=do, dfinal_state=dfinal_state, dZ=dZ, dstates=dstates, dinitial_state=dinitial_state
         ) | call.spans | prepared,
