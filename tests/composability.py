@@ -23,10 +23,16 @@ FEATURES = {
         (LIBRARY, "test_compiled_equals_eager"), (LIBRARY, "test_compiled_with_batch_and_length"),
         (LIBRARY, "test_inductor_fuses"), (CONV, "test_compiles_without_graph_breaks"),
     ],
-    "selective activation checkpointing by op": [(LIBRARY, "test_selective_checkpointing_that_names_the_op")],
+    "torch.compile(fullgraph=True) of blocks and models, marked sizes in one graph": [("test_compile.py", "test_")],
+    "activation checkpointing: full, by layer, by op, memory budget": [
+        (LIBRARY, "test_selective_checkpointing_that_names_the_op"), ("test_activation_checkpoint.py", "test_"),
+    ],
+    "float8 and MXFP8 by torchao, emulated, compiled, gathered by FSDP2": [
+        ("test_float8.py", "test_"), ("test_titan_float8.py", "test_"),
+    ],
     "DTensor, sharded on batch or heads, eager, compiled and by local_map": [("test_dtensor.py", "test_")],
     "FSDP2, fp32 and bf16, compiled": [("test_fsdp.py", "test_")],
-    "tensor and sequence parallelism, compiled, with FSDP2": [("test_tensor_parallel.py", "test_")],
+    "tensor and sequence parallelism, compiled, with FSDP2, in float8": [("test_tensor_parallel.py", "test_")],
     "FSDP2, HSDP, TP, PP (1F1B, interleaved) and their products in TorchTitan": [
         (LAYOUTS, "test_a_layout_trains_as_one_process"),
     ],
