@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # Trains a config with TorchTitan: NGPU=4 CONFIG_FILE=train_configs/x.toml ./run_train.sh --training.steps 50
-# NGPU: processes (CPU processes over gloo where there is no accelerator). LOG_RANK: ranks to print, e.g. 0,1.
+# NGPU: processes (CPU processes over gloo where there is no accelerator). LOG_RANK: ranks to print, e.g. 0,1; by
+# default the one that knows the loss.
 set -e
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 export NGPU=${NGPU:-1}
-export LOG_RANK=${LOG_RANK:-0}
 CONFIG_FILE=${CONFIG_FILE:-$ROOT/train_configs/debug.toml}
 
 # A config that cannot train ends here, with one sentence; torchrun would add a page of its own.
-python -W ignore -m gdn2_titan.titan.check --job.config_file "$CONFIG_FILE" "$@"
+RANK_WITH_LOSS=$(python -W ignore -m gdn2_titan.titan.check --job.config_file "$CONFIG_FILE" "$@")
+export LOG_RANK=${LOG_RANK:-$RANK_WITH_LOSS}
 
 exec torchrun --nproc_per_node="$NGPU" --rdzv_backend c10d --rdzv_endpoint=localhost:0 \
     --local-ranks-filter "$LOG_RANK" --role rank --tee 3 \

@@ -1,13 +1,25 @@
 """What every test runs under."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
+from tests.composability import Recorder
+
 if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter, on CPU tensors. Triton reads this when it decorates a kernel.
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--composability", metavar="FILE", help="write a table of what the mixer composes with")
+
+
+def pytest_configure(config):
+    if path := config.getoption("--composability"):
+        config.pluginmanager.register(Recorder(Path(path)))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -37,14 +37,14 @@ def assert_near(name, found, expected):
     assert error < 1e-4, f"{name} is off by {error:.1e}"
 
 
-def _same_as_one_process(rank, compiled, reshard):
+def _same_as_one_process(rank, compiled, reshard, offload=False):
     single = build("cpu")
     torch.manual_seed(0)
     single.init_weights()
     sharded = build()
     if compiled:
         apply_compile(sharded, backend="aot_eager")
-    apply_fsdp(sharded, init_device_mesh("cpu", (WORLD,)), torch.float32, torch.float32, reshard_after_forward=reshard)
+    apply_fsdp(sharded, init_device_mesh("cpu", (WORLD,)), torch.float32, torch.float32, reshard, cpu_offload=offload)
     sum_gradients(sharded)
     sharded.to_empty(device="cpu")
     torch.manual_seed(0)
@@ -68,6 +68,10 @@ def _same_as_one_process(rank, compiled, reshard):
 @pytest.mark.parametrize("reshard", [True, False], ids=["reshard", "keep"])
 def test_two_ranks_start_step_and_differentiate_as_one_process(tmp_path, compiled, reshard):
     run(_same_as_one_process, WORLD, tmp_path / "store", compiled, reshard)
+
+
+def test_so_they_do_with_their_parameters_offloaded(tmp_path):
+    run(_same_as_one_process, WORLD, tmp_path / "store", False, True, True)
 
 
 def _decays_stay_exact(rank):

@@ -1,5 +1,6 @@
 """The tensor parallel plan on processes over gloo, compared with one process."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -9,7 +10,15 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
 from gdn2_titan.models import GDN2Model, GDN2ModelArgs
-from gdn2_titan.parallel import apply_compile, apply_fsdp, apply_tensor_parallel, check_tensor_parallel, sum_gradients
+from gdn2_titan.parallel import (
+    apply_compile,
+    apply_float8,
+    apply_fsdp,
+    apply_tensor_parallel,
+    check_tensor_parallel,
+    sum_gradients,
+    tensor,
+)
 from tests.processes import run
 
 ARGS = GDN2ModelArgs(
@@ -122,6 +131,65 @@ def _compiled(rank, fsdp):
 @pytest.mark.parametrize("fsdp", [False, True], ids=["tp", "fsdp-tp"])
 def test_blocks_compile_without_a_graph_break_and_combine_with_fsdp(tmp_path, fsdp):
     run(_compiled, 4 if fsdp else 2, tmp_path / "store", fsdp)
+
+
+WIDE = dataclasses.replace(ARGS, hidden_size=128, mlp_size=256, num_v_heads=None, head_dim=32, attn_heads=4)
+
+
+def _let_gloo_move_float8():
+    """As bytes; in this process, which ends with the test."""
+    from torchao.float8.float8_ops import FLOAT8_OPS_TABLE
+
+    tensor._moves_float8 = lambda mesh: True
+    gather = torch.ops._c10d_functional.all_gather_into_tensor.default
+    stock = FLOAT8_OPS_TABLE[gather]
+
+    def as_bytes(data, *args):
+        return gather(data.view(torch.uint8), *args).view(data.dtype)
+
+    FLOAT8_OPS_TABLE[gather] = lambda op, args, kwargs=None: stock(as_bytes, args, kwargs)
+
+
+def _in_float8(rank, recipe, moves_float8):
+    if moves_float8:
+        _let_gloo_move_float8()
+    mesh = init_device_mesh("cpu", (2,))
+    tokens, resets = batch()
+    models = {}
+    for name, converted, shard in (("exact", False, False), ("single", True, False), ("sharded", True, True)):
+        with torch.device("meta"):
+            model = GDN2Model(WIDE)
+        if converted:
+            names = apply_float8(model, recipe, emulate=True)
+            assert len(names) == 6 + 4 + 2 * 3, names
+        if shard:
+            apply_tensor_parallel(model, mesh)
+        model.to_empty(device="cpu")
+        torch.manual_seed(0)
+        model.init_weights()
+        with loss_parallel() if shard else contextlib.nullcontext():
+            value = loss(model, tokens, resets)
+            value.backward()
+        grads = {n: p.grad.full_tensor() if shard else p.grad for n, p in model.named_parameters()}
+        models[name] = (value.full_tensor() if shard else value).item(), grads
+
+    def distance(a, b):
+        return max(((x - b[1][n]).norm() / b[1][n].norm()).item() for n, x in a[1].items())
+
+    rounding = distance(models["single"], models["exact"])
+    assert rounding > 0.02
+    # A number that lies between two of float8 falls to either side: some of the rounding's error, not more.
+    assert distance(models["sharded"], models["single"]) < rounding
+    assert models["sharded"][0] == pytest.approx(models["single"][0], rel=1e-3)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
+def test_float8_layers_give_what_one_process_gives_in_float8(tmp_path, recipe):
+    run(_in_float8, 2, tmp_path / "store", recipe, False)
+
+
+def test_so_they_do_where_activations_are_gathered_in_float8(tmp_path):
+    run(_in_float8, 2, tmp_path / "store", "tensorwise", True)
 
 
 def test_a_degree_that_does_not_divide_the_heads_is_refused_with_both_numbers():

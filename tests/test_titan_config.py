@@ -33,7 +33,7 @@ BASE = {
 def write_toml(path, changes):
     sections = {name: dict(fields) for name, fields in BASE.items()}
     for field, value in changes.items():
-        section, _, name = field.partition(".")
+        section, _, name = field.rpartition(".")
         sections.setdefault(section, {})[name] = value
 
     def literal(value):
@@ -82,13 +82,14 @@ REFUSALS = [
      ["validation.dataset_path", "/no/such.txt", ".jsonl"]),
     ({"model.hf_assets_path": "/no/tokenizer"}, ["model.hf_assets_path", "/no/tokenizer", "tokenizer.json"]),
     ({"data.shuffle_seed": -1}, ["data.shuffle_seed", "-1", "0 or more"]),
-    ({"parallelism.tensor_parallel_degree": 2}, ["parallelism.tensor_parallel_degree", "2", "must be 1"]),
+    ({"parallelism.tensor_parallel_degree": 2}, ["parallelism.tensor_parallel_degree", "2", "the 1 processes"]),
     ({"parallelism.context_parallel_degree": 2}, ["parallelism.context_parallel_degree", "2", "must be 1"]),
-    ({"parallelism.pipeline_parallel_degree": 2}, ["parallelism.pipeline_parallel_degree", "2", "must be 1"]),
+    ({"parallelism.pipeline_parallel_degree": 2}, ["parallelism.pipeline_parallel_degree", "2", "the 1 processes"]),
     ({"parallelism.data_parallel_shard_degree": 3}, ["parallelism.data_parallel_shard_degree", "3", "-1"]),
     ({"training.local_batch_size": 8, "training.global_batch_size": 12},
      ["training.global_batch_size", "12", "multiple of", "8"]),
     ({"optimizer.early_step_in_backward": True}, ["optimizer.early_step_in_backward", "true", "false"]),
+    ({"training.enable_cpu_offload": True}, ["training.enable_cpu_offload", "true", "false"]),
     ({"optimizer.name": 3}, ["optimizer.name", "3", "a string"]),
     ({"checkpoint.enable": True, "checkpoint.keep_latest_k": 1}, ["checkpoint.keep_latest_k", "1", "at least 2"]),
 ]  # fmt: skip
@@ -121,6 +122,68 @@ def test_pure_replication_is_refused_and_hsdp_is_not(tmp_path, monkeypatch):
         check(path)
     monkeypatch.setenv("WORLD_SIZE", "4")
     check(path)
+
+
+TP, PP = "parallelism.tensor_parallel_degree", "parallelism.pipeline_parallel_degree"
+SCHEDULE = "parallelism.pipeline_parallel_schedule"
+LAYOUT_REFUSALS = [
+    ({TP: 4}, [TP, "4", "num_heads is 2"]),
+    ({TP: 4, "gdn2.num_heads": 4}, [TP, "4", "attn_kv_heads is 2"]),
+    ({TP: 3}, [TP, "3", "the 8 processes"]),
+    ({TP: 4, PP: 4}, [TP, "4", "the 2 of 8 processes that other degrees leave"]),
+    ({TP: 2, "training.seq_len": 127}, [TP, "2", "training.seq_len is 127"]),
+    ({TP: 2, "parallelism.enable_async_tensor_parallel": True}, ["enable_async_tensor_parallel", "compile.enable"]),
+    ({TP: 2, "parallelism.enable_async_tensor_parallel": True, "compile.enable": True},
+     ["enable_async_tensor_parallel", "true", "without an accelerator"]),
+    ({TP: 2, PP: 2, "parallelism.data_parallel_replicate_degree": 2}, ["data_parallel_replicate_degree", "2"]),
+    ({PP: 2, "parallelism.data_parallel_shard_degree": 2}, ["data_parallel_shard_degree", "2", "-1, or 4"]),
+    ({PP: 2, SCHEDULE: "1B1F"}, [SCHEDULE, "'1B1F'", "Interleaved1F1B"]),
+    ({PP: 2, "parallelism.pipeline_parallel_microbatch_size": 3}, ["pipeline_parallel_microbatch_size", "3", "8"]),
+    ({PP: 2, "training.local_batch_size": 1}, ["training.local_batch_size is 1", "each of 2 stages"]),
+    ({PP: 8}, [PP, "8", "4 layers"]),
+    ({PP: 2, SCHEDULE: "Interleaved1F1B", "training.local_batch_size": 5}, ["local_batch_size is 5", PP, "multiple"]),
+    ({PP: 2, "parallelism.pipeline_parallel_layers_per_stage": 2}, ["layers_per_stage", "3 stages", "2, one for each"]),
+    ({PP: 2, "parallelism.pipeline_parallel_schedule_csv": "/no.csv"}, ["pipeline_parallel_schedule_csv", "/no.csv"]),
+    ({PP: 2, SCHEDULE: "InterleavedZeroBubble", "compile.enable": True}, ["compile.enable", "Interleaved", "false"]),
+    ({PP: 2, SCHEDULE: "InterleavedZeroBubble", "activation_checkpoint.selective_ac_option": "op"},
+     ["selective_ac_option", "'op'", "a number of layers"]),
+    ({PP: 2, SCHEDULE: "ZBVZeroBubble", "validation.enable": True, "validation.dataset": "stdlib"},
+     ["validation.enable", "'ZBVZeroBubble'", "false"]),
+    ({PP: 2, "validation.enable": True, "validation.dataset": "stdlib", "validation.local_batch_size": 4},
+     ["validation.local_batch_size", "4", "training.local_batch_size = 8"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"), LAYOUT_REFUSALS, ids=[" ".join(changes) for changes, _ in LAYOUT_REFUSALS]
+)
+def test_a_layout_that_eight_processes_cannot_have_is_refused_in_one_sentence(tmp_path, monkeypatch, changes, parts):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(ConfigError) as refusal:
+        check(write_toml(tmp_path / "x.toml", changes))
+    message = str(refusal.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="only torch 2.13 fails there")
+@pytest.mark.parametrize("mode", [{"mode": "full"}, {"mode": "selective", "selective_ac_option": "2"}])
+def test_checkpointing_whole_compiled_blocks_under_tensor_parallelism_is_refused(tmp_path, monkeypatch, mode):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    changes = {TP: 2, "compile.enable": True} | {f"activation_checkpoint.{name}": value for name, value in mode.items()}
+    with pytest.raises(ConfigError, match="activation_checkpoint.mode is .* it must be 'none', or 'selective'"):
+        check(write_toml(tmp_path / "x.toml", changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{TP: 2, PP: 2}, {TP: 2, "parallelism.data_parallel_replicate_degree": 2}, {PP: 2, SCHEDULE: "Interleaved1F1B"},
+     {PP: 2, "parallelism.data_parallel_replicate_degree": 2, "training.global_batch_size": 64}],
+)  # fmt: skip
+def test_layouts_of_several_kinds_are_not_refused(tmp_path, monkeypatch, changes):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    check(write_toml(tmp_path / "x.toml", changes))
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path):
@@ -202,7 +265,7 @@ def test_the_section_overrides_the_flavor_and_leaves_the_rest(tmp_path):
 def test_registering_is_two_lines_and_harmless_twice():
     register()
     register()
-    assert get_train_spec("gdn2").model_cls is GDN2Model
+    assert issubclass(get_train_spec("gdn2").model_cls, GDN2Model)
 
 
 def test_a_forks_own_job_config_without_our_sections_trains_with_their_defaults():
@@ -216,7 +279,10 @@ def test_a_forks_own_job_config_without_our_sections_trains_with_their_defaults(
     args = spec.model_args["debug"]
     args.update_from_config(config)
     assert set(inputs) == {"input", "resets"}
-    assert spec.model_cls(args)(inputs["input"], resets=inputs["resets"]).shape == (2, 32, 264)
+    model = spec.model_cls(args)
+    tokens = inputs.pop("input")
+    masks = model.get_attention_masks(input_batch=tokens, tokenizer=tokenizer, extra_inputs=inputs)
+    assert model(tokens, **inputs, attention_masks=masks).shape == (2, 32, 264)
 
 
 def test_weight_decay_leaves_out_decays_norms_and_biases(tmp_path):

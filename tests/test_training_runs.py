@@ -81,8 +81,10 @@ def one_process(tmp_path_factory):
         (2, ["--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op",
              "--parallelism.fsdp_reshard_after_forward=always"]),
         (4, ["--training.local_batch_size=1", "--parallelism.data_parallel_replicate_degree=2"]),
+        (2, ["--compile.enable", "--compile.backend=aot_eager", "--activation_checkpoint.mode=selective",
+             "--activation_checkpoint.selective_ac_option=op"]),
     ],
-    ids=["fsdp", "accumulation", "fsdp-accumulation-full-ac", "fsdp-op-ac-reshard", "hsdp"],
+    ids=["fsdp", "accumulation", "fsdp-accumulation-full-ac", "fsdp-op-ac-reshard", "hsdp", "fsdp-op-ac-compiled"],
 )  # fmt: skip
 def test_the_same_global_batches_give_one_processs_loss_curve(one_process, tmp_path, processes, extra):
     train(processes, tmp_path, *SHORT, "--training.steps=12", *extra)

@@ -193,6 +193,64 @@ def test_gradients_through_the_recurrent_op_are_exact_to_rounding():
     assert_exact(small(**RAW, groups=2, resets=random_resets(1, 70)), function=recurrent_gdn2)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [dict(**RAW, resets=random_resets(1, 50)), dict(cu=[0, 20, 50, 50])],
+    ids=["raw, resets", "packed"],
+)
+def test_no_kernel_writes_outside_its_tensors(monkeypatch, options):
+    """Each tensor of a launch is the inside of a larger one. Reads outside would show in the values."""
+    launch, launched = launching.launch, set()
+    fence, mark = 4096, 77  # elements: more than a chunk of any of these tensors
+
+    def fenced(kernel, grid, candidates, args, constants):
+        given = {name: x for name, x in args.items() if isinstance(x, torch.Tensor)}
+        buffers = {name: x.new_full((fence + x.numel() + fence,), mark) for name, x in given.items()}
+        inner = {name: buffers[name][fence:-fence].view(x.shape).copy_(x) for name, x in given.items()}
+        launch(kernel, grid, candidates, args | inner, constants)
+        for name, x in given.items():
+            for edge in (buffers[name][:fence], buffers[name][-fence:]):
+                assert torch.equal(edge, torch.full_like(edge, mark)), f"{kernel.__name__} writes outside {name}"
+            if not torch.equal(inner[name], x):  # an output: autograd must not take inputs for modified
+                x.copy_(inner[name])
+        launched.add(kernel.__name__)
+
+    monkeypatch.setattr(launching, "launch", fenced)
+    assert_exact(small(T=50, K=5, V=3, groups=2, **options))
+    assert launched == {"prepare_kernel", "scan_kernel", "reverse_kernel", "gradient_kernel"}
+
+
+@pytest.mark.parametrize("cu", [None, [0, 20, 50, 50]])
+def test_no_result_depends_on_what_fresh_memory_holds(cu):
+    """While algorithms must be deterministic, PyTorch fills it with NaN. Packed: cu leaves room for an empty chunk."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(1, device=DEVICE).isnan()
+        assert_exact(small(T=50, K=5, V=3, cu=cu, **RAW))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("length", [1e-3, 0.0])
+def test_norms_of_vectors_of_next_to_no_length_are_exact_to_rounding(length):
+    """There the constant under the root is all there is."""
+    inputs = small(T=40, **RAW)
+    with torch.no_grad():
+        for name in ("q", "k"):
+            inputs[name] *= length
+    assert_exact(inputs)
+
+
+@pytest.mark.parametrize("raw, rate", [(-15.0, 0.0), (100.0, -6.0)])
+def test_raw_decays_far_from_zero_are_exact_relative_to_themselves(raw, rate):
+    """exp(-15) added to 1 is mostly rounding; exp(100) overflows."""
+    inputs = small(T=40, **RAW)
+    with torch.no_grad():
+        inputs["g"] += raw
+        inputs["A_log"].fill_(rate)
+    assert_exact(inputs)
+
+
 def test_over_a_long_sequence_of_strong_decay_dg_is_exact_relative_to_itself():
     """A dg of 1e-26 beside gradients of 1: taken as a difference of sums it would be all rounding."""
     inputs = small(T=320, K=8, V=8)
@@ -260,8 +318,20 @@ HALF = {
     ids=str,
 )
 def test_half_precision_errs_at_most_twice_what_the_dtype_alone_costs(case, dtype, decay_dtype):
+    assert_errs_at_most_twice_what_the_dtype_costs(
+        make(**dict(T=150, H=1, K=64, V=64) | HALF[case]), dtype, decay_dtype
+    )
+
+
+def test_in_fp16_a_decay_that_one_bf16_would_round_the_most_costs_no_more():
+    """Sums of decays take their terms as two bf16. Rounded to one, this one adds up to 0.4 % of every exponent."""
+    inputs = make(T=64, H=1, K=64, V=16)
+    inputs["g"].data.fill_(-(1 + 0.99 / 256) / 16)
+    assert_errs_at_most_twice_what_the_dtype_costs(inputs, FP16, FP32)
+
+
+def assert_errs_at_most_twice_what_the_dtype_costs(exact_inputs, dtype, decay_dtype):
     """What it costs: the error of the PyTorch form, which rounds inputs and outputs and computes in fp32 between."""
-    exact_inputs = make(**dict(T=150, H=1, K=64, V=64) | HALF[case])
     rounded = cast(exact_inputs, dtype, only=("q", "k", "v", "b", "w"))
     rounded = cast(rounded, decay_dtype, only=("g",))
     rounded = cast(rounded, FP32, only=("A_log", "dt_bias", "initial_state"))

@@ -3,6 +3,7 @@
 import functools
 
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.attention.flex_attention import create_block_mask
 
 __all__ = ["attention_mask"]
@@ -42,7 +43,8 @@ def attention_mask(batch, length, window, resets, device):
     a document. Returns None where plain causal attention is meant, a bool tensor [B or 1, 1, T, T] for
     ``scaled_dot_product_attention`` on CPU, a BlockMask for flex attention on other devices.
     """
-    if window is not None and window >= length:
+    # A compiler for whom the length is open is not asked: its graph would serve only one of the cases.
+    if window is not None and statically_known_true(window >= length):
         window = None
     documents = None if resets is None else resets.long().cumsum(1)
     if device.type == "cpu":

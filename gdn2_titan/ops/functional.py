@@ -86,6 +86,9 @@ def chunk_gdn2(
         or None. Both carry gradients to every tensor input. State, decay and sums are kept in that same precision.
         Only the inputs are saved for the backward pass.
 
+    The tensors may be DTensors, all of them: sharded on B (N, for the states), or on H and HV where the mesh divides H,
+    the op communicates nothing and returns the same sharding.
+
     Raises:
         TypeError, ValueError: naming the argument, what came and what is allowed.
     """

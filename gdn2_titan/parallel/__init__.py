@@ -1,7 +1,12 @@
 """Parallel plans for the models in plain PyTorch: usable from any training loop."""
 
+from .activation_checkpoint import SAVED_OPS, apply_activation_checkpoint, apply_memory_budget
 from .compile import apply_compile
+from .float8 import apply_float8, float8_share
 from .fsdp import apply_fsdp, sum_gradients
 from .tensor import apply_tensor_parallel, check_tensor_parallel
 
-__all__ = ["apply_compile", "apply_fsdp", "apply_tensor_parallel", "check_tensor_parallel", "sum_gradients"]
+__all__ = [
+    "SAVED_OPS", "apply_activation_checkpoint", "apply_compile", "apply_float8", "apply_fsdp", "apply_memory_budget",
+    "apply_tensor_parallel", "check_tensor_parallel", "float8_share", "sum_gradients",
+]  # fmt: skip

@@ -27,7 +27,7 @@ def apply_fsdp(
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
     common = {"mesh": mesh}
     if cpu_offload:
-        common["offload_policy"] = CPUOffloadPolicy()
+        common["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
     exact = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
     if model.tok_embeddings is not None:
         fully_shard(model.tok_embeddings, **common, mp_policy=policy, reshard_after_forward=reshard_after_forward)

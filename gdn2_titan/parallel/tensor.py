@@ -74,7 +74,7 @@ def apply_tensor_parallel(model, mesh: DeviceMesh, loss_parallel: bool = True):
     if model.tok_embeddings is not None:
         model.tok_embeddings.register_forward_hook(_waited)
     for block in model.layers.values():
-        parallelize_module(block, mesh, _block_plan(block))
+        parallelize_module(block, mesh, _block_plan(block, mesh))
     model.sequence_shards = mesh.size()
 
 
@@ -83,36 +83,82 @@ def _waited(module, inputs, output):
     return output + 0 if isinstance(output, AsyncCollectiveTensor) else output
 
 
-def _block_plan(block):
-    gathered = {"input_layouts": (SEQUENCE,), "desired_input_layouts": (Replicate(),)}
+def _moves_float8(mesh):
+    return mesh.device_type != "cpu"  # gloo has no such numbers: there, what is converted is gathered as it was
+
+
+def _in_float8(linear, mesh):
+    """Whether torchao has converted a layer with one scale per tensor: then shards can travel in float8."""
+    if type(linear) is nn.Linear or not _moves_float8(mesh):
+        return False
+    from torchao.float8.config import ScalingGranularity
+    from torchao.float8.float8_linear import Float8Linear
+
+    granularity = ScalingGranularity.TENSORWISE
+    return isinstance(linear, Float8Linear) and linear.config.cast_config_input.scaling_granularity is granularity
+
+
+def _colwise(linear, mesh):
+    if not _in_float8(linear, mesh):
+        return ColwiseParallel()
+    from torchao.float8.float8_tensor_parallel import Float8ColwiseParallel
+
+    return Float8ColwiseParallel()
+
+
+def _rowwise(linear, mesh):
+    if not _in_float8(linear, mesh):
+        return RowwiseParallel(output_layouts=SEQUENCE)
+    from torchao.float8.float8_tensor_parallel import Float8RowwiseParallel
+
+    return Float8RowwiseParallel(output_layouts=SEQUENCE)
+
+
+def _gathered(mesh, others, *readers):
+    """The first input gathered along the sequence, in float8 if all its ``readers``, the layers that take it, are; as
+    many ``others`` as they come."""
+    rest = (None,) * others
+    layouts = {"input_layouts": (SEQUENCE, *rest), "desired_input_layouts": (Replicate(), *rest)}
+    if not readers or not all(_in_float8(linear, mesh) for linear in readers):
+        return PrepareModuleInput(**layouts)
+    from torchao.float8.float8_tensor_parallel import PrepareFloat8ModuleInput
+
+    return PrepareFloat8ModuleInput(**layouts)
+
+
+def _block_plan(block, mesh):
+    mlp, mixer = block.mlp, block.mixer
     plan = {
         "mixer_norm": SequenceParallel(),
         "mlp_norm": SequenceParallel(),
-        "mlp": PrepareModuleInput(**gathered),
-        "mlp.gate_proj": ColwiseParallel(),
-        "mlp.up_proj": ColwiseParallel(),
-        "mlp.down_proj": RowwiseParallel(output_layouts=SEQUENCE),
+        "mlp": _gathered(mesh, 0, mlp.gate_proj, mlp.up_proj),
+        "mlp.gate_proj": _colwise(mlp.gate_proj, mesh),
+        "mlp.up_proj": _colwise(mlp.up_proj, mesh),
+        "mlp.down_proj": _rowwise(mlp.down_proj, mesh),
+        "mixer.q_proj": _colwise(mixer.q_proj, mesh),
+        "mixer.k_proj": _colwise(mixer.k_proj, mesh),
+        "mixer.v_proj": _colwise(mixer.v_proj, mesh),
+        "mixer.o_proj": _rowwise(mixer.o_proj, mesh),
     }
-    others = (None,) * (1 if block.kind == "gdn2" else 2)  # resets; angles and mask
-    gathered = {name: (*layouts, *others) for name, layouts in gathered.items()}
-    mixer = {"": PrepareModuleInput(**gathered), "o_proj": RowwiseParallel(output_layouts=SEQUENCE)}
-    mixer |= dict.fromkeys(("q_proj", "k_proj", "v_proj"), ColwiseParallel())
     if block.kind == "gdn2":
-        mixer |= _gdn2_plan(block.mixer)
-    return plan | {f"mixer.{name}".rstrip("."): style for name, style in mixer.items()}
+        return plan | {f"mixer{name}": style for name, style in _gdn2_plan(mixer, mesh).items()}
+    return plan | {"mixer": _gathered(mesh, 2, mixer.q_proj, mixer.k_proj, mixer.v_proj)}  # besides: angles and mask
 
 
-def _gdn2_plan(mixer):
+def _gdn2_plan(mixer, mesh):
     """Of what only a GDN-2 mixer has. The first factors of the low-rank projections are computed by every rank: their
-    outputs are small, and what comes back to them is summed with the gradient of the mixer's input."""
-    plan = {name: _Distributed(Shard(0)) for name in ("q_conv1d", "k_conv1d", "v_conv1d", "decay")}
-    plan["o_norm"] = SequenceParallel(sequence_dim=2, use_local_output=True)  # [B, T, heads, V], by heads
-    plan["erase_proj"] = ColwiseParallel()
+    outputs are small, and what comes back to them is summed with the gradient of the mixer's input. They read it in
+    high precision, so that is how it is gathered."""
+    plan = {f".{name}": _Distributed(Shard(0)) for name in ("q_conv1d", "k_conv1d", "v_conv1d", "decay")}
+    plan[""] = _gathered(mesh, 1)  # besides: resets
+    plan[".o_norm"] = SequenceParallel(sequence_dim=2, use_local_output=True)  # [B, T, heads, V], by heads
+    plan[".erase_proj"] = _colwise(mixer.erase_proj, mesh)
     if mixer.write_proj is not None:
-        plan["write_proj"] = ColwiseParallel()
+        plan[".write_proj"] = _colwise(mixer.write_proj, mesh)
     for name in ("decay_proj", "gate_proj"):
-        if isinstance(getattr(mixer, name), nn.Linear):  # a scalar decay
-            plan[name] = ColwiseParallel()
-        else:
-            plan |= {f"{name}.0": _Distributed(Replicate()), f"{name}.1": ColwiseParallel()}
+        projection = getattr(mixer, name)
+        if isinstance(projection, nn.Sequential):
+            plan |= {f".{name}.0": _Distributed(Replicate()), f".{name}.1": _colwise(projection[1], mesh)}
+        else:  # a scalar decay
+            plan[f".{name}"] = _colwise(projection, mesh)
     return plan

@@ -1,22 +1,26 @@
 """``python -m gdn2_titan.titan.check --job.config_file X.toml [overrides]``: would this job start?
 
-Prints nothing and exits with 0, or prints one sentence and exits with 2. Reads the number of processes from NGPU.
+Prints the rank whose log has the loss and exits with 0, or prints one sentence and exits with 2. Reads the number of
+processes from NGPU.
 """
 
+import os
 import sys
 
 
 def main():
     from torchtitan.config import ConfigManager
 
-    from . import errors, job_config, validate_config
+    from . import errors, job_config, pipeline, validate_config
 
     assert job_config.JobConfig  # imported for its effects: device, registration, the TOML against the config classes
     try:
-        validate_config.validate_config(ConfigManager(job_config.JobConfig).parse_args(sys.argv[1:]))
+        config = ConfigManager(job_config.JobConfig).parse_args(sys.argv[1:])
+        validate_config.validate_config(config)
     except errors.ConfigError as error:
         print(f"Config error: {error}", file=sys.stderr)
         return 2
+    print(pipeline.rank_with_loss(config.parallelism, int(os.environ.get("NGPU", "1"))))
     return 0
 
 

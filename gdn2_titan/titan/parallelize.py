@@ -1,26 +1,20 @@
 """The plans of ``gdn2_titan.parallel`` with TorchTitan's settings."""
 
-import torch
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.tensor_parallel import maybe_enable_async_tp
 from torchtitan.tools.logging import logger
 
-from gdn2_titan.parallel import apply_compile, apply_fsdp, apply_tensor_parallel, sum_gradients
+from gdn2_titan.parallel import (
+    SAVED_OPS,
+    apply_compile,
+    apply_fsdp,
+    apply_memory_budget,
+    apply_tensor_parallel,
+    sum_gradients,
+)
 
 __all__ = ["parallelize"]
-
-# Selective activation checkpointing by op keeps these: matrix products and the mixers, which cost the most to redo.
-SAVED_OPS = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch._higher_order_ops.flex_attention,
-    torch.ops.gdn2_titan.chunk_gdn2.default,
-    torch.ops._c10d_functional.reduce_scatter_tensor.default,
-}
 
 
 def parallelize(model, parallel_dims, job_config):
@@ -41,6 +35,8 @@ def parallelize(model, parallel_dims, job_config):
             op_sac_save_list=SAVED_OPS,
             base_folder=job_config.job.dump_folder,
         )
+    if job_config.activation_checkpoint.mode == "memory_budget":
+        apply_memory_budget(job_config.activation_checkpoint.memory_budget)
     if compiled:
         apply_compile(model, job_config.compile.backend)
         logger.info("Compiling each block with torch.compile")

@@ -4,12 +4,22 @@ import dataclasses
 import math
 import os
 
-from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
+from torch.distributed.pipelining.schedules import (
+    PipelineScheduleSingle,
+    ScheduleDualPipeV,
+    ScheduleZBVZeroBubble,
+    get_schedule_class,
+)
 from torchtitan.distributed.pipeline_parallel import generate_llm_fqn_per_model_part, pipeline_llm
 
 from .errors import ConfigError
 
-__all__ = ["check_pipeline", "pipeline"]
+__all__ = ["check_pipeline", "pipeline", "rank_with_loss"]
+
+# The first and the last stage are on one rank.
+V_SHAPED = (ScheduleZBVZeroBubble, ScheduleDualPipeV)
+
+SPLIT_BACKWARD = ("ZBVZeroBubble", "InterleavedZeroBubble", "DualPipeV")
 
 
 def _number_of_stages(parallelism, n_layers):
@@ -34,6 +44,16 @@ def _modules_of_stages(parallelism, n_layers):
             parallelism.pipeline_parallel_last_stage_less_layers,
         )
     return [["lm_head" if name == "output" else name for name in stage] for stage in stages]
+
+
+def rank_with_loss(parallelism, processes):
+    """The first rank of the last stage, which alone knows the loss; a V-shaped schedule ends where it began."""
+    degree = parallelism.pipeline_parallel_degree
+    if issubclass(
+        get_schedule_class(parallelism.pipeline_parallel_schedule), (ScheduleZBVZeroBubble, ScheduleDualPipeV)
+    ):
+        return 0
+    return processes // degree * (degree - 1)
 
 
 def check_pipeline(job_config, n_layers):
@@ -76,7 +96,19 @@ def check_pipeline(job_config, n_layers):
         raise ConfigError(
             f"{batch}; schedule {name!r} wants a multiple of parallelism.pipeline_parallel_degree = {degree}"
         )
+    if name in SPLIT_BACKWARD:
+        because = f"with parallelism.pipeline_parallel_schedule = {name!r}, which cuts each backward in two, it must be"
+        if job_config.compile.enable and "model" in job_config.compile.components:
+            raise ConfigError(f"compile.enable is true; {because} false, or compile.components without 'model'")
+        checkpointing = job_config.activation_checkpoint
+        if checkpointing.mode == "selective" and checkpointing.selective_ac_option == "op":
+            raise ConfigError(f"activation_checkpoint.selective_ac_option is 'op'; {because} a number of layers")
     validation = job_config.validation
+    if validation.enable and issubclass(schedule, V_SHAPED):
+        raise ConfigError(
+            f"validation.enable is true; with parallelism.pipeline_parallel_schedule = {name!r} it must be false: "
+            "torch runs that schedule's backward in a validation too"
+        )
     if validation.enable:  # the stages' buffers have the shape of a training batch
         for field in ("local_batch_size", "seq_len"):
             if getattr(validation, field) != getattr(training, field):

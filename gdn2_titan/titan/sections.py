@@ -1,14 +1,21 @@
 """The sections that this package adds to TorchTitan's job config, and the stock defaults that it changes."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torchtitan.config import JobConfig as StockJobConfig
 from torchtitan.config.job_config import Checkpoint as StockCheckpoint
+from torchtitan.config.job_config import Float8Linear as StockFloat8Linear
 from torchtitan.config.job_config import Model as StockModel
+from torchtitan.config.job_config import MXLinear as StockMXLinear
+from torchtitan.config.job_config import Quantize as StockQuantize
+from torchtitan.config.job_config import QuantizedLinear as StockQuantizedLinear
+
+from gdn2_titan.parallel.float8 import EXCLUDE, MXFP8_RECIPES, SMALLEST_SIDE
 
 from .byte_tokenizer import BYTE_TOKENIZER_DIR
 
-__all__ = ["Data", "GDN2", "JobConfig", "section"]
+__all__ = ["Data", "Float8Linear", "GDN2", "JobConfig", "MXLinear", "section"]
 
 
 @dataclass
@@ -88,9 +95,43 @@ class Checkpoint(StockCheckpoint):
 
 
 @dataclass
+class Float8Linear(StockFloat8Linear):
+    filter_fqns: list[str] = field(default_factory=lambda: list(EXCLUDE))
+    """Linear layers whose names contain one of these stay in high precision"""
+    smallest_side: int = SMALLEST_SIDE
+    """Linear layers with a shorter side stay in high precision"""
+    emulate: bool = False
+    """Round to float8, multiply in high precision: on any device, compiled or not"""
+
+
+@dataclass
+class MXLinear(StockMXLinear):
+    recipe_name: Literal[MXFP8_RECIPES] = MXFP8_RECIPES[0]
+    """The second computes the weights' gradients in high precision"""
+    filter_fqns: list[str] = field(default_factory=lambda: list(EXCLUDE))
+    """Linear layers whose names contain one of these stay in high precision"""
+    smallest_side: int = SMALLEST_SIDE
+    """Linear layers with a shorter side stay in high precision"""
+    emulate: bool = False
+    """Round to MXFP8, multiply in high precision: on any device, compiled or not"""
+
+
+@dataclass
+class QuantizedLinear(StockQuantizedLinear):
+    float8: Float8Linear = field(default_factory=Float8Linear)
+    mx: MXLinear = field(default_factory=MXLinear)
+
+
+@dataclass
+class Quantize(StockQuantize):
+    linear: QuantizedLinear = field(default_factory=QuantizedLinear)
+
+
+@dataclass
 class JobConfig(StockJobConfig):
     model: Model = field(default_factory=Model)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    quantize: Quantize = field(default_factory=Quantize)
     gdn2: GDN2 = field(default_factory=GDN2)
     data: Data = field(default_factory=Data)
 

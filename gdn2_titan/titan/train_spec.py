@@ -10,6 +10,7 @@ from gdn2_titan.models import flavors
 
 from .dataloader import build_dataloader
 from .errors import ConfigError
+from .float8 import register_converters
 from .loss import build_loss
 from .metrics import build_metrics_processor
 from .model import TitanModel
@@ -71,3 +72,4 @@ def register(name="gdn2"):
     """Make the model known to TorchTitan as ``model.name = "gdn2"``. Once per process; again is harmless."""
     if name not in titan_specs._extra_train_specs:
         titan_specs.register_train_spec(name, get_train_spec())
+    register_converters()

@@ -3,12 +3,15 @@
 import dataclasses
 import os
 
+import torch
+
 from gdn2_titan.models import flavors
 from gdn2_titan.parallel import check_tensor_parallel
 
 from .corpus import check_source
 from .cpu import accelerator
 from .errors import ConfigError
+from .float8 import check_float8
 from .pipeline import check_pipeline
 from .sections import GDN2, section
 
@@ -94,9 +97,13 @@ def _check_processes(job_config):
         )
 
 
+def _compiles_model(job_config):
+    return job_config.compile.enable and "model" in job_config.compile.components
+
+
 def _check_shares(job_config):
     """What the ranks of tensor and pipeline parallelism share must be theirs to share."""
-    parallelism, compiled = job_config.parallelism, job_config.compile
+    parallelism = job_config.parallelism
     args = dataclasses.replace(flavors[job_config.model.flavor], **section(job_config, "gdn2").overrides())
     degree = parallelism.tensor_parallel_degree
     if degree > 1:
@@ -113,7 +120,7 @@ def _check_shares(job_config):
                     f"{name}.seq_len is {length}; parallelism.tensor_parallel_degree = {degree} must divide it"
                 )
     if parallelism.enable_async_tensor_parallel:
-        if not (compiled.enable and "model" in compiled.components):
+        if not _compiles_model(job_config):
             raise ConfigError(
                 "parallelism.enable_async_tensor_parallel is true; then compile.enable must be true and "
                 "compile.components must have 'model'"
@@ -122,6 +129,15 @@ def _check_shares(job_config):
             raise ConfigError(
                 "parallelism.enable_async_tensor_parallel is true; it must be false on a machine without an accelerator"
             )
+    checkpointing = job_config.activation_checkpoint
+    whole = checkpointing.mode == "full" or (
+        checkpointing.mode == "selective" and checkpointing.selective_ac_option != "op"
+    )
+    if degree > 1 and whole and _compiles_model(job_config) and torch.__version__.startswith("2.13."):
+        raise ConfigError(
+            f"activation_checkpoint.mode is {checkpointing.mode!r}; with tensor parallelism, compile.enable and "
+            "torch 2.13 it must be 'none', or 'selective' with selective_ac_option = 'op'"
+        )
     if parallelism.pipeline_parallel_degree > 1:
         check_pipeline(job_config, args.n_layers)
 
@@ -136,6 +152,10 @@ def _check_rest(job_config):
         for name in ("enable_profiling", "enable_memory_snapshot"):
             if getattr(job_config.profiling, name):
                 raise ConfigError(f"profiling.{name} is true; it must be false on a machine without an accelerator")
+        if job_config.training.enable_cpu_offload:
+            raise ConfigError(
+                "training.enable_cpu_offload is true; it must be false on a machine without an accelerator"
+            )
         if job_config.checkpoint.enable and job_config.checkpoint.async_mode == "async_with_pinned_mem":
             raise ConfigError(
                 "checkpoint.async_mode is 'async_with_pinned_mem'; on a machine without an accelerator it must be "
@@ -162,4 +182,5 @@ def validate_config(job_config):
     _check_processes(job_config)
     if job_config.model.name == "gdn2":
         _check_shares(job_config)
+    check_float8(job_config)
     _check_rest(job_config)

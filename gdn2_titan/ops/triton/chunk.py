@@ -86,7 +86,7 @@ def _scan(call, prepared, v, w, initial_state, sigmoid, o=None, final_state=None
     HV, V = v.shape[2:]
     launching.launch(
         scan_kernel, lambda meta: (triton.cdiv(V, meta["BV"]), call.sequences * HV),
-        configurations.scan(call.arch, call.sizes["BK"], V),
+        configurations.scan(call.arch, call.sizes["BK"], V, v.element_size()),
         dict(v=v, w=w, initial_state=initial_state, o=o, final_state=final_state, R=R, states=states)
         | call.spans | prepared,
         call.sizes | dict(HV=HV, V=V, SIGMOID=sigmoid),
@@ -127,7 +127,7 @@ def chunk_backward(
     dinitial_state = None if initial_state is None else torch.empty_like(initial_state)
     launching.launch(
         reverse_kernel, lambda meta: (triton.cdiv(V, meta["BV"]), call.sequences * HV),
-        configurations.scan(call.arch, call.sizes["BK"], V),
+        configurations.scan(call.arch, call.sizes["BK"], V, v.element_size()),
         dict(
             do=do, dfinal_state=dfinal_state, dZ=dZ, dstates=dstates, dinitial_state=dinitial_state
         ) | call.spans | prepared,
@@ -138,9 +138,9 @@ def chunk_backward(
     if options["gate"]:
         # Of chunks that there are not (see _call) nothing is written.
         new = q.new_empty if cu_seqlens is None else q.new_zeros
-        parts["dA_log"] = new((call.chunks, H, K), dtype=torch.float32)
+        parts["dA_log"] = new((call.chunks, H, 2, K), dtype=torch.float32)
         if dt_bias is not None:
-            parts["ddt_bias"] = new((call.chunks, H, K), dtype=torch.float32)
+            parts["ddt_bias"] = new((call.chunks, H, 2, K), dtype=torch.float32)
     launching.launch(
         gradient_kernel, lambda meta: (call.chunks, H),
         configurations.gradient(call.arch, call.sizes["BK"], V),
@@ -152,6 +152,6 @@ def chunk_backward(
         ) | call.spans | norms | parts | dict(zip(("dq", "dk", "dv", "dg", "db", "dw"), grads, strict=True)),
         call.sizes | dict(HV=HV, V=V) | _activation(q, options),
     )  # fmt: skip
-    dA_log = None if A_log is None else parts["dA_log"].sum((0, 2)).to(A_log.dtype)
-    ddt_bias = None if dt_bias is None else parts["ddt_bias"].sum(0).to(dt_bias.dtype).view(dt_bias.shape)
+    dA_log = None if A_log is None else parts["dA_log"].sum((0, 2, 3)).to(A_log.dtype)
+    ddt_bias = None if dt_bias is None else parts["ddt_bias"].sum((0, 2)).to(dt_bias.dtype).view(dt_bias.shape)
     return (*grads, dA_log, ddt_bias, dinitial_state)

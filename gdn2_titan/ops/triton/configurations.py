@@ -21,21 +21,20 @@ def _amd(arch):
     return isinstance(arch, str)
 
 
-def scan(arch, BK, V):
+def scan(arch, BK, V, itemsize):
     """For the scan and for its reverse: BV value channels of the state [BV, BK] to a program.
 
-    From sm_90 on 128 fit, so that a head of 128 reads Q, E, Kt, A_qk and A once; 64 is the least that wgmma takes. A
-    head of 256 with 64 wants more tensor memory than sm_100 has."""
+    On sm_90 128 fit at a head of 128, which then reads Q, E, Kt, A_qk and A once; 64 is the least that wgmma and
+    tcgen05 take. A head of 256 leaves registers for 32, which only mma takes. itemsize: of Q, E and Kt, of which two
+    chunks fit shared memory up to 512 bytes a row."""
     if _amd(arch):
-        most, stages = 64, 1
-    elif arch == 80:
-        most, stages = 32, 2
-    elif BK <= 128:
-        most, stages = 128, 2
+        return (dict(BV=min(_padded(V), 64 if BK <= 128 else 32), num_warps=4, num_stages=1),)
+    if arch == 80 or BK > 128:
+        most = 32
     else:
-        most, stages = (64 if arch == 90 else 32), 1
+        most = 128 if arch == 90 else 64
     BV = min(_padded(V), most)
-    return (dict(BV=BV, num_warps=8 if BV == 128 else 4, num_stages=stages),)
+    return (dict(BV=BV, num_warps=4 if max(BK, BV) <= 64 else 8, num_stages=2 if BK * itemsize <= 512 else 1),)
 
 
 def gradient(arch, BK, V):

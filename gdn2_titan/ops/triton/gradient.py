@@ -22,7 +22,7 @@ from .rows import (
     load_unit,
     store_rows,
 )  # fmt: skip
-from .tree import HALF, after, corner, level, pairs, sum_over, up_to
+from .tree import HALF, after, corner, level, pairs, sum_over, unknown, up_to
 
 __all__ = ["gradient_kernel"]
 
@@ -41,31 +41,39 @@ def _load_block(square, row: tl.constexpr, column: tl.constexpr, levels):
 
 
 @triton.jit
+def _load_turned_block(square, row: tl.constexpr, column: tl.constexpr, levels):
+    """The same, turned: not by tl.trans, which brings it to the tensor cores one number to a register; nor along its
+    columns, which the compiler would choose and turn likewise, did it know them contiguous."""
+    i, j = pairs(levels)
+    return tl.load(square + (row * 2 + column) * HALF * HALF + tl.max_contiguous(j * HALF + i, (1, 1)))
+
+
+@triton.jit
 def _square_gradients(
-    do, R, dZ, v, w, dv, dw, squares, start, count, h,
+    do, R, dZ, v, w, dv, dw, squares, levels, start, count, h,
     H: tl.constexpr, HV: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, SIGMOID: tl.constexpr,
     dtype: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dA_qk and dT into squares [2, C, C], and on the way dv and dw."""
     dproducts = tl.zeros([C, C], tl.float32)
     dtriangle = tl.zeros([C, C], tl.float32)
-    for member in tl.range(HV // H, disable_licm=True):
-        tokens = (start * HV + h * (HV // H) + member) * V
-        for first in tl.range(0, V, BV, disable_licm=True):
-            cols = first + tl.arange(0, BV)
-            r = tl.trans(cast(load_rows(R + tokens, HV * V, cols, V, count, C), dtype))
-            dz = load_rows(dZ + tokens, HV * V, cols, V, count, C)
-            dtriangle -= dot(cast(dz, dtype), r, PRECISION)
-            if do is not None:
-                dout = cast(load_rows(do + tokens, HV * V, cols, V, count, C), dtype)
-                dproducts += dot(dout, r, PRECISION)
-            gate = load_rows(w + tokens, HV * V, cols, V, count, C)
-            dgate = dz * load_rows(v + tokens, HV * V, cols, V, count, C)
-            if SIGMOID:
-                gate = tl.sigmoid(gate)
-                dgate *= gate * (1.0 - gate)
-            store_rows(dv + tokens, dz * gate, HV * V, cols, V, count, C)
-            store_rows(dw + tokens, dgate, HV * V, cols, V, count, C)
+    SLICES: tl.constexpr = (V + BV - 1) // BV
+    for step in tl.range(unknown(HV // H * SLICES, levels), disable_licm=True):
+        tokens = (start * HV + h * (HV // H) + step // SLICES) * V
+        cols = step % SLICES * BV + tl.arange(0, BV)
+        r = tl.trans(cast(load_rows(R + tokens, HV * V, cols, V, count, C), dtype))
+        dz = load_rows(dZ + tokens, HV * V, cols, V, count, C)
+        dtriangle -= dot(cast(dz, dtype), r, PRECISION)
+        if do is not None:
+            dout = cast(load_rows(do + tokens, HV * V, cols, V, count, C), dtype)
+            dproducts += dot(dout, r, PRECISION)
+        gate = load_rows(w + tokens, HV * V, cols, V, count, C)
+        dgate = dz * load_rows(v + tokens, HV * V, cols, V, count, C)
+        if SIGMOID:
+            gate = tl.sigmoid(gate)
+            dgate *= gate * (1.0 - gate)
+        store_rows(dv + tokens, dz * gate, HV * V, cols, V, count, C)
+        store_rows(dw + tokens, dgate, HV * V, cols, V, count, C)
     rows = tl.arange(0, C)
     place = squares + _block_place(rows[:, None], rows[None, :])
     tl.store(place, cast(dproducts, dtype))
@@ -74,7 +82,7 @@ def _square_gradients(
 
 @triton.jit
 def _state_gradients(
-    do, R, dZ, states, dstates, i_c, start, count, h, cols, half: tl.constexpr,
+    do, R, dZ, states, dstates, levels, i_c, start, count, h, cols, half: tl.constexpr,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr,
     dtype: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -85,41 +93,43 @@ def _state_gradients(
     dKt = tl.zeros([HALF, BS], tl.float32)
     dKt_before = tl.zeros([HALF, BS], tl.float32)
     dtotal = tl.zeros([BS], tl.float32)
-    for member in tl.range(HV // H, disable_licm=True):
-        hv = h * (HV // H) + member
+    SLICES: tl.constexpr = (V + BV - 1) // BV
+    for step in tl.range(unknown(HV // H * SLICES, levels), disable_licm=True):
+        hv = h * (HV // H) + step // SLICES
         tokens = ((start + half * HALF) * HV + hv) * V
         state = (i_c.to(tl.int64) * HV + hv) * K * V
-        for first in tl.range(0, V, BV, disable_licm=True):
-            across = first + tl.arange(0, BV)
-            place = state + across[:, None] * K + cols[None, :]
-            inside = (across < V)[:, None] & (cols < K)[None, :]
-            S_in = tl.load(states + place, mask=inside, other=0.0)
-            dS_out = tl.load(dstates + place, mask=inside, other=0.0)
-            dtotal += tl.sum(S_in.to(tl.float32) * dS_out.to(tl.float32), 0)
-            r = cast(load_rows(R + tokens, HV * V, across, V, count - half * HALF, HALF), dtype)
-            dKt += dot(r, dS_out, PRECISION)
-            if half == 1:
-                r = cast(load_rows(R + tokens - HALF * HV * V, HV * V, across, V, count, HALF), dtype)
-                dKt_before += dot(r, dS_out, PRECISION)
-            dz = cast(load_rows(dZ + tokens, HV * V, across, V, count - half * HALF, HALF), dtype)
-            dE -= dot(dz, S_in, PRECISION)
-            if do is not None:
-                dout = cast(load_rows(do + tokens, HV * V, across, V, count - half * HALF, HALF), dtype)
-                dQ += dot(dout, S_in, PRECISION)
+        across = step % SLICES * BV + tl.arange(0, BV)
+        place = state + across[:, None] * K + cols[None, :]
+        inside = (across < V)[:, None] & (cols < K)[None, :]
+        S_in = tl.load(states + place, mask=inside, other=0.0)
+        dS_out = tl.load(dstates + place, mask=inside, other=0.0)
+        dtotal += tl.sum(S_in.to(tl.float32) * dS_out.to(tl.float32), 0)
+        r = cast(load_rows(R + tokens, HV * V, across, V, count - half * HALF, HALF), dtype)
+        dKt += dot(r, dS_out, PRECISION)
+        if half == 1:
+            r = cast(load_rows(R + tokens - HALF * HV * V, HV * V, across, V, count, HALF), dtype)
+            dKt_before += dot(r, dS_out, PRECISION)
+        dz = cast(load_rows(dZ + tokens, HV * V, across, V, count - half * HALF, HALF), dtype)
+        dE -= dot(dz, S_in, PRECISION)
+        if do is not None:
+            dout = cast(load_rows(do + tokens, HV * V, across, V, count - half * HALF, HALF), dtype)
+            dQ += dot(dout, S_in, PRECISION)
     return dQ, dE, dKt, dKt_before, dtotal
 
 
 @triton.jit
 def _levels(
-    x, k, decay, dx, dk, ddecay, dsquare, levels, dtype: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Add to the gradients of x, k and the log-decays [HALF, BS] what the decayed products x k^T gained: dsquare."""
+    x, k, decay, dx, dk, ddecay, dsquare, turned, levels,
+    dtype: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add to the gradients of x, k and the log-decays [HALF, BS] what the decayed products x k^T gained: dsquare, and
+    turned, the same turned."""
     i, j = pairs(levels)
     for depth in tl.range(tl.load(levels), disable_licm=True):
         factor = tl.exp(sum_over(level(i, j, depth), decay, SPLIT, PRECISION))
         inside = tl.where(corner(i, j, depth), dsquare, 0.0)
         dx_level = dot(inside, cast(k * factor, dtype), PRECISION) * factor
-        dk_level = dot(tl.trans(inside), cast(x * factor, dtype), PRECISION) * factor
+        dk_level = dot(tl.where(corner(j, i, depth), turned, 0.0), cast(x * factor, dtype), PRECISION) * factor
         ddecay += sum_over(level(j, i, depth), x * dx_level + k * dk_level, SPLIT, PRECISION)
         dx += dx_level
         dk += dk_level
@@ -128,12 +138,12 @@ def _levels(
 
 @triton.jit
 def _half_gradient(
-    q, k, g, b, A_log, dt_bias, resets, norm_q, norm_k, dq_out, dk_out, dg_out, db_out, dq, de, dk, dlog, squares,
-    half: tl.constexpr, levels, stride, cols, K, count, scale,
+    q, k, g, b, A_log, dt_bias, resets, norm_q, norm_k, dq_out, dk_out, dg_out, db_out, dA_log, ddt_bias,
+    dq, de, dk, dlog, squares, half: tl.constexpr, levels, stride, cols, K, count, scale,
     GATE: tl.constexpr, SIGMOID: tl.constexpr, ERASE: tl.constexpr,
     dtype: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of q, k, g, b of half a chunk; return those of A_log, by channel, and dt_bias [BS].
+    """Write the gradients of q, k, g, b of half a chunk and its part of those of A_log, by channel, and dt_bias.
 
     dq, de, dk [HALF, BS]: the gradients of q and e = b * k decayed from the start of the half, and of k decayed to its
     end; dlog [BS]: of the log of the half's whole decay; squares: of A_qk and T.
@@ -152,7 +162,8 @@ def _half_gradient(
     dq *= before
     ddecay += sum_over(up_to(j, i, levels), qs * dq, SPLIT, PRECISION)
     dsquare = _load_block(squares, half, half, levels)
-    dq, dk, ddecay = _levels(qs, ks, decay, dq, dk, ddecay, dsquare, levels, dtype, SPLIT, PRECISION)
+    turned = _load_turned_block(squares, half, half, levels)
+    dq, dk, ddecay = _levels(qs, ks, decay, dq, dk, ddecay, dsquare, turned, levels, dtype, SPLIT, PRECISION)
     diagonal = tl.sum(tl.where(i == j, dsquare.to(tl.float32), 0.0), 1)[:, None]  # of A_qk: it knows no decay
     dk += diagonal * qs
     es = ks * load_erase(b, stride, cols, K, count, SIGMOID, ERASE, HALF)
@@ -160,7 +171,8 @@ def _half_gradient(
 
     ddecay += sum_over(up_to(j, i, levels), es * de, SPLIT, PRECISION)
     dsquare = _load_block(squares + C * C, half, half, levels)
-    de, dk, ddecay = _levels(es, ks, decay, de, dk, ddecay, dsquare, levels, dtype, SPLIT, PRECISION)
+    turned = _load_turned_block(squares + C * C, half, half, levels)
+    de, dk, ddecay = _levels(es, ks, decay, de, dk, ddecay, dsquare, turned, levels, dtype, SPLIT, PRECISION)
     erase = load_erase(b, stride, cols, K, count, SIGMOID, ERASE, HALF)
     store_rows(dk_out, dk + de * erase, stride, cols, K, count, HALF)
     de *= ks
@@ -170,14 +182,14 @@ def _half_gradient(
 
     if resets is not None:
         ddecay = tl.where(load_reset(resets, count, HALF)[:, None], 0.0, ddecay)
-    dlog_A = tl.sum(ddecay, 0)
     if GATE:
         decay, raw = load_log_decay(g, stride, cols, K, count, A_log, dt_bias, resets, GATE, HALF)
         ddecay = tl.where((tl.arange(0, HALF) < count)[:, None], ddecay, 0.0)
-        dlog_A = tl.sum(ddecay * decay, 0)
+        tl.store(dA_log + cols, tl.sum(ddecay * decay, 0), mask=cols < K)
         ddecay *= -tl.exp(tl.load(A_log).to(tl.float32)) * tl.sigmoid(raw)
+        if ddt_bias is not None:
+            tl.store(ddt_bias + cols, tl.sum(ddecay, 0), mask=cols < K)
     store_rows(dg_out, ddecay, stride, cols, K, count, HALF)
-    return dlog_A, tl.sum(ddecay, 0)
 
 
 @triton.jit
@@ -212,9 +224,9 @@ def gradient_kernel(
     norm_q, norm_k: from ``prepare_kernel``;
     squares [NC, H, 2, C, C]: scratch.
 
-    Writes dq .. dw in the shape of their inputs, and for each chunk its part of dA_log (to be summed over channels
-    too) and ddt_bias [NC, H, K], fp32, where given. BS channels of K at a time. Suffixes 1 and 2: the halves of the
-    chunk."""
+    Writes dq .. dw in the shape of their inputs, and for each half of a chunk its part of dA_log (to be summed over
+    channels too) and ddt_bias [NC, H, 2, K], fp32, where given. BS channels of K at a time. Suffixes 1 and 2: the
+    halves of the chunk."""
     i_c = tl.program_id(0)
     h = tl.program_id(1)
     n, start, count = chunk_of(i_c, ends, cu_seqlens, T, NT, N, PACKED)
@@ -229,10 +241,15 @@ def gradient_kernel(
     if resets is not None:
         resets += start
         resets2 = resets + HALF
+    dA_log2, ddt_bias2 = dA_log, ddt_bias
     if GATE:
         A_log += h
+        dA_log += block * 2 * K
+        dA_log2 = dA_log + K
         if dt_bias is not None:
             dt_bias += h * K
+            ddt_bias += block * 2 * K
+            ddt_bias2 = ddt_bias + K
     norm_q2, norm_k2 = norm_q, norm_k
     if norm_q is not None:
         norm_q += block * C
@@ -241,7 +258,9 @@ def gradient_kernel(
         norm_k2 = norm_k + HALF
 
     squares += block * 2 * C * C
-    _square_gradients(do, R, dZ, v, w, dv, dw, squares, start, count, h, H, HV, V, BV, SIGMOID, dtype, PRECISION)
+    _square_gradients(
+        do, R, dZ, v, w, dv, dw, squares, levels, start, count, h, H, HV, V, BV, SIGMOID, dtype, PRECISION
+    )
     tl.debug_barrier()  # below, threads read from the squares what others wrote
 
     for first in tl.range(0, BK, BS, disable_licm=True):
@@ -249,8 +268,9 @@ def gradient_kernel(
         offset2 = offset + half
         # Half 2: its rows of A_qk and T also met the columns of half 1, which carry the decay to the middle.
         dqs, des, dks, dk1, dtotal = _state_gradients(
-            do, R, dZ, states, dstates, i_c, start, count, h, cols, 1, H, HV, K, V, BS, BV, dtype, PRECISION
-        )
+            do, R, dZ, states, dstates, levels, i_c, start, count, h, cols, 1,
+            H, HV, K, V, BS, BV, dtype, PRECISION,
+        )  # fmt: skip
         i, j = pairs(levels)
         decay, _ = load_log_decay(g + offset, stride, cols, K, count, A_log, dt_bias, resets, GATE, HALF)
         total1 = tl.exp(tl.sum(decay, 0))
@@ -266,36 +286,38 @@ def gradient_kernel(
         dqs = dqs * total1[None, :] + dot(_load_block(squares, 1, 0, levels), columns, PRECISION)
         rows = load_erase(b + offset2, stride, cols, K, count - HALF, SIGMOID, ERASE, HALF) * before
         rows *= load_unit(k + offset2, norm_k2, stride, cols, K, count - HALF, HALF)
-        dlog1 += tl.sum(rows * des, 0)
+        dlog1 = total1 * (dlog1 + tl.sum(rows * des, 0))
         des = des * total1[None, :] + dot(_load_block(squares + C * C, 1, 0, levels), columns, PRECISION)
-        dlog_A2, dbias2 = _half_gradient(
+        tl.debug_barrier()  # or the compiler keeps what was read above, instead of reading it anew
+        _half_gradient(
             q + offset2, k + offset2, g + offset2, b + offset2, A_log, dt_bias, resets2, norm_q2, norm_k2,
-            dq + offset2, dk + offset2, dg + offset2, db + offset2, dqs, des, dks, total2 * dlog2, squares,
+            dq + offset2, dk + offset2, dg + offset2, db + offset2, dA_log2, ddt_bias2,
+            dqs, des, dks, total2 * dlog2, squares,
             1, levels, stride, cols, K, count - HALF, scale, GATE, SIGMOID, ERASE, dtype, SPLIT, PRECISION,
         )  # fmt: skip
 
         # Half 1: its columns met the rows of half 2, which carry the decay from the middle.
         dqs, des, dks, _, _ = _state_gradients(
-            do, R, dZ, states, dstates, i_c, start, count, h, cols, 0, H, HV, K, V, BS, BV, dtype, PRECISION
-        )
-        i, j = pairs(levels)
-        decay, _ = load_log_decay(g + offset2, stride, cols, K, count - HALF, A_log, dt_bias, resets2, GATE, HALF)
-        dks *= tl.exp(tl.sum(decay, 0))[None, :]
-        before = tl.exp(sum_over(up_to(i, j, levels), decay, SPLIT, PRECISION))
-        rows = scale * load_unit(q + offset2, norm_q2, stride, cols, K, count - HALF, HALF) * before
-        dks += dot(tl.trans(_load_block(squares, 1, 0, levels)), cast(rows, dtype), PRECISION)
-        rows = load_erase(b + offset2, stride, cols, K, count - HALF, SIGMOID, ERASE, HALF) * before
-        rows *= load_unit(k + offset2, norm_k2, stride, cols, K, count - HALF, HALF)
-        dks += dot(tl.trans(_load_block(squares + C * C, 1, 0, levels)), cast(rows, dtype), PRECISION)
-        dlog_A1, dbias1 = _half_gradient(
+            do, R, dZ, states, dstates, levels, i_c, start, count, h, cols, 0,
+            H, HV, K, V, BS, BV, dtype, PRECISION,
+        )  # fmt: skip
+        for _ in tl.range(unknown(1, levels), disable_licm=True):  # done with before _half_gradient begins: registers
+            i, j = pairs(levels)
+            decay, _ = load_log_decay(g + offset2, stride, cols, K, count - HALF, A_log, dt_bias, resets2, GATE, HALF)
+            dks *= tl.exp(tl.sum(decay, 0))[None, :]
+            before = tl.exp(sum_over(up_to(i, j, levels), decay, SPLIT, PRECISION))
+            rows = scale * load_unit(q + offset2, norm_q2, stride, cols, K, count - HALF, HALF) * before
+            dks += dot(_load_turned_block(squares, 1, 0, levels), cast(rows, dtype), PRECISION)
+            rows = load_erase(b + offset2, stride, cols, K, count - HALF, SIGMOID, ERASE, HALF) * before
+            rows *= load_unit(k + offset2, norm_k2, stride, cols, K, count - HALF, HALF)
+            dks += dot(_load_turned_block(squares + C * C, 1, 0, levels), cast(rows, dtype), PRECISION)
+        tl.debug_barrier()
+        _half_gradient(
             q + offset, k + offset, g + offset, b + offset, A_log, dt_bias, resets, norm_q, norm_k,
-            dq + offset, dk + offset, dg + offset, db + offset, dqs, des, dks, total1 * dlog1, squares,
+            dq + offset, dk + offset, dg + offset, db + offset, dA_log, ddt_bias,
+            dqs, des, dks, dlog1, squares,
             0, levels, stride, cols, K, count, scale, GATE, SIGMOID, ERASE, dtype, SPLIT, PRECISION,
         )  # fmt: skip
-        if dA_log is not None:
-            tl.store(dA_log + block * K + cols, dlog_A1 + dlog_A2, mask=cols < K)
-        if ddt_bias is not None:
-            tl.store(ddt_bias + block * K + cols, dbias1 + dbias2, mask=cols < K)
 
     if norm_q is not None:
         tl.debug_barrier()  # what follows reads what other threads of the program may have written

@@ -93,10 +93,10 @@ def recurrent_kernel(
 def configuration(BK, V):
     """The one candidate: measuring several would take several steps of a state that is updated in place.
 
-    A slice is up to 32 columns wide; a thread holds 32 numbers of it, and at least 4, so that no two hold the same one.
+    A slice is up to 32 columns wide; a thread holds 64 numbers of it, and at least 4, so that no two hold the same one.
     """
     BV = min(32, padded(V))
-    return {"BV": BV, "num_warps": max(1, BK * BV // 1024)}
+    return {"BV": BV, "num_warps": max(1, BK * BV // 2048)}
 
 
 def padded(size):

@@ -103,11 +103,12 @@ def scan_kernel(
             gate = tl.sigmoid(gate)
         r = gate * _load_turned(v + tokens, HV * V, cols, V, count)
         r -= dot(S_in, tl.load(E + prepared * C * BK + tall), PRECISION)
+        if o is not None:
+            out = dot(S_in, tl.load(Q + prepared * C * BK + tall), PRECISION)
         r = cast(dot(cast(r, dtype), tl.load(A + prepared * C * C + turned), PRECISION), dtype)
         if R is not None:
             _store_turned(R + tokens, r, HV * V, cols, V, count)
         if o is not None:
-            out = dot(S_in, tl.load(Q + prepared * C * BK + tall), PRECISION)
             out += dot(r, tl.load(A_qk + prepared * C * C + turned), PRECISION)
             _store_turned(o + tokens, out, HV * V, cols, V, count)
         S *= tl.load(total + prepared * BK + channels)[None, :]

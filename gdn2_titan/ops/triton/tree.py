@@ -19,10 +19,17 @@ import triton.language as tl
 from .products import cast, dot
 from .rows import C
 
-__all__ = ["HALF", "LEVELS", "after", "corner", "level", "pairs", "sum_over", "up_to"]
+__all__ = ["HALF", "LEVELS", "after", "corner", "level", "pairs", "sum_over", "unknown", "up_to"]
 
 HALF = tl.constexpr(C.value // 2)
 LEVELS = tl.constexpr(HALF.value.bit_length() - 1)  # at depth n, blocks of m = 2^n tokens are joined
+
+
+@triton.jit
+def unknown(number: tl.constexpr, levels):
+    """The number, unknown to the compiler: a loop of so many iterations stays one, which nothing is moved out of or
+    into. Of straight code products are put off to where they are needed, their operands in registers until then."""
+    return number + (tl.load(levels) - LEVELS)
 
 
 @triton.jit

@@ -1,0 +1,93 @@
+"""DTensor: the shardings that the operators accept, and how their results come out.
+
+Sequences have nothing to do with each other, nor have heads or the channels of a convolution. A dimension of the mesh
+may split either, and every rank works on its part alone. DTensor redistributes what arrives in any other layout.
+"""
+
+import itertools
+import math
+
+import torch
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.experimental import register_sharding
+
+__all__ = []
+
+WAYS = ("whole", "batch", "heads")  # in which one dimension of the mesh may split the work
+
+
+def _role(batch, heads):
+    return {"whole": Replicate(), "batch": batch, "heads": heads}
+
+
+ACTIVATION = _role(batch=Shard(0), heads=Shard(2))
+STATE = _role(batch=Shard(0), heads=Shard(1))
+PARAMETER = _role(batch=Replicate(), heads=Shard(0))
+PARAMETER_GRADIENT = _role(batch=Partial(), heads=Shard(0))
+RESETS = _role(batch=Shard(0), heads=Replicate())
+REPLICATED = _role(batch=Replicate(), heads=Replicate())
+
+ROLES = (
+    dict.fromkeys(("q", "k", "v", "g", "b", "w", "do", "x", "dy"), ACTIVATION)
+    | dict.fromkeys(("initial_state", "dfinal_state"), STATE)
+    | dict.fromkeys(("A_log", "dt_bias", "weight", "bias"), PARAMETER)
+    | {"resets": RESETS, "cu_seqlens": REPLICATED}
+)
+
+
+def _ways(specs):
+    """The ways open to a call with these tensors, by name. DTensor chooses one for each dimension of the mesh, those
+    that move least, so every combination that it may choose must leave all ranks equal numbers of sequences and heads.
+    """
+    x = specs["q" if "q" in specs else "x"]
+    mesh, sizes = x.mesh, {"whole": 1, "batch": x.shape[0], "heads": x.shape[2]}
+
+    def as_given(dim):
+        fits = (way for way in WAYS if all(spec.placements[dim] == ROLES[name][way] for name, spec in specs.items()))
+        return next(fits, None)
+
+    # Tensors that can stay as they are do: the choice is certain.
+    given = [as_given(dim) for dim in range(mesh.ndim)]
+    parts = {way: math.prod(n for n, found in zip(mesh.shape, given, strict=True) if found == way) for way in WAYS}
+    if None not in given and all(sizes[way] % parts[way] == 0 for way in ("batch", "heads")):
+        return [way for way in WAYS if way in given]
+
+    dims = range(1, mesh.ndim + 1)
+    products = {math.prod(some) for n in dims for some in itertools.combinations(mesh.shape, n)}
+    # Larger products do not matter: DTensor splits nothing into more parts than it has elements.
+    return [way for way in WAYS if way == "whole" or all(sizes[way] % n == 0 for n in products if n <= sizes[way])]
+
+
+def _register(op, gradients=()):
+    """gradients: the arguments whose gradients a backward op returns. Any other returns an activation and a state."""
+    names = [argument.name for argument in op._schema.arguments]
+
+    @register_sharding(op)
+    def _(*args):  # less trailing defaults
+        specs = {name: x for name, x in zip(names, args, strict=False) if name in ROLES and x is not None}
+        outputs = [ACTIVATION, STATE]
+        if gradients:
+            roles = [ROLES[name] if name in specs else REPLICATED for name in gradients]  # of the absent: empty
+            outputs = [PARAMETER_GRADIENT if role is PARAMETER else role for role in roles]
+        inputs = [ROLES[name] if name in specs else None for name in names[: len(args)]]
+        return [
+            ([role[way] for role in outputs], [None if role is None else role[way] for role in inputs])
+            for way in _ways(specs)
+        ]
+
+
+def _update_state(cls, op, types, args, kwargs):
+    # A sharding rule would not do: DTensor takes an op whose name ends in "_" for one that returns its first argument,
+    # and what the op writes to a redistributed state would be lost.
+    o, final_state = torch.ops.gdn2_titan.recurrent_gdn2(*args)
+    args[8].copy_(final_state)
+    return o
+
+
+_ops = torch.ops.gdn2_titan
+_register(_ops.chunk_gdn2.default)
+_register(_ops.recurrent_gdn2.default)
+_register(_ops.chunk_gdn2_backward.default, ("q", "k", "v", "g", "b", "w", "A_log", "dt_bias", "initial_state"))
+_register(_ops.causal_conv1d.default)
+_register(_ops.causal_conv1d_backward.default, ("x", "weight", "bias", "initial_state"))
+torch.library.register_torch_dispatch("gdn2_titan::recurrent_gdn2_", DTensor, _update_state)

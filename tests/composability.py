@@ -1,0 +1,103 @@
+"""Which tests show that the mixer composes with which part of PyTorch; ``--composability FILE`` writes what they gave:
+a table of what was run."""
+
+import importlib.metadata
+import platform
+
+__all__ = ["FEATURES", "Recorder", "features_of"]
+
+OP, LIBRARY, CONV = "test_gdn2_op.py", "test_gdn2_library.py", "test_causal_conv1d.py"
+TRANSFORMS, LAYOUTS = "test_func_transforms.py", "distributed/test_layouts.py"
+# Feature: tests, by file and by how the name begins.
+FEATURES = {
+    "gradcheck in fp64, states and grouped heads": [
+        (OP, "test_gradients_pass_gradcheck_in_fp64"), (OP, "test_gradients_across_chunks_pass_gradcheck"),
+        (CONV, "test_gradients_pass_gradcheck"),
+    ],
+    "opcheck of every op, absent arguments, permuted inputs": [
+        (LIBRARY, "test_forward_ops_pass_opcheck"), (LIBRARY, "test_the_backward_op_passes_opcheck"),
+        ("test_gdn2_inplace.py", "test_the_mutating_op_passes_opcheck"), (CONV, "test_forward_op_passes_opcheck"),
+        (CONV, "test_backward_op_passes_opcheck"), (CONV, "test_both_ops_pass_opcheck"),
+    ],
+    "torch.compile(fullgraph=True) of the ops, any batch and length in one graph": [
+        (LIBRARY, "test_compiled_equals_eager"), (LIBRARY, "test_compiled_with_batch_and_length"),
+        (LIBRARY, "test_inductor_fuses"), (CONV, "test_compiles_without_graph_breaks"),
+    ],
+    "selective activation checkpointing by op": [(LIBRARY, "test_selective_checkpointing_that_names_the_op")],
+    "DTensor, sharded on batch or heads, eager, compiled and by local_map": [("test_dtensor.py", "test_")],
+    "FSDP2, fp32 and bf16, compiled": [("test_fsdp.py", "test_")],
+    "tensor and sequence parallelism, compiled, with FSDP2": [("test_tensor_parallel.py", "test_")],
+    "FSDP2, HSDP, TP, PP (1F1B, interleaved) and their products in TorchTitan": [
+        (LAYOUTS, "test_a_layout_trains_as_one_process"),
+    ],
+    "the same with compiled blocks": [(LAYOUTS, "test_a_layout_trains_as_one_process_when_blocks_are_compiled")],
+    "checkpoints that continue under another layout": [(LAYOUTS, "test_a_checkpoint_continues")],
+    "torch.export, dynamic, saved and loaded": [
+        (LIBRARY, "test_exports_with_dynamic"), (CONV, "test_exports_with_dynamic"),
+        ("test_export.py", "test_an_exported_hybrid"),
+    ],
+    "AOTInductor": [("test_export.py", "test_a_hybrid_compiled_ahead_of_time")],
+    "make_fx": [("test_export.py", "test_make_fx")],
+    "autocast, eager as compiled": [
+        (LIBRARY, "test_autocast_changes_nothing"), (CONV, "test_eager_and_compiled_agree_under_autocast"),
+    ],
+    "FlopCounterMode equals the closed form": [
+        (LIBRARY, "test_flop_counter"), (CONV, "test_flop_counter"), ("test_gdn2_inplace.py", "test_flop_counter"),
+    ],
+    "torch.func.grad and vmap of it": [
+        (TRANSFORMS, "test_func_grad"), (TRANSFORMS, "test_vmap"), (TRANSFORMS, "test_a_jacobian"),
+    ],
+    "forward mode and double backward raise": [
+        (TRANSFORMS, "test_forward_mode"), (TRANSFORMS, "test_a_second_derivative"),
+    ],
+    "Triton kernels compiled for sm_80, sm_90, sm_100, gfx942": [("test_aot.py", "test_no_kernel")],
+    "Triton kernels equal the definition in the interpreter": [
+        ("test_triton_chunk.py", "test_"), ("test_triton_recurrent.py", "test_"), ("test_triton_conv.py", "test_"),
+    ],
+    "import without Triton, TorchTitan, transformers": [(LIBRARY, "test_importing")],
+    "CUDA graphs, and no wait for the GPU": [
+        ("test_gpu.py", "test_a_cuda_graph"), ("test_gpu.py", "test_forward_and_backward_with_resets_do_not_wait"),
+    ],
+}  # fmt: skip
+PACKAGES = ("torch", "triton", "torchtitan", "torchao")
+OUTCOMES = ("failed", "passed", "skipped")
+
+
+def features_of(nodeid):
+    file, _, name = nodeid.removeprefix("tests/").partition("::")
+    name = name.partition("[")[0]
+    for feature, tests in FEATURES.items():
+        if any(file == f and name.startswith(prefix) for f, prefix in tests):
+            yield feature
+
+
+class Recorder:
+    """A pytest plugin that keeps the outcomes of the tests of FEATURES and writes them at the end."""
+
+    def __init__(self, path):
+        self.path = path
+        self.outcomes = {feature: {} for feature in FEATURES}
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" or report.outcome != "passed":
+            for feature in features_of(report.nodeid):
+                self.outcomes[feature][report.nodeid] = report.outcome
+
+    def pytest_sessionfinish(self):
+        self.path.write_text(self.text())
+
+    def text(self):
+        rows = [f"| {feature} | {_sum(outcomes)} |" for feature, outcomes in self.outcomes.items()]
+        with_us = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+        return "\n".join([
+            "# What the mixer composes with", "",
+            f"Written by the test suite: Python {platform.python_version()}, {with_us}, {platform.machine()}, by",
+            "`./run_tests.sh --composability docs/composability.md`. Which tests stand for which row:",
+            "[tests/composability.py](../tests/composability.py).", "",
+            "| with | tests |", "| --- | --- |", *rows, "",
+        ])  # fmt: skip
+
+
+def _sum(outcomes):
+    counts = {outcome: list(outcomes.values()).count(outcome) for outcome in OUTCOMES}
+    return ", ".join(f"{n} {outcome}" for outcome, n in counts.items() if n) or "not run"

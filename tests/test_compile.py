@@ -1,0 +1,140 @@
+"""The compile plan: no graph breaks, eager's numbers, and how many graphs a training run needs."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from gdn2_titan.models import GDN2Model, GDN2ModelArgs
+from gdn2_titan.parallel import apply_compile
+
+KINDS = ("gdn2", "swa", "attention")
+VOCABULARY, WINDOW = 50, 8
+no_compiler = not (shutil.which("g++") or shutil.which("c++"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=8):  # the default; plans may raise it
+        yield
+    torch._dynamo.reset()
+
+
+def build(*pattern, repeats=1):
+    torch.manual_seed(0)
+    args = GDN2ModelArgs(
+        vocab_size=VOCABULARY, hidden_size=32, n_layers=repeats * len(pattern), mlp_size=48, num_heads=2, head_dim=8,
+        attn_heads=2, window=WINDOW, layer_pattern=pattern,
+    )  # fmt: skip
+    model = GDN2Model(args)
+    model.init_weights()
+    return model
+
+
+def batch(B, T, documents=True):
+    generator = torch.Generator().manual_seed(B * T)
+    tokens = torch.randint(VOCABULARY, (B, T), generator=generator)
+    return tokens, (torch.rand(B, T, generator=generator) < 0.1) if documents else None
+
+
+def loss(model, tokens, resets):
+    logits = model(tokens, resets)
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def gradients(model):
+    """By the names in the state dict: torch's checkpoint_wrapper puts a name of its own before those of parameters."""
+    return {name.replace("_checkpoint_wrapped_module.", ""): p.grad for name, p in model.named_parameters()}
+
+
+def step(model, *inputs):
+    model.zero_grad()
+    value = loss(model, *inputs)
+    value.backward()
+    return {"loss": value.detach()} | gradients(model)
+
+
+def assert_same(found, expected, tolerance=2e-5):
+    assert set(found) == set(expected)
+    for name, want in expected.items():
+        error = (found[name] - want).abs().max() / want.abs().max()
+        assert error <= tolerance, f"{name} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["no resets", "resets"])
+@pytest.mark.parametrize("kind, statistics", [*((kind, False) for kind in KINDS), ("gdn2", True)])
+def test_a_block_of_any_kind_has_no_graph_break(kind, statistics, documents):
+    model = build(kind)
+    block = model.layers["0"]
+    if statistics:
+        block.mixer.record_statistics = True
+    arguments = []
+    hook = block.register_forward_pre_hook(lambda module, args: arguments.extend(args))
+    model(*batch(2, 20, documents))
+    hook.remove()
+    found = torch._dynamo.explain(block)(*arguments)
+    assert (found.graph_break_count, found.graph_count) == (0, 1), found.break_reasons
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["per block", "whole"])
+def test_loss_and_gradients_of_a_compiled_hybrid_are_those_of_eager(whole):
+    eager = build(*KINDS)
+    compiled = copy.deepcopy(eager)
+    apply_compile(compiled, "aot_eager", whole=whole)
+    assert list(compiled.state_dict()) == list(eager.state_dict())
+    inputs = batch(3, 70)
+    assert_same(step(compiled, *inputs), step(eager, *inputs))
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.skipif(no_compiler, reason="inductor needs a C++ compiler")
+def test_loss_and_gradients_through_inductor_are_those_of_eager():
+    eager = build("gdn2")
+    compiled = copy.deepcopy(eager)
+    apply_compile(compiled)
+    inputs = batch(2, 20)
+    assert_same(step(compiled, *inputs), step(eager, *inputs))
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["no resets", "resets"])
+@pytest.mark.parametrize("whole", [False, True], ids=["per block", "whole"])
+def test_with_marked_sizes_one_graph_per_kind_or_per_model_serves_every_batch_and_length_with_eagers_numbers(
+    whole, documents
+):
+    eager = build(*KINDS, repeats=1 if whole else 2)
+    compiled, counter = copy.deepcopy(eager), CompileCounterWithBackend("aot_eager")
+    apply_compile(compiled, counter, whole=whole, dynamic=True)
+    shapes = [(3, 20), (5, 70), (7, WINDOW + 1)]
+    if documents or whole:
+        # No longer than the window: without documents no mask is needed, and a block sees whether there is one.
+        shapes.append((4, WINDOW))
+    for B, T in shapes:
+        inputs = batch(B, T, documents)
+        assert_same(step(compiled, *inputs), step(eager, *inputs))
+        assert counter.frame_count == (1 if whole else len(KINDS)), (B, T)
+
+
+def test_as_it_comes_validation_in_other_shapes_costs_each_kind_one_more_graph_than_training():
+    model, counter = build("gdn2", "swa", repeats=2), CompileCounterWithBackend("aot_eager")
+    apply_compile(model, counter)
+    counts = []
+    for training, B, T in ((True, 4, 64), (False, 2, 32), (True, 4, 64), (False, 6, 20), (False, 3, 40)):
+        with torch.set_grad_enabled(training):
+            value = loss(model.train(training), *batch(B, T))
+        if training:
+            value.backward()
+        counts.append(counter.frame_count)
+    assert counts == [2, 4, 4, 4, 4]
+
+
+def test_more_graphs_than_the_compilers_limit_for_one_function_are_no_error():
+    # All kinds of blocks are one function to the compiler, and beyond its limit it would refuse to go on.
+    model, counter = build(*KINDS), CompileCounterWithBackend("eager")
+    apply_compile(model, counter)
+    for documents in (False, True):
+        for B, T in ((3, 20), (3, 30), (1, 9)):
+            model(*batch(B, T, documents))
+    assert counter.frame_count > 8
