@@ -22,6 +22,7 @@ CHECKPOINTING = ("none", "selective", "full")
 # What tensor parallelism cuts, by name: these stay whole, these are cut by input channels, all others by rows.
 WHOLE = ("norm", "decay_proj.0.", "gate_proj.0.")
 BY_INPUTS = ("o_proj.", "down_proj.")
+BIASED = "mixer.gate_proj.1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,9 +178,9 @@ class Costs:
 
     @staticmethod
     def kept(products):
-        """What selective checkpointing keeps of them: TorchTitan's every second matrix product. gate_proj.1 is none,
-        its bias makes it another operator."""
-        return [name for name in products if name != "mixer.gate_proj.1"][::2]
+        """What selective checkpointing keeps of them: TorchTitan's every second matrix product, and gate_proj.1, whose
+        bias makes it another operator."""
+        return [name for name in products if name != BIASED][::2] + [BIASED] * (BIASED in products)
 
     def repeated(self, unit, checkpointing):
         """Parameters of the matrix products that a block does again in backward, with those of the mixer's op left out

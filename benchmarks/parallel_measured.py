@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from gdn2_titan.models import GDN2Model
 from gdn2_titan.models.attention import rotary_angles
-from gdn2_titan.parallel import apply_fsdp, apply_tensor_parallel, sum_gradients
+from gdn2_titan.parallel import SAVED_OPS, apply_fsdp, apply_tensor_parallel, sum_gradients
 
 __all__ = ["measure_saved", "measure_step"]
 
@@ -206,8 +206,6 @@ class Made(TorchDispatchMode):
 def _saved(args, seq_len, stages, layout):
     from torchtitan.config.job_config import ActivationCheckpoint
     from torchtitan.distributed.activation_checkpoint import apply_ac
-
-    from gdn2_titan.titan.parallelize import SAVED_OPS
 
     model = GDN2Model(args).bfloat16()
     if layout.tp > 1:
