@@ -29,25 +29,23 @@ def plan(*arguments):
 
 @pytest.fixture(scope="module")
 def checked():
-    """{(layout, quantity): (formula, measured, "n of n ranks")}, and the exit code."""
+    """{(layout, quantity): (formula, measured, "n of n ranks")}."""
     run = plan("--check", *BLOCKS, *LAYOUTS)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in run.stdout.splitlines()[2:]]
-    return {(layout, quantity): rest for layout, quantity, *rest in rows}, run.returncode
+    return {(layout, quantity): rest for layout, quantity, *rest in rows}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_parameters_optimizer_states_and_each_collective_have_the_formulas_bytes_on_every_rank(checked, layout):
-    rows, code = checked
-    found = {quantity: rest for (name, quantity), rest in rows.items() if name == layout}
+    found = {quantity: rest for (name, quantity), rest in checked.items() if name == layout}
     assert found.keys() == {"parameters", "optimizer bytes"} | SENT[layout]
     for quantity, (formula, measured, ranks) in found.items():
         assert formula == measured != "0" and ranks == "4 of 4 ranks", quantity
-    assert code == 0
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_what_a_block_saves_for_backward_has_the_formulas_bytes_under_every_checkpointing(checked, block):
-    found = {quantity: rest for (name, quantity), rest in checked[0].items() if name == block}
+    found = {quantity: rest for (name, quantity), rest in checked.items() if name == block}
     assert len(found) == 6
     for quantity, (formula, measured, _) in found.items():
         assert formula == measured, quantity
