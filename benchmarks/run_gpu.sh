@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# On a machine with a GPU: runs the tests that need one and the benchmark, and leaves all they say in a folder.
+# On a machine with a GPU: runs the tests that need one and the benchmarks, and leaves all they say in a folder.
 #   benchmarks/run_gpu.sh FOLDER [arguments of op_gpu.py]        (or OUT=FOLDER benchmarks/run_gpu.sh)
 # Takes the Python that is first in PATH, which needs torch, triton, pytest, hypothesis and numpy; matplotlib for a plot,
-# and flash-linear-attention to be compared with.
+# torchao for float8, and flash-linear-attention to be compared with.
 set -u
 out=${1:-${OUT:?give a folder for the results}}
 shift || true
@@ -14,5 +14,7 @@ status=0
 python -m pytest -m gpu --durations=10 --junitxml="$out/tests.xml" 2>&1 | tee "$out/tests.log"
 [ "${PIPESTATUS[0]}" -eq 0 ] || status=1
 python benchmarks/op_gpu.py --out "$out" "$@" 2>&1 | tee "$out/op_gpu.log"
+[ "${PIPESTATUS[0]}" -eq 0 ] || status=1
+python benchmarks/train_gpu.py --out "$out" 2>&1 | tee "$out/train_gpu.log"
 [ "${PIPESTATUS[0]}" -eq 0 ] || status=1
 exit $status

@@ -1,0 +1,192 @@
+"""How fast whole models train on one GPU: tokens a second, MFU and peak memory, beside what the paper reports.
+
+    python benchmarks/train_gpu.py --out results
+
+Flavors by batch shapes by eager, compiled and compiled float8. A step is what TorchTitan does on one device: autocast
+to bf16 over fp32 parameters, cross entropy, clipped gradients, fused AdamW. Tokens are random, a sequence is one
+document. Medians of CUDA-event times of whole steps. What fails, for memory or else, is a line in the results. To see
+it run without a GPU: --device cpu --flavor debug --shape 64x2 --how eager --steps 2.
+"""
+
+import argparse
+import datetime
+import gc
+import json
+import pathlib
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+
+from gdn2_titan.models import GDN2Model, flavors
+from gdn2_titan.models.flops import flops_per_token, parameter_counts
+from gdn2_titan.parallel import apply_activation_checkpoint, apply_compile, apply_float8
+
+HOW = ("eager", "compiled", "float8")
+SHAPES = ("2048x8", "4096x4", "8192x2", "16384x1")
+# Thousands of tokens a second of the paper's 1.3B hybrid on one H100 (arXiv 2605.22791), by length.
+PAPER = {("1.3B_hybrid", 2048): 38.0, ("1.3B_hybrid", 16384): 36.1}
+# Dense bf16 FLOP/s by a part of the device's name; the first that fits. Float8's MFU too is of these.
+PEAKS = {
+    "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12,
+    "MI300X": 1307e12, "MI325X": 1307e12,
+}  # fmt: skip
+
+
+def loss_sum(logits, labels):
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+
+
+def build(args, how, checkpointing, device):
+    with torch.device("meta"):
+        model = GDN2Model(args)
+    counts = parameter_counts(model)
+    if how == "float8":
+        apply_float8(model, "tensorwise")
+    if checkpointing != "none":
+        apply_activation_checkpoint(model, checkpointing)
+    if how != "eager":
+        apply_compile(model)
+    model.to_empty(device=device)
+    torch.manual_seed(0)
+    model.init_weights()
+    return model, counts
+
+
+def _clock(device):
+    """-> (mark(), milliseconds between two marks)."""
+    if device.type == "cpu":
+        return time.perf_counter, lambda start, end: 1e3 * (end - start)
+
+    def mark():
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    return mark, lambda start, end: start.elapsed_time(end)
+
+
+def train(flavor, length, batch, how, checkpointing, device, warmup, steps):
+    """{what: number} of one case."""
+    torch.compiler.reset()
+    model, (n_params, n_embedding) = build(flavors[flavor], how, checkpointing, device)
+    loss_of = loss_sum if how == "eager" else torch.compile(loss_sum)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
+    tokens = torch.randint(flavors[flavor].vocab_size, (batch, length + 1), device=device)
+    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    mark, between = _clock(device)
+    marks = []
+    for i in range(warmup + steps + 1):
+        if i == warmup and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        marks.append(mark())
+        if i == warmup + steps:
+            break
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = loss_of(model(inputs), labels) / labels.numel()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    ms = statistics.median(between(*pair) for pair in zip(marks[warmup:], marks[warmup + 1 :], strict=False))
+    speed = batch * length / (1e-3 * ms)
+    found = {"ms": ms, "tokens_per_second": speed, "loss": loss.item()}
+    found["flops_per_second"] = speed * flops_per_token(flavors[flavor], n_params, n_embedding, length)
+    if device.type == "cuda":
+        found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        peak = next((flops for name, flops in PEAKS.items() if name in torch.cuda.get_device_name()), None)
+        if peak is not None:
+            found["mfu"] = found["flops_per_second"] / peak
+    return found
+
+
+def measure(chosen):
+    """A row for each case, printed as it is known."""
+    device = torch.device(chosen.device)
+    rows = []
+    for flavor in chosen.flavor:
+        for length, batch in chosen.shape:
+            for how in chosen.how:
+                row = {"flavor": flavor, "length": length, "batch": batch, "how": how}
+                try:
+                    row |= train(flavor, length, batch, how, chosen.checkpointing, device, chosen.warmup, chosen.steps)
+                except torch.OutOfMemoryError:
+                    row["error"] = "out of memory"
+                except Exception as error:  # a case that breaks ends alone
+                    row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                gc.collect()  # a model and its hooks refer to each other
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+    return rows
+
+
+def markdown(facts, rows):
+    lines = [", ".join(f"{name} {value}" for name, value in facts.items()), ""]
+    ways = list(dict.fromkeys(row["how"] for row in rows))
+    cases = {}
+    for row in rows:
+        cases.setdefault((row["flavor"], row["length"], row["batch"]), {})[row["how"]] = row
+    head = ["flavor", "length x batch"]
+    head += [f"{how}{what}" for how in ways for what in (", Kt/s", ", MFU", ", peak GB")] + ["paper, one H100, Kt/s"]
+    lines += [f"| {' | '.join(head)} |", "| --- | --- |" + " ---: |" * (len(head) - 2)]
+    for (flavor, length, batch), group in cases.items():
+        cells = [flavor, f"{length:,} x {batch}"]
+        for how in ways:
+            row = group[how]
+            cells.append(f"{1e-3 * row['tokens_per_second']:.1f}" if "ms" in row else row["error"].split(":")[0])
+            cells += [
+                form.format(row[x]) if x in row else "-" for x, form in (("mfu", "{:.0%}"), ("peak_gb", "{:.1f}"))
+            ]
+        lines.append(f"| {' | '.join([*cells, str(PAPER.get((flavor, length), '-'))])} |")
+    failures = [row for row in rows if "error" in row]
+    if failures:
+        lines += ["", "Did not run:", ""]
+        lines += ["- {flavor}, {length:,} x {batch}, {how}: {error}".format(**row) for row in failures]
+    return "\n".join([*lines, ""])
+
+
+def describe(chosen):
+    """What a figure means nothing without."""
+    if chosen.device == "cpu":
+        facts = {"date": datetime.date.today().isoformat(), "device": "cpu", "torch": torch.__version__}
+    else:
+        from gpu_timer import describe_device
+
+        facts = describe_device()
+    return facts | {"checkpointing": chosen.checkpointing, "steps": chosen.steps, "warm-up": chosen.warmup}
+
+
+def _shape(text):
+    length, _, batch = text.partition("x")
+    return int(length), int(batch)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the results")
+    parser.add_argument("--flavor", nargs="+", choices=list(flavors), default=["400M", "1.3B_hybrid"])
+    parser.add_argument("--shape", nargs="+", type=_shape, default=[_shape(x) for x in SHAPES], help="lengthxbatch")
+    parser.add_argument("--how", nargs="+", choices=HOW, default=HOW)
+    parser.add_argument("--checkpointing", choices=("none", "op", "full"), default="none")
+    parser.add_argument("--warmup", type=int, default=5, help="steps")
+    parser.add_argument("--steps", type=int, default=10, help="that are timed")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    chosen = parser.parse_args()
+    if chosen.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device is 'cuda'; without a GPU it must be 'cpu'")
+    facts, rows = describe(chosen), measure(chosen)
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    (chosen.out / "train_gpu.json").write_text(json.dumps({"device": facts, "rows": rows}, indent=1))
+    text = markdown(facts, rows)
+    (chosen.out / "train_gpu.md").write_text(text)
+    print(text)
+    raise SystemExit(all("error" in row for row in rows))
+
+
+if __name__ == "__main__":
+    main()
