@@ -4,7 +4,6 @@ import collections
 import copy
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -254,6 +253,8 @@ def test_selective_checkpointing_in_compiled_blocks_on_two_ranks_gives_one_proce
     ids=lambda x: "-".join(map(str, x.values())) if isinstance(x, dict) else None,
 )
 def test_torchtitans_settings_checkpoint_the_model_as_they_say(settings, mixer, calls):
+    from torchtitan.distributed import ParallelDims
+
     from gdn2_titan.titan.job_config import JobConfig
     from gdn2_titan.titan.parallelize import parallelize
 
@@ -263,7 +264,8 @@ def test_torchtitans_settings_checkpoint_the_model_as_they_say(settings, mixer, 
     job_config.compile.enable = settings["mode"] == "memory_budget"  # which TorchTitan insists on
     job_config.compile.backend = "aot_eager"
     model, inputs = build("gdn2", repeats=LAYERS), batch(2, 20)
-    changed = parallelize(copy.deepcopy(model), SimpleNamespace(fsdp_enabled=False), job_config)
+    one_process = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, etp=1, world_size=1)
+    changed = parallelize(copy.deepcopy(model), one_process, job_config)
     found = step(changed, *inputs)
     assert calls["mixer"] == mixer
     assert_same(found, step(model, *inputs))
