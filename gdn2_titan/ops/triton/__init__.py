@@ -8,7 +8,7 @@ tree.py, rows.py     device functions: decays by halving; rows of inputs, activa
 recurrent.py         kernel: token by token, for decoding
 causal_conv1d.py     the short convolution, forward and backward
 products.py          device functions: matrix product and rounding
-configurations.py    candidates for the chunk kernels, by architecture and head sizes
+configurations.py    candidates for the chunk kernels, by architecture, dtype and head sizes
 launching.py         the one place where a kernel is started, tuned or pinned
 target.py            which device a tensor is on, what it can do, and what is refused
 """

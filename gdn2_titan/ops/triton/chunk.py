@@ -67,7 +67,7 @@ def _prepare(call, q, k, g, b, A_log, dt_bias, resets, scale, options):
     out |= {name: q.new_empty(square) for name in ("A_qk", "A")}
     norms = {name: q.new_empty(wide[:3], dtype=torch.float32) if options["l2norm"] else None for name in NORMS}
     launching.launch(
-        prepare_kernel, lambda meta: (call.chunks, H), configurations.prepare(BK),
+        prepare_kernel, lambda meta: (call.chunks, H), configurations.prepare(q.element_size()),
         dict(q=q, k=k, g=g, b=b, A_log=A_log, dt_bias=dt_bias, resets=resets, N=call.sequences, scale=scale)
         | dict(levels=_levels(q.device))
         | call.spans | out | norms,
@@ -143,7 +143,7 @@ def chunk_backward(
             parts["ddt_bias"] = new((call.chunks, H, 2, K), dtype=torch.float32)
     launching.launch(
         gradient_kernel, lambda meta: (call.chunks, H),
-        configurations.gradient(call.arch, call.sizes["BK"], V),
+        configurations.gradient(call.arch, call.sizes["BK"], V, v.element_size()),
         dict(
             q=q, k=k, v=v, g=g, b=b, w=w, A_log=A_log, dt_bias=dt_bias, resets=resets, N=call.sequences, scale=scale,
             levels=_levels(q.device),

@@ -1,7 +1,12 @@
 """The configurations of the chunkwise kernels: for each a few candidates, the default first.
 
 They depend on the architecture, the dtype and the head sizes, never on a length or a number of sequences: packing must
-not tune again. No default spills a register (docs/kernels.md).
+not tune again. itemsize: of q, k and v, 2 or 4 bytes; fp32 on NVIDIA is multiplied as three products of tf32, whose
+parts take registers. Every default fits its target. In 16 bits none spills a register (docs/kernels.md). In fp32 spill,
+in bytes of a thread on sm_80, sm_90 and sm_100, for plain inputs of benchmarks/aot.py: prepare 0, 24 and 32, gradient
+up to 112, 216 and 192, scan at a head of 256 up to 808, 1312 and 1344 and its reverse 168, 192 and 192; on gfx942 only
+the scans at 256, up to 836. Resets, raw gates, states and packing move these figures: on sm_100 packing makes the
+reverse at 128 spill 48 too.
 """
 
 import triton
@@ -13,8 +18,8 @@ def _padded(size):
     return max(16, triton.next_power_of_2(size))
 
 
-def prepare(BK):
-    return tuple(dict(BS=16, num_warps=warps, num_stages=1) for warps in (2, 4))
+def prepare(itemsize):
+    return tuple(dict(BS=16, num_warps=warps, num_stages=1) for warps in ((2, 4) if itemsize == 2 else (4, 2)))
 
 
 def _amd(arch):
@@ -25,19 +30,26 @@ def scan(arch, BK, V, itemsize):
     """For the scan and for its reverse: BV value channels of the state [BV, BK] to a program.
 
     On sm_90 128 fit at a head of 128, which then reads Q, E, Kt, A_qk and A once; 64 is the least that wgmma and
-    tcgen05 take. A head of 256 leaves registers for 32, which only mma takes. itemsize: of Q, E and Kt, of which two
-    chunks fit shared memory up to 512 bytes a row."""
+    tcgen05 take. A head of 256 leaves registers for 32, which only mma takes. fp32 leaves them for 16, and from 128 on
+    none for loading a chunk ahead."""
     if _amd(arch):
         return (dict(BV=min(_padded(V), 64 if BK <= 128 else 32), num_warps=4, num_stages=1),)
+    if itemsize == 4:
+        return (dict(BV=16, num_warps=8, num_stages=2 if BK <= 64 else 1),)
     if arch == 80 or BK > 128:
         most = 32
     else:
         most = 128 if arch == 90 else 64
     BV = min(_padded(V), most)
-    return (dict(BV=BV, num_warps=4 if max(BK, BV) <= 64 else 8, num_stages=2 if BK * itemsize <= 512 else 1),)
+    return (dict(BV=BV, num_warps=4 if max(BK, BV) <= 64 else 8, num_stages=2),)
 
 
-def gradient(arch, BK, V):
-    """BS key channels and BV value channels at a time."""
-    size, warps = (32, 4) if _amd(arch) else (64, 8)
-    return (dict(BS=min(BK, size), BV=min(_padded(V), size), num_warps=warps, num_stages=1),)
+def gradient(arch, BK, V, itemsize):
+    """BS key channels and BV value channels at a time.
+
+    In fp32 on NVIDIA BS=16 would spill less, 8 to 56 bytes at a head of 128, but not give each warp a part of a product
+    of its own: four times as many matrix instructions."""
+    if _amd(arch):
+        return (dict(BS=min(BK, 32), BV=min(_padded(V), 32), num_warps=4, num_stages=1),)
+    BV = min(_padded(V), 64) if itemsize == 2 else 16
+    return (dict(BS=min(BK, 64), BV=BV, num_warps=8, num_stages=1),)
