@@ -35,6 +35,7 @@ TARGETS = {
     "sm_80": (80, GPUTarget("cuda", 80, 32), 163 * KB),
     "sm_90": (90, GPUTarget("cuda", 90, 32), 227 * KB),
     "sm_100": (100, GPUTarget("cuda", 100, 32), 227 * KB),
+    "sm_120": (120, GPUTarget("cuda", 120, 32), 99 * KB),
     "gfx942": ("gfx942", GPUTarget("hip", "gfx942", 64), 64 * KB),
 }
 SIZES = (64, 128, 256)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 AOT = Path(__file__).parents[1] / "benchmarks" / "aot.py"
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 CHUNK_KERNELS = {"prepare_kernel", "scan_kernel", "reverse_kernel", "gradient_kernel"}
 SCANS = {"scan_kernel", "reverse_kernel"}
 

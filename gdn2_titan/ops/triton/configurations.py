@@ -14,6 +14,10 @@ import triton
 __all__ = ["gradient", "prepare", "scan"]
 
 
+# Without wgmma and tcgen05, and with 99 KB of shared memory to a program.
+SMALL = (86, 89, 120, 121)
+
+
 def _padded(size):
     return max(16, triton.next_power_of_2(size))
 
@@ -31,12 +35,12 @@ def scan(arch, BK, V, itemsize):
 
     On sm_90 128 fit at a head of 128, which then reads Q, E, Kt, A_qk and A once; 64 is the least that wgmma and
     tcgen05 take. A head of 256 leaves registers for 32, which only mma takes. fp32 leaves them for 16, and from 128 on
-    none for loading a chunk ahead."""
+    none for loading a chunk ahead; nor does a head of 256 leave shared memory for that on a small GPU."""
     if _amd(arch):
         return (dict(BV=min(_padded(V), 64 if BK <= 128 else 32), num_warps=4, num_stages=1),)
-    if itemsize == 4:
+    if itemsize == 4 or (arch in SMALL and BK > 128):
         return (dict(BV=16, num_warps=8, num_stages=2 if BK <= 64 else 1),)
-    if arch == 80 or BK > 128:
+    if not 90 <= arch < 120 or BK > 128:
         most = 32
     else:
         most = 128 if arch == 90 else 64

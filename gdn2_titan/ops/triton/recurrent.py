@@ -93,11 +93,11 @@ def recurrent_kernel(
 def configuration(BK, V):
     """The one candidate: measuring several would take several steps of a state that is updated in place.
 
-    A slice is up to 32 columns wide; a thread holds 64 numbers of it (32 of a small head: on sm_100 more spill), and at
+    A slice is up to 32 columns wide; a thread holds 64 numbers of it (16 of a small head: more spill on some GPU), and at
     least 4, so that no two hold the same one.
     """
     BV = min(32, padded(V))
-    return {"BV": BV, "num_warps": max(1, BK * BV // (1024 if BK <= 64 else 2048))}
+    return {"BV": BV, "num_warps": max(1, BK * BV // (512 if BK <= 64 else 2048))}
 
 
 def padded(size):
