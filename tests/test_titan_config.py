@@ -55,6 +55,16 @@ def check(path, *arguments):
     return config
 
 
+def assert_refused(path, parts):
+    """In one sentence, with all these parts."""
+    with pytest.raises(ConfigError) as refusal:
+        check(path)
+    message = str(refusal.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
 REFUSALS = [
     ({"model.flavor": "2B"}, ["model.flavor", "'2B'", "debug_hybrid", "1.3B_hybrid"]),
     ({"gdn2.windw": 12}, ["gdn2.windw", "12", "did you mean 'window'"]),
@@ -99,12 +109,7 @@ REFUSALS = [
 def test_a_config_that_cannot_train_is_refused_in_one_sentence(tmp_path, monkeypatch, changes, parts):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.delenv("NGPU", raising=False)
-    with pytest.raises(ConfigError) as refusal:
-        check(write_toml(tmp_path / "x.toml", changes))
-    message = str(refusal.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message
+    assert_refused(write_toml(tmp_path / "x.toml", changes), parts)
 
 
 def test_a_missing_or_broken_toml_file_is_refused_by_name(tmp_path):
@@ -147,6 +152,8 @@ LAYOUT_REFUSALS = [
     ({PP: 2, SCHEDULE: "InterleavedZeroBubble", "compile.enable": True}, ["compile.enable", "Interleaved", "false"]),
     ({PP: 2, SCHEDULE: "InterleavedZeroBubble", "activation_checkpoint.selective_ac_option": "op"},
      ["selective_ac_option", "'op'", "a number of layers"]),
+    ({PP: 2, SCHEDULE: "interleavedzerobubble", "compile.enable": True}, ["compile.enable", "interleaved", "false"]),
+    ({PP: 2, SCHEDULE: "1f1b", "training.local_batch_size": 1}, ["training.local_batch_size is 1", "each of 2 stages"]),
     ({PP: 2, SCHEDULE: "ZBVZeroBubble", "validation.enable": True, "validation.dataset": "stdlib"},
      ["validation.enable", "'ZBVZeroBubble'", "false"]),
     ({PP: 2, "validation.enable": True, "validation.dataset": "stdlib", "validation.local_batch_size": 4},
@@ -159,12 +166,7 @@ LAYOUT_REFUSALS = [
 )
 def test_a_layout_that_eight_processes_cannot_have_is_refused_in_one_sentence(tmp_path, monkeypatch, changes, parts):
     monkeypatch.setenv("WORLD_SIZE", "8")
-    with pytest.raises(ConfigError) as refusal:
-        check(write_toml(tmp_path / "x.toml", changes))
-    message = str(refusal.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message
+    assert_refused(write_toml(tmp_path / "x.toml", changes), parts)
 
 
 @pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="only torch 2.13 fails there")

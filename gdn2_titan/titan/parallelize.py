@@ -14,6 +14,8 @@ from gdn2_titan.parallel import (
     sum_gradients,
 )
 
+from .sections import compiles
+
 __all__ = ["parallelize"]
 
 
@@ -21,7 +23,7 @@ def parallelize(model, parallel_dims, job_config):
     """TorchTitan's ``parallelize_fn``, for the model or a pipeline stage of it: tensor parallelism, activation
     checkpointing, compilation, sharding, in this order."""
     training, parallelism = job_config.training, job_config.parallelism
-    compiled = job_config.compile.enable and "model" in job_config.compile.components
+    compiled = compiles(job_config, "model")
     if parallel_dims.tp_enabled:
         mesh = parallel_dims.get_mesh("tp")
         apply_tensor_parallel(model, mesh, loss_parallel=not parallelism.disable_loss_parallel)

@@ -6,20 +6,22 @@ import os
 
 from torch.distributed.pipelining.schedules import (
     PipelineScheduleSingle,
+    Schedule1F1B,
     ScheduleDualPipeV,
+    ScheduleInterleavedZeroBubble,
     ScheduleZBVZeroBubble,
     get_schedule_class,
 )
 from torchtitan.distributed.pipeline_parallel import generate_llm_fqn_per_model_part, pipeline_llm
 
 from .errors import ConfigError
+from .sections import compiles
 
 __all__ = ["check_pipeline", "pipeline", "rank_with_loss"]
 
 # The first and the last stage are on one rank.
 V_SHAPED = (ScheduleZBVZeroBubble, ScheduleDualPipeV)
-
-SPLIT_BACKWARD = ("ZBVZeroBubble", "InterleavedZeroBubble", "DualPipeV")
+SPLIT_BACKWARD = (*V_SHAPED, ScheduleInterleavedZeroBubble)
 
 
 def _number_of_stages(parallelism, n_layers):
@@ -49,9 +51,7 @@ def _modules_of_stages(parallelism, n_layers):
 def rank_with_loss(parallelism, processes):
     """The first rank of the last stage, which alone knows the loss; a V-shaped schedule ends where it began."""
     degree = parallelism.pipeline_parallel_degree
-    if issubclass(
-        get_schedule_class(parallelism.pipeline_parallel_schedule), (ScheduleZBVZeroBubble, ScheduleDualPipeV)
-    ):
+    if issubclass(get_schedule_class(parallelism.pipeline_parallel_schedule), V_SHAPED):
         return 0
     return processes // degree * (degree - 1)
 
@@ -90,15 +90,15 @@ def check_pipeline(job_config, n_layers):
             f"parallelism.pipeline_parallel_degree is {degree}; {n_layers} layers do not fill {count} stages ({error})"
         ) from error
     batch = f"training.local_batch_size is {training.local_batch_size}, or {microbatches} microbatches of {microbatch}"
-    if microbatches < count and name in ("1F1B", "DualPipeV"):
+    if microbatches < count and issubclass(schedule, (Schedule1F1B, ScheduleDualPipeV)):
         raise ConfigError(f"{batch}; schedule {name!r} wants at least one for each of {count} stages")
     if not single and microbatches % max(1, microbatches // degree):
         raise ConfigError(
             f"{batch}; schedule {name!r} wants a multiple of parallelism.pipeline_parallel_degree = {degree}"
         )
-    if name in SPLIT_BACKWARD:
+    if issubclass(schedule, SPLIT_BACKWARD):
         because = f"with parallelism.pipeline_parallel_schedule = {name!r}, which cuts each backward in two, it must be"
-        if job_config.compile.enable and "model" in job_config.compile.components:
+        if compiles(job_config, "model"):
             raise ConfigError(f"compile.enable is true; {because} false, or compile.components without 'model'")
         checkpointing = job_config.activation_checkpoint
         if checkpointing.mode == "selective" and checkpointing.selective_ac_option == "op":

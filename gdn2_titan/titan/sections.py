@@ -15,7 +15,7 @@ from gdn2_titan.parallel.float8 import EXCLUDE, MXFP8_RECIPES, SMALLEST_SIDE
 
 from .byte_tokenizer import BYTE_TOKENIZER_DIR
 
-__all__ = ["Data", "Float8Linear", "GDN2", "JobConfig", "MXLinear", "section"]
+__all__ = ["Data", "Float8Linear", "GDN2", "JobConfig", "MXLinear", "compiles", "section"]
 
 
 @dataclass
@@ -139,3 +139,8 @@ class JobConfig(StockJobConfig):
 def section(job_config, name):
     """A section of ours, or its defaults where the job config is a fork's own and does not have it."""
     return getattr(job_config, name, None) or {"gdn2": GDN2, "data": Data}[name]()
+
+
+def compiles(job_config, component):
+    """Whether [compile] asks for a component: "model" or "loss"."""
+    return job_config.compile.enable and component in job_config.compile.components

@@ -13,9 +13,13 @@ from .cpu import accelerator
 from .errors import ConfigError
 from .float8 import check_float8
 from .pipeline import check_pipeline
-from .sections import GDN2, section
+from .sections import GDN2, compiles, section
 
 __all__ = ["validate_config"]
+
+
+def _model_args(job_config):
+    return dataclasses.replace(flavors[job_config.model.flavor], **section(job_config, "gdn2").overrides())
 
 
 def _check_model(job_config):
@@ -25,9 +29,8 @@ def _check_model(job_config):
     if flavor not in flavors:
         raise ConfigError(f"model.flavor is {flavor!r}; it must be one of {', '.join(flavors)}")
     gdn2 = section(job_config, "gdn2")
-    overrides = gdn2.overrides()
     try:
-        dataclasses.replace(flavors[flavor], **overrides).validate()
+        _model_args(job_config).validate()
     except ValueError as error:
         # The sentence begins with the field; all fields that a flavor leaves open to change are ours.
         known = str(error).split(" ", 1)[0] in {f.name for f in dataclasses.fields(GDN2)}
@@ -97,14 +100,10 @@ def _check_processes(job_config):
         )
 
 
-def _compiles_model(job_config):
-    return job_config.compile.enable and "model" in job_config.compile.components
-
-
 def _check_shares(job_config):
     """What the ranks of tensor and pipeline parallelism share must be theirs to share."""
     parallelism = job_config.parallelism
-    args = dataclasses.replace(flavors[job_config.model.flavor], **section(job_config, "gdn2").overrides())
+    args = _model_args(job_config)
     degree = parallelism.tensor_parallel_degree
     if degree > 1:
         try:
@@ -120,7 +119,7 @@ def _check_shares(job_config):
                     f"{name}.seq_len is {length}; parallelism.tensor_parallel_degree = {degree} must divide it"
                 )
     if parallelism.enable_async_tensor_parallel:
-        if not _compiles_model(job_config):
+        if not compiles(job_config, "model"):
             raise ConfigError(
                 "parallelism.enable_async_tensor_parallel is true; then compile.enable must be true and "
                 "compile.components must have 'model'"
@@ -133,7 +132,7 @@ def _check_shares(job_config):
     whole = checkpointing.mode == "full" or (
         checkpointing.mode == "selective" and checkpointing.selective_ac_option != "op"
     )
-    if degree > 1 and whole and _compiles_model(job_config) and torch.__version__.startswith("2.13."):
+    if degree > 1 and whole and compiles(job_config, "model") and torch.__version__.startswith("2.13."):
         raise ConfigError(
             f"activation_checkpoint.mode is {checkpointing.mode!r}; with tensor parallelism, compile.enable and "
             "torch 2.13 it must be 'none', or 'selective' with selective_ac_option = 'op'"

@@ -93,7 +93,7 @@ def recurrent_kernel(
 def configuration(BK, V):
     """The one candidate: measuring several would take several steps of a state that is updated in place.
 
-    A slice is up to 32 columns wide; a thread holds 64 numbers of it (16 of a small head: more spill on some GPU), and at
+    A slice is up to 32 columns wide; a thread holds 64 numbers of it (16 of a small head: more spill on some GPU), at
     least 4, so that no two hold the same one.
     """
     BV = min(32, padded(V))
