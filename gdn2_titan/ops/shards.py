@@ -1,0 +1,58 @@
+"""How the ranks of a group share sequences, and which of its tokens a rank therefore has."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["LAYOUTS", "SequenceShards"]
+
+LAYOUTS = ("contiguous", "head_tail")
+
+
+@dataclass(frozen=True)
+class SequenceShards:
+    """Sequences of T tokens cut into segments of equal length, and dealt to the ranks of a group.
+
+    contiguous: rank r has segment r of ``size``. head_tail: rank r has segments r and 2 size - 1 - r of 2 size, in this
+    order, which gives all ranks the same share of causal attention; it is what TorchTitan's load balancer deals.
+
+    Plain numbers and a name, so that a compiler can read them; ``of`` makes one.
+    """
+
+    group: str  # the name under which functional collectives know it
+    rank: int
+    size: int
+    layout: str
+
+    @classmethod
+    def of(cls, group, layout):
+        """group: a ProcessGroup or a 1-D DeviceMesh; layout: of LAYOUTS."""
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout is {layout!r}; it must be one of {', '.join(map(repr, LAYOUTS))}")
+        if not isinstance(group, dist.ProcessGroup):
+            group = group.get_group()
+        return cls(group.group_name, group.rank(), group.size(), layout)
+
+    @property
+    def per_rank(self):
+        """Segments that a rank has."""
+        return 1 if self.layout == "contiguous" else 2
+
+    @property
+    def segments(self):
+        """The indices of this rank's segments, in the order in which it has them."""
+        return (self.rank,) if self.per_rank == 1 else (self.rank, 2 * self.size - 1 - self.rank)
+
+    def positions(self, length, device=None):
+        """The places in the whole sequence of this rank's ``length`` tokens, int64 [length]."""
+        size = length // self.per_rank
+        return torch.cat([torch.arange(i * size, (i + 1) * size, device=device) for i in self.segments])
+
+    def global_order(self, x, dim):
+        """x, gathered from all ranks in the order of ranks along ``dim``, in the order of the sequence."""
+        if self.per_rank == 1:
+            return x
+        x = x.unflatten(dim, (self.size, 2, -1))
+        heads, tails = x.select(dim + 1, 0), x.select(dim + 1, 1)
+        return torch.cat((heads, tails.flip(dim)), dim).flatten(dim, dim + 1)
