@@ -25,6 +25,7 @@ from launches import recorded
 from triton.backends.compiler import GPUTarget
 
 from gdn2_titan import ops
+from gdn2_titan.ops.triton import chunk
 
 __all__ = ["CASES", "OPS", "TARGETS", "reports"]
 
@@ -62,6 +63,13 @@ def _chunk(kind, size, options):
     _train(ops.chunk_gdn2, gdn2_inputs(kind, B, T, H, size, size, **options, requires_grad=True))
 
 
+def _segment(kind, size, options):
+    inputs = gdn2_inputs(kind, B, T, H, size, size, **options)
+    tensors = [inputs.get(name) for name in ("q", "k", "v", "g", "b", "w", "A_log", "dt_bias", "resets")]
+    raw = KINDS[kind]["raw"]
+    chunk.segment_forward(*tensors, size**-0.5, dict(l2norm=raw, gate=raw, sigmoid=raw, erase_scale=1.0))
+
+
 def _recurrent(kind, size, options):
     with torch.no_grad():
         ops.recurrent_gdn2(**gdn2_inputs(kind, B, T, H, size, size, **options), backend="triton")
@@ -80,7 +88,7 @@ def _conv(kind, size, options):
     _train(ops.causal_conv1d, conv_inputs(kind, B, T, H * size, **options, requires_grad=True))
 
 
-OPS = {"chunk": _chunk, "recurrent": _recurrent, "decode": _decode, "conv": _conv}
+OPS = {"chunk": _chunk, "segment": _segment, "recurrent": _recurrent, "decode": _decode, "conv": _conv}
 
 
 def _cases():
@@ -89,6 +97,8 @@ def _cases():
         if op == "conv":
             if size == 128 and kind != "bf16 raw":
                 yield op, kind, size, options
+        elif options == "packed" and op == "segment":
+            continue  # it has no cu_seqlens
         elif options == "plain" or (op != "decode" and size == 128 and kind == "bf16 raw"):
             yield op, kind, size, options
 

@@ -1,6 +1,7 @@
 """Launches of the chunkwise kernels: two for the forward, four for the backward, which recomputes from the inputs.
 
 forward    prepare -> scan, which writes o and the final state
+segment    prepare -> segment, which writes what o and the final state are as functions of the initial state
 backward   prepare -> scan, which writes R and the state at each chunk -> reverse -> gradient
 """
 
@@ -15,10 +16,10 @@ from ..validation import check_cu_seqlens
 from . import configurations, launching, target
 from .gradient import gradient_kernel
 from .prepare import prepare_kernel
-from .scan import reverse_kernel, scan_kernel
+from .scan import reverse_kernel, scan_kernel, segment_kernel
 from .tree import LEVELS
 
-__all__ = ["chunk_backward", "chunk_forward"]
+__all__ = ["chunk_backward", "chunk_forward", "segment_forward"]
 
 
 NORMS = ("norm_q", "norm_k")
@@ -108,6 +109,27 @@ def chunk_forward(q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, r
     final_state = q.new_empty((call.sequences, v.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)
     _scan(call, prepared, v, w, initial_state, options["sigmoid"], o=o, final_state=final_state)
     return o, final_state
+
+
+def segment_forward(q, k, v, g, b, w, A_log, dt_bias, resets, scale, options):
+    """What tokens do whose entering state S [B, HV, K, V] is not known: o [B, T, HV, V], read [B, T, H, K], transition
+    [B, H, K, K] and contribution [B, HV, K, V], all fp32. With it they give o + read @ S and leave the state
+    transition @ S + contribution."""
+    q, k, v, g, b, w, A_log, dt_bias, resets = _contiguous(q, k, v, g, b, w, A_log, dt_bias, resets)
+    (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
+    call = _call(q, v, None)
+    prepared, _ = _prepare(call, q, k, g, b, A_log, dt_bias, resets, scale, options)
+    o, read, transition, contribution = (
+        q.new_empty(shape, dtype=torch.float32) for shape in (v.shape, q.shape, (B, H, K, K), (B, HV, K, V))
+    )
+    launching.launch(
+        segment_kernel, lambda meta: (triton.cdiv(V, meta["BV"]) + triton.cdiv(K, meta["BV"]), B * HV),
+        configurations.scan(call.arch, call.sizes["BK"], max(K, V), v.element_size()),
+        dict(v=v, w=w, resets=resets, o=o, contribution=contribution, read=read, transition=transition)
+        | call.spans | prepared,
+        call.sizes | dict(HV=HV, V=V, SIGMOID=options["sigmoid"]),
+    )  # fmt: skip
+    return o, read, transition, contribution
 
 
 def chunk_backward(

@@ -13,7 +13,7 @@ import triton.language as tl
 from .products import cast, dot
 from .rows import C
 
-__all__ = ["reverse_kernel", "scan_kernel"]
+__all__ = ["reverse_kernel", "scan_kernel", "segment_kernel"]
 
 
 @triton.jit
@@ -65,6 +65,47 @@ def _store_turned(x, value, stride, cols, V, count):
 
 
 @triton.jit
+def _run(
+    S, Q, E, Kt, total, A_qk, A, v, w, o, R, states, h, hv, cols, chunk, chunks, start, length,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    SIGMOID: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The state [BV, BK] that the chunks leave which S enters. v, w: None where no value is written."""
+    dtype: tl.constexpr = Q.dtype.element_ty
+    rows = tl.arange(0, C)
+    channels = tl.arange(0, BK)
+    wide = rows[:, None] * BK + channels[None, :]
+    tall = channels[:, None] + rows[None, :] * BK
+    turned = rows[:, None] + rows[None, :] * C
+    for c in range(chunks):
+        count = length - c * C
+        prepared = (chunk + c).to(tl.int64) * H + h
+        tokens = ((start + c * C) * HV + hv) * V
+        S_in = cast(S, dtype)
+        if states is not None:
+            _store_state(states, S_in, chunk + c, hv, cols, HV, K, V, BK)
+        if v is not None:
+            gate = _load_turned(w + tokens, HV * V, cols, V, count)
+            if SIGMOID:
+                gate = tl.sigmoid(gate)
+            r = gate * _load_turned(v + tokens, HV * V, cols, V, count)
+            r -= dot(S_in, tl.load(E + prepared * C * BK + tall), PRECISION)
+        else:
+            r = -dot(S_in, tl.load(E + prepared * C * BK + tall), PRECISION)
+        if o is not None:
+            out = dot(S_in, tl.load(Q + prepared * C * BK + tall), PRECISION)
+        r = cast(dot(cast(r, dtype), tl.load(A + prepared * C * C + turned), PRECISION), dtype)
+        if R is not None:
+            _store_turned(R + tokens, r, HV * V, cols, V, count)
+        if o is not None:
+            out += dot(r, tl.load(A_qk + prepared * C * C + turned), PRECISION)
+            _store_turned(o + tokens, out, HV * V, cols, V, count)
+        S *= tl.load(total + prepared * BK + channels)[None, :]
+        S += dot(r, tl.load(Kt + prepared * C * BK + wide), PRECISION)
+    return S
+
+
+@triton.jit
 def scan_kernel(
     Q, E, Kt, total, A_qk, A, v, w, initial_state, cu_seqlens, ends, T, NT,
     o, final_state, R, states,
@@ -77,44 +118,82 @@ def scan_kernel(
     [NC, HV, V, K], the state that each chunk enters with; whichever is given."""
     n = tl.program_id(1) // HV
     hv = tl.program_id(1) % HV
-    h = hv // (HV // H)
     cols = tl.program_id(0) * BV + tl.arange(0, BV)
-    dtype: tl.constexpr = Q.dtype.element_ty
     chunk, chunks, start, length = _span(n, ends, cu_seqlens, T, NT, PACKED)
-    rows = tl.arange(0, C)
-    channels = tl.arange(0, BK)
-    wide = rows[:, None] * BK + channels[None, :]
-    tall = channels[:, None] + rows[None, :] * BK
-    turned = rows[:, None] + rows[None, :] * C
-
     block, inside = _state_block(n, hv, cols, HV, K, V, BK)
     S = tl.zeros([BV, BK], tl.float32)
     if initial_state is not None:
         S += tl.load(initial_state + block, mask=inside, other=0.0).to(tl.float32)
-    for c in range(chunks):
-        count = length - c * C
-        prepared = (chunk + c).to(tl.int64) * H + h
-        tokens = ((start + c * C) * HV + hv) * V
-        S_in = cast(S, dtype)
-        if states is not None:
-            _store_state(states, S_in, chunk + c, hv, cols, HV, K, V, BK)
-        gate = _load_turned(w + tokens, HV * V, cols, V, count)
-        if SIGMOID:
-            gate = tl.sigmoid(gate)
-        r = gate * _load_turned(v + tokens, HV * V, cols, V, count)
-        r -= dot(S_in, tl.load(E + prepared * C * BK + tall), PRECISION)
-        if o is not None:
-            out = dot(S_in, tl.load(Q + prepared * C * BK + tall), PRECISION)
-        r = cast(dot(cast(r, dtype), tl.load(A + prepared * C * C + turned), PRECISION), dtype)
-        if R is not None:
-            _store_turned(R + tokens, r, HV * V, cols, V, count)
-        if o is not None:
-            out += dot(r, tl.load(A_qk + prepared * C * C + turned), PRECISION)
-            _store_turned(o + tokens, out, HV * V, cols, V, count)
-        S *= tl.load(total + prepared * BK + channels)[None, :]
-        S += dot(r, tl.load(Kt + prepared * C * BK + wide), PRECISION)
+    S = _run(
+        S, Q, E, Kt, total, A_qk, A, v, w, o, R, states, hv // (HV // H), hv, cols, chunk, chunks, start, length,
+        H, HV, K, V, BK, SIGMOID, PRECISION,
+    )  # fmt: skip
     if final_state is not None:
         tl.store(final_state + block, S, mask=inside)
+
+
+SEARCH = tl.constexpr(1024)
+
+
+@triton.jit
+def _first_reset(resets, length):
+    """The first of ``length`` tokens that begins a document; length where none does."""
+    first = tl.full([SEARCH], 0, tl.int32) + length
+    for begin in range(0, length, SEARCH):
+        token = begin + tl.arange(0, SEARCH)
+        found = tl.load(resets + token, mask=token < length, other=0) != 0
+        first = tl.where(found, tl.minimum(first, token), first)
+    return tl.min(first, 0)
+
+
+@triton.jit
+def segment_kernel(
+    Q, E, Kt, total, A_qk, A, v, w, resets, cu_seqlens, ends, T, NT,
+    o, contribution, read, transition,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    PACKED: tl.constexpr, SIGMOID: tl.constexpr, PRECISION: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """``scan_kernel`` from a state of zeros, and beside it, in the programs after those of a head's values, what the
+    tokens do to any state: the same without values from the identity, K columns for each key head.
+
+    Writes o [B * T, HV, V] and contribution [N, HV, K, V], read [B * T, H, K] and transition [N, H, K, K]."""
+    n = tl.program_id(1) // HV
+    hv = tl.program_id(1) % HV
+    h = hv // (HV // H)
+    tiles: tl.constexpr = (V + BV - 1) // BV
+    tile = tl.program_id(0)
+    values = tile < tiles
+    if not values and hv % (HV // H) > 0:
+        return
+    chunk, chunks, start, length = _span(n, ends, cu_seqlens, T, NT, PACKED)
+    state = contribution + (n.to(tl.int64) * HV + hv) * K * V
+    width = V
+    if values:
+        cols = tile * BV + tl.arange(0, BV)
+        S = _run(
+            tl.zeros([BV, BK], tl.float32), Q, E, Kt, total, A_qk, A, v, w, o, None, None,
+            h, hv, cols, chunk, chunks, start, length, H, HV, K, V, BK, SIGMOID, PRECISION,
+        )  # fmt: skip
+    else:
+        cols = (tile - tiles) * BV + tl.arange(0, BV)
+        alive = chunks
+        if resets is not None:  # behind the chunk of a reset there is nothing left to multiply
+            alive = tl.minimum(chunks, _first_reset(resets + start, length) // C + 1)
+        S = _run(
+            tl.where(cols[:, None] == tl.arange(0, BK)[None, :], 1.0, 0.0),
+            Q, E, Kt, total, A_qk, A, None, None, read, None, None,
+            h, h, cols, chunk, alive, start, length, H, H, K, K, BK, SIGMOID, PRECISION,
+        )  # fmt: skip
+        for c in range(alive, chunks):
+            tokens = ((start + c * C) * H + h) * K
+            _store_turned(read + tokens, tl.zeros([BV, C], tl.float32), H * K, cols, K, length - c * C)
+        # Not before _run: of two branches that end alike Triton (3.9) makes one end, and then gives the shared memory
+        # of the one to nothing in the other.
+        state = transition + (n.to(tl.int64) * H + h) * K * K
+        width = K
+    rows = tl.arange(0, BK)
+    inside = (rows < K)[None, :] & (cols < width)[:, None]
+    tl.store(state + rows[None, :] * width + cols[:, None], S, mask=inside)
 
 
 @triton.jit
