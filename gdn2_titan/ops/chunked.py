@@ -200,7 +200,7 @@ def chunk_forward(q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, r
 
 
 def segment_forward(q, k, v, g, b, w, A_log, dt_bias, resets, scale, options):
-    """``segment_gdn2``: o, read, transition, contribution in the compute dtype.
+    """``segment_gdn2``: o and read in q's dtype, transition and contribution in the compute dtype.
 
     K more value columns, into which nothing is written: what they hold is what became of the entering state, here I.
     """
@@ -216,10 +216,8 @@ def segment_forward(q, k, v, g, b, w, A_log, dt_bias, resets, scale, options):
     states[..., GV:] = torch.eye(K, dtype=dtype, device=q.device)
     o = layout.unpad(_outputs(layout, tensors, states, scale), T)
     contribution, transition = states.split((GV, K), -1)
-    return (
-        o[..., :GV].reshape(v.shape), o[..., GV:], transition.view(B, H, K, K),
-        _ungroup_state(contribution.contiguous(), H, HV),
-    )  # fmt: skip
+    o, read = o.to(v.dtype).split((GV, K), -1)
+    return o.reshape(v.shape), read, transition.view(B, H, K, K), _ungroup_state(contribution.contiguous(), H, HV)
 
 
 def chunk_backward(

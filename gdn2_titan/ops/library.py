@@ -16,8 +16,8 @@ from .reference import recur_packed
 from .transforms import differentiable, once
 
 __all__ = [
-    "chunk_gdn2_backward_op", "differentiable_chunk_gdn2", "differentiable_recurrent_gdn2", "kernels", "kernel_options",
-    "no_autocast", "recurrent_gdn2_inplace_op",
+    "chunk_gdn2_backward_once", "differentiable_chunk_gdn2", "differentiable_recurrent_gdn2", "kernel_options",
+    "kernels", "no_autocast", "recurrent_gdn2_inplace_op",
 ]  # fmt: skip
 
 
@@ -159,7 +159,7 @@ def _backward(ctx, do, dfinal_state):
         return (None,) * (TENSORS + len(ctx.numbers))
     inputs = ctx.saved_tensors
     # The recurrent op too: its gradient is the same function of the same inputs.
-    grads = _backward_once(do, dfinal_state, *inputs, *ctx.numbers)
+    grads = chunk_gdn2_backward_once(do, dfinal_state, *inputs, *ctx.numbers)
     present = [None if x is None else grad for x, grad in zip(inputs[:9], grads, strict=True)]
     return (*present, None, None, *(None for _ in ctx.numbers))
 
@@ -168,7 +168,7 @@ chunk_gdn2_op.register_autograd(_backward, setup_context=_setup_context)
 recurrent_gdn2_op.register_autograd(_backward, setup_context=_setup_context)
 differentiable_chunk_gdn2 = differentiable(chunk_gdn2_op, _setup_context, _backward)
 differentiable_recurrent_gdn2 = differentiable(recurrent_gdn2_op, _setup_context, _backward)
-_backward_once = once(chunk_gdn2_backward_op, "chunk_gdn2 and recurrent_gdn2")
+chunk_gdn2_backward_once = once(chunk_gdn2_backward_op, "chunk_gdn2 and recurrent_gdn2")
 
 
 def _sizes(q_shape, v_shape):

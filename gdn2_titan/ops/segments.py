@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .dispatch import BACKENDS
 from .flops import forward_flops
 from .gates import compute_dtype
-from .library import chunk_gdn2_backward_op, kernel_options, kernels, no_autocast
+from .library import chunk_gdn2_backward_once, kernel_options, kernels, no_autocast
 from .transforms import differentiable
 from .validation import check_choice, check_inputs
 
@@ -31,7 +31,7 @@ def segment_gdn2_op(
     A_log: Tensor | None, dt_bias: Tensor | None, resets: Tensor | None,
     scale: float, l2norm: bool, gate: bool, sigmoid: bool, erase_scale: float, backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """o_0 [B, T, HV, V], P [B, T, H, K], M [B, H, K, K], D [B, HV, K, V], all in the compute dtype."""
+    """o_0 [B, T, HV, V] and P [B, T, H, K] in q's dtype, M [B, H, K, K] and D [B, HV, K, V] in the compute dtype."""
     with no_autocast(q):
         results = kernels(q, v, backend).segment_forward(
             q, k, v, g, b, w, A_log, dt_bias, resets, scale, kernel_options(l2norm, gate, sigmoid, erase_scale)
@@ -42,8 +42,8 @@ def segment_gdn2_op(
 @segment_gdn2_op.register_fake
 def _(q, k, v, *rest):
     (B, _, H, K), (HV, V), dtype = q.shape, v.shape[2:], compute_dtype(q)
-    shapes = v.shape, q.shape, (B, H, K, K), (B, HV, K, V)
-    return tuple(q.new_empty(shape, dtype=dtype) for shape in shapes)
+    M, D = (q.new_empty(shape, dtype=dtype) for shape in ((B, H, K, K), (B, HV, K, V)))
+    return v.new_empty(v.shape), q.new_empty(q.shape), M, D
 
 
 def _setup_context(ctx, inputs, output):
@@ -57,14 +57,14 @@ def _backward(ctx, do, dread, dtransition, dcontribution):
     q, k, v, g, b, w, A_log, dt_bias, resets = ctx.saved_tensors
     of_values = of_map = (None,) * 9
     if do is not None or dcontribution is not None:
-        of_values = chunk_gdn2_backward_op(
+        of_values = chunk_gdn2_backward_once(
             do, dcontribution, q, k, v, g, b, w, A_log, dt_bias, None, None, resets, *ctx.numbers
         )
     if dread is not None or dtransition is not None:
         identity = torch.eye(q.shape[-1], dtype=compute_dtype(q), device=q.device)
         identity = identity.expand(q.shape[0], q.shape[2], -1, -1).contiguous()
         nothing = torch.zeros_like(q)
-        of_map = chunk_gdn2_backward_op(
+        of_map = chunk_gdn2_backward_once(
             dread, dtransition, q, k, nothing, g, b, nothing, A_log, dt_bias, identity, None, resets, *ctx.numbers
         )
         of_map = [None if i in (2, 5) else x for i, x in enumerate(of_map)]
