@@ -20,12 +20,11 @@ import tempfile
 
 import torch
 import triton
-from calls import KINDS, conv_inputs, gdn2_inputs
+from calls import KINDS, conv_inputs, gdn2_inputs, segment
 from launches import recorded
 from triton.backends.compiler import GPUTarget
 
 from gdn2_titan import ops
-from gdn2_titan.ops.triton import chunk
 
 __all__ = ["CASES", "OPS", "TARGETS", "reports"]
 
@@ -64,10 +63,8 @@ def _chunk(kind, size, options):
 
 
 def _segment(kind, size, options):
-    inputs = gdn2_inputs(kind, B, T, H, size, size, **options)
-    tensors = [inputs.get(name) for name in ("q", "k", "v", "g", "b", "w", "A_log", "dt_bias", "resets")]
-    raw = KINDS[kind]["raw"]
-    chunk.segment_forward(*tensors, size**-0.5, dict(l2norm=raw, gate=raw, sigmoid=raw, erase_scale=1.0))
+    with torch.no_grad():
+        segment(**gdn2_inputs(kind, B, T, H, size, size, **options))
 
 
 def _recurrent(kind, size, options):

@@ -2,7 +2,9 @@
 
 import torch
 
-__all__ = ["KINDS", "conv_inputs", "gdn2_inputs"]
+from gdn2_titan.ops.segments import segment_gdn2_op
+
+__all__ = ["KINDS", "conv_inputs", "gdn2_inputs", "segment"]
 
 # What the projections in front of the op produce. "bf16": bf16 with the decay in fp32, gates already activated.
 # "bf16 raw": bf16 projections as they come; the op activates them.
@@ -75,3 +77,11 @@ def conv_inputs(
         options["output_final_state"] = True
     tensors = {name: x.requires_grad_(requires_grad) for name, x in tensors.items()}
     return tensors | options | _documents(generator, B, T, resets, packed)
+
+
+def segment(initial_state=None, output_final_state=False, **inputs):
+    """What a rank that holds a segment of a sequence runs before it knows the entering state. inputs: gdn2_inputs."""
+    tensors = [inputs.get(name) for name in ("q", "k", "v", "g", "b", "w", "A_log", "dt_bias", "resets")]
+    raw = inputs.get("use_gate_in_kernel", False)
+    scale = inputs["q"].shape[-1] ** -0.5
+    return segment_gdn2_op(*tensors, scale, raw, raw, raw, 1.0, "triton")

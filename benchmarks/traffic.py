@@ -8,7 +8,8 @@ again it finds in its cache; "issued" is without that mercy, "distinct" counts a
 the cache between programs never missed. Memory traffic lies between "distinct" and "issued". PyTorch operators that the
 op calls on the way count as launches too, each reading and writing its tensors once.
 Each figure is the difference between two lengths, so that what a call costs once a sequence (its states) falls out.
-The floor: every input read once and every output written once.
+The floor: every input read once and every output written once. "segment" is the forward of a rank of a context parallel
+group, which does not know the state that its tokens are entered with.
 """
 
 import argparse
@@ -24,7 +25,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are decorated
 import numpy as np
 import torch
 import triton.runtime.interpreter as interpreter
-from calls import KINDS, gdn2_inputs
+from calls import KINDS, gdn2_inputs, segment
 from launches import recorded
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,7 +35,8 @@ __all__ = ["BAR", "measure"]
 
 LENGTHS = (256, 512)
 # Bytes per token and key head, and launches, that the package promises at K = V = 128.
-BAR = {"forward": (4600, 3), "backward": (13000, 6), "saved": 1800}
+BAR = {"forward": (4600, 3), "backward": (13000, 6), "segment": (5600, 2), "saved": 1800}
+PHASES = ("forward", "backward", "segment")
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 
 
@@ -158,7 +160,7 @@ def _counting(architecture):
 
 
 def _count(kind, T, K, V, architecture):
-    """{"forward": {name: Traffic}, "backward": ...}, the floors, and the bytes saved for backward."""
+    """{"forward": {name: Traffic}, "backward": ..., "segment": ...}, the floors, the bytes saved for backward."""
     inputs = gdn2_inputs(kind, 1, T, 1, K, V, requires_grad=True)
     leaves = [x for x in inputs.values() if isinstance(x, torch.Tensor)]
     do = torch.ones_like(inputs["v"])
@@ -175,19 +177,23 @@ def _count(kind, T, K, V, architecture):
             o, _ = chunk_gdn2(**inputs, backend="triton")
         phases["backward"] = begin()
         grads = torch.autograd.grad(o, leaves, do)
+        phases["segment"] = begin()
+        with torch.no_grad():
+            results = segment(**inputs)
     floors = {"forward": _bytes((leaves, o)), "backward": _bytes((leaves, do, grads))}
+    floors["segment"] = _bytes((leaves, results))
     return phases, floors, sum(saved.values())
 
 
 def measure(kind, K=128, V=128, architecture=90):
     """Per token and key head: {"forward": {"kernels": {name: {...}}, "total": {...}, "floor": bytes}, "backward": ...,
-    "saved": bytes}."""
+    "segment": ..., "saved": bytes}."""
     (short, short_floors, short_saved), (long, long_floors, long_saved) = (
         _count(kind, T, K, V, architecture) for T in LENGTHS
     )
     tokens = LENGTHS[1] - LENGTHS[0]
     result = {"saved": (long_saved - short_saved) / tokens}
-    for phase in long:
+    for phase in PHASES:
         kernels = {name: row.per_token(short[phase][name], tokens) for name, row in long[phase].items()}
         total = {field: sum(row[field] for row in kernels.values()) for field in dataclasses.asdict(Traffic())}
         floor = (long_floors[phase] - short_floors[phase]) / tokens
@@ -198,7 +204,7 @@ def measure(kind, K=128, V=128, architecture=90):
 def _print(kind, found):
     print(f"\n{kind}; bytes per token and key head")
     print(f"{'':>22} {'launches':>8} {'loaded':>8} {'stored':>8} {'both':>8} {'issued':>8} {'distinct':>8}")
-    for phase in ("forward", "backward"):
+    for phase in PHASES:
         for name, row in (found[phase]["kernels"] | {phase: found[phase]["total"]}).items():
             both = row["loaded"] + row["stored"]
             numbers = (row["loaded"], row["stored"], both, row["issued"], row["distinct"])

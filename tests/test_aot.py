@@ -14,7 +14,7 @@ import pytest
 AOT = Path(__file__).parents[1] / "benchmarks" / "aot.py"
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 CHUNK_KERNELS = {"prepare_kernel", "scan_kernel", "reverse_kernel", "gradient_kernel"}
-SCANS = {"scan_kernel", "reverse_kernel"}
+SCANS = {"scan_kernel", "reverse_kernel", "segment_kernel"}
 
 
 def compiled(*options):
@@ -38,7 +38,7 @@ def assert_hopper_uses_wgmma(reports):
     """Not in prepare_kernel, nor in the scans of a head of 256, of whose state a program has registers for 32 rows:
     wgmma takes products of no fewer than 64."""
     for report in reports:
-        if report["target"] == "sm_90" and report["op"] == "chunk" and report["kind"] != "fp32":
+        if report["target"] == "sm_90" and report["op"] in ("chunk", "segment") and report["kind"] != "fp32":
             few_rows = report["kernel"] == "prepare_kernel" or (report["kernel"] in SCANS and report["size"] == 256)
             assert report["matrix"].get("HGMMA") or few_rows, report
 
@@ -46,6 +46,13 @@ def assert_hopper_uses_wgmma(reports):
 def test_what_training_runs_on_hopper_does_not_spill_fits_and_uses_wgmma():
     reports = compiled("--target", "sm_90", "--op", "chunk", "--kind", "bf16", "--size", "128", "--options", "plain")
     assert {report["kernel"] for report in reports} == CHUNK_KERNELS
+    assert_faultless(reports)
+    assert_hopper_uses_wgmma(reports)
+
+
+def test_what_context_parallel_ranks_run_on_hopper_does_not_spill_fits_and_uses_wgmma():
+    reports = compiled("--target", "sm_90", "--op", "segment", "--kind", "bf16", "--size", "128")
+    assert {report["kernel"] for report in reports} == {"prepare_kernel", "segment_kernel"}
     assert_faultless(reports)
     assert_hopper_uses_wgmma(reports)
 

@@ -9,6 +9,10 @@ import pytest
 
 TRAFFIC = Path(__file__).parents[1] / "benchmarks" / "traffic.py"
 KINDS = ("bf16", "bf16 raw")
+FLOORS = {
+    "bf16": {"forward": 2048, "backward": 3840, "segment": 2304},
+    "bf16 raw": {"forward": 1792, "backward": 3328, "segment": 2048},
+}
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +38,22 @@ def test_the_backward_moves_at_most_13000_bytes_per_token_and_head_in_at_most_6_
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_segment_of_unknown_state_moves_at_most_5600_bytes_per_token_and_head_in_2_launches(counted, kind):
+    assert moved(counted[kind]["segment"]) <= 5600
+    assert counted[kind]["segment"]["total"]["launches"] == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_is_saved_for_backward_is_the_inputs(counted, kind):
     # q, k, v, b, w in bf16 and g in fp32, or all six in bf16, of 128 channels.
     assert counted[kind]["saved"] == {"bf16": 5 * 256 + 512, "bf16 raw": 6 * 256}[kind]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("phase", ["forward", "backward"])
+@pytest.mark.parametrize("phase", ["forward", "backward", "segment"])
 def test_the_counter_sees_every_input_read_and_every_output_written(counted, kind, phase):
     """No launch can load less than the floor's inputs: a count below it would be the counter's fault."""
     found = counted[kind][phase]
-    assert found["floor"] == {"bf16": (2048, 3840), "bf16 raw": (1792, 3328)}[kind][phase == "backward"]
+    assert found["floor"] == FLOORS[kind][phase]
     total = found["total"]
     assert found["floor"] <= total["distinct"] <= moved(found) <= total["issued"]

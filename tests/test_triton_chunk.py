@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from gdn2_titan.ops import chunk_gdn2, chunked, recurrent_gdn2
-from gdn2_titan.ops.triton import launching
 from tests.gdn2_cases import (
     DECAYS,
     DEVICE,
@@ -37,6 +36,7 @@ from tests.gdn2_cases import (
     run_on_device,
     strided,
 )
+from tests.kernel_launches import fenced, narrow, with_other_candidates
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -199,23 +199,7 @@ def test_gradients_through_the_recurrent_op_are_exact_to_rounding():
     ids=["raw, resets", "packed"],
 )
 def test_no_kernel_writes_outside_its_tensors(monkeypatch, options):
-    """Each tensor of a launch is the inside of a larger one. Reads outside would show in the values."""
-    launch, launched = launching.launch, set()
-    fence, mark = 4096, 77  # elements: more than a chunk of any of these tensors
-
-    def fenced(kernel, grid, candidates, args, constants):
-        given = {name: x for name, x in args.items() if isinstance(x, torch.Tensor)}
-        buffers = {name: x.new_full((fence + x.numel() + fence,), mark) for name, x in given.items()}
-        inner = {name: buffers[name][fence:-fence].view(x.shape).copy_(x) for name, x in given.items()}
-        launch(kernel, grid, candidates, args | inner, constants)
-        for name, x in given.items():
-            for edge in (buffers[name][:fence], buffers[name][-fence:]):
-                assert torch.equal(edge, torch.full_like(edge, mark)), f"{kernel.__name__} writes outside {name}"
-            if not torch.equal(inner[name], x):  # an output: autograd must not take inputs for modified
-                x.copy_(inner[name])
-        launched.add(kernel.__name__)
-
-    monkeypatch.setattr(launching, "launch", fenced)
+    launched = fenced(monkeypatch)
     assert_exact(small(T=50, K=5, V=3, groups=2, **options))
     assert launched == {"prepare_kernel", "scan_kernel", "reverse_kernel", "gradient_kernel"}
 
@@ -258,22 +242,8 @@ def test_over_a_long_sequence_of_strong_decay_dg_is_exact_relative_to_itself():
     assert_exact(inputs)
 
 
-def with_other_candidates(monkeypatch, choose):
-    """Make each launch run choose(its candidates) instead of them."""
-    launch = launching.launch
-
-    def chosen(kernel, grid, candidates, args, constants):
-        launch(kernel, grid, (choose(candidates),), args, constants)
-
-    monkeypatch.setattr(launching, "launch", chosen)
-
-
 def test_blocks_of_16_channels_are_exact_to_rounding(monkeypatch):
     """However few channels a configuration takes at a time."""
-
-    def narrow(candidates):
-        return {name: 16 if name.startswith("B") else x for name, x in candidates[0].items()}
-
     with_other_candidates(monkeypatch, narrow)
     assert_exact(small(T=40, K=40, V=40, **RAW))
 

@@ -16,12 +16,14 @@ from tests.gdn2_cases import RAW, cotangents, make, op_arguments
 BF16, FP32 = torch.bfloat16, torch.float32
 ARCHITECTURES = (0, 80, 90, 100, "gfx942")
 FORWARD = ["prepare_kernel", "scan_kernel"]
+SEGMENT = ["prepare_kernel", "segment_kernel"]
 BACKWARD = ["prepare_kernel", "scan_kernel", "reverse_kernel", "gradient_kernel"]
 
 
 @pytest.fixture
 def launches_of(monkeypatch):
-    """A function of inputs: the launches, forward and backward, that the chunk op would make of them on arch."""
+    """A function of inputs: the launches that the chunk op, forward and backward, and but for packed sequences
+    the segment op, would make of them on arch."""
 
     def function(inputs, arch=0):
         launches = []
@@ -34,7 +36,11 @@ def launches_of(monkeypatch):
             forward = list(launches)
             launches.clear()
             chunk.chunk_backward(*cotangents(inputs), *args, scale, options)
-        return forward, launches
+            backward = list(launches)
+            launches.clear()
+            if inputs["cu_seqlens"] is None:
+                chunk.segment_forward(*args[:8], args[-1], scale, options)
+        return forward, backward, launches
 
     return function
 
@@ -50,10 +56,11 @@ def names(launches):
 
 
 @pytest.mark.parametrize("options", [dict(state=False), RAW], ids=["plain", "raw"])
-def test_two_launches_forward_and_four_backward_whatever_the_length(options, launches_of):
+def test_two_launches_forward_and_of_a_segment_and_four_backward_whatever_the_length(options, launches_of):
     for T, cu in ((1, None), (200, None), (200, [0, 0, 3, 200])):
-        forward, backward = launches_of(make(T=T, cu=cu, dtype=FP32, **options))
+        forward, backward, segment = launches_of(make(T=T, cu=cu, dtype=FP32, **options))
         assert (names(forward), names(backward)) == (FORWARD, BACKWARD)
+        assert names(segment) == (SEGMENT if cu is None else [])
 
 
 def choices(launches):

@@ -112,16 +112,14 @@ def chunk_forward(q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, r
 
 
 def segment_forward(q, k, v, g, b, w, A_log, dt_bias, resets, scale, options):
-    """What tokens do whose entering state S [B, HV, K, V] is not known: o [B, T, HV, V], read [B, T, H, K], transition
-    [B, H, K, K] and contribution [B, HV, K, V], all fp32. With it they give o + read @ S and leave the state
-    transition @ S + contribution."""
+    """o [B, T, HV, V] and read [B, T, H, K] in the dtype of q and v, transition [B, H, K, K] and contribution
+    [B, HV, K, V] fp32: see ``segments``. options: those of ``gates.activate``."""
     q, k, v, g, b, w, A_log, dt_bias, resets = _contiguous(q, k, v, g, b, w, A_log, dt_bias, resets)
-    (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
+    (B, _, H, K), (HV, V) = q.shape, v.shape[2:]
     call = _call(q, v, None)
     prepared, _ = _prepare(call, q, k, g, b, A_log, dt_bias, resets, scale, options)
-    o, read, transition, contribution = (
-        q.new_empty(shape, dtype=torch.float32) for shape in (v.shape, q.shape, (B, H, K, K), (B, HV, K, V))
-    )
+    o, read = torch.empty_like(v), torch.empty_like(q)
+    transition, contribution = (q.new_empty(shape, dtype=torch.float32) for shape in ((B, H, K, K), (B, HV, K, V)))
     launching.launch(
         segment_kernel, lambda meta: (triton.cdiv(V, meta["BV"]) + triton.cdiv(K, meta["BV"]), B * HV),
         configurations.scan(call.arch, call.sizes["BK"], max(K, V), v.element_size()),

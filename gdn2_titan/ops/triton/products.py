@@ -27,5 +27,6 @@ def cast(x, dtype: tl.constexpr):
         if dtype == tl.bfloat16 and x.dtype == tl.float32:
             bits = x.to(tl.uint32, bitcast=True)
             bits += 0x7FFF + ((bits >> 16) & 1)
+            bits = (bits >> 16) << 16  # of what else is left of 0, .to makes 1e-38
             x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
     return x.to(dtype)

@@ -1,0 +1,43 @@
+"""What tests do to the launches of Triton's kernels."""
+
+import torch
+
+from gdn2_titan.ops.triton import launching
+
+FENCE, MARK = 4096, 77  # elements: more than a chunk of any of the tensors of a small test
+
+
+def with_other_candidates(monkeypatch, choose):
+    """Make each launch run choose(its candidates) instead of them."""
+    launch = launching.launch
+
+    def chosen(kernel, grid, candidates, args, constants):
+        launch(kernel, grid, (choose(candidates),), args, constants)
+
+    monkeypatch.setattr(launching, "launch", chosen)
+
+
+def narrow(candidates):
+    """The default with blocks of 16 channels."""
+    return {name: 16 if name.startswith("B") else x for name, x in candidates[0].items()}
+
+
+def fenced(monkeypatch):
+    """Put each tensor of a launch inside a larger one, and fail if a kernel writes outside. Reads outside would show
+    in the values. Returns the names of the kernels launched, a set that fills."""
+    launch, launched = launching.launch, set()
+
+    def start(kernel, grid, candidates, args, constants):
+        given = {name: x for name, x in args.items() if isinstance(x, torch.Tensor)}
+        buffers = {name: x.new_full((FENCE + x.numel() + FENCE,), MARK) for name, x in given.items()}
+        inner = {name: buffers[name][FENCE:-FENCE].view(x.shape).copy_(x) for name, x in given.items()}
+        launch(kernel, grid, candidates, args | inner, constants)
+        for name, x in given.items():
+            for edge in (buffers[name][:FENCE], buffers[name][-FENCE:]):
+                assert torch.equal(edge, torch.full_like(edge, MARK)), f"{kernel.__name__} writes outside {name}"
+            if not torch.equal(inner[name], x):  # an output: autograd must not take inputs for modified
+                x.copy_(inner[name])
+        launched.add(kernel.__name__)
+
+    monkeypatch.setattr(launching, "launch", start)
+    return launched
