@@ -30,6 +30,7 @@ from tests.gdn2_cases import (
     run,
     run_on_device,
 )  # fmt: skip
+from tests.segment_cases import segment, segment_by_definition
 
 pytestmark = [
     pytest.mark.gpu,
@@ -161,6 +162,42 @@ def test_the_short_convolution_equals_the_one_in_fp64(W, dtype, relative):
         return {n: x.cpu() for n, x in named.items()}
 
     assert_close(results(DEVICE, dtype, "triton"), results("cpu", torch.float64, "torch"), relative)
+
+
+SEGMENTS = {
+    "plain": dict(),
+    "grouped, batch": dict(B=2, groups=2),
+    "raw, a reset": dict(**RAW, resets=[False] * 999 + [True]),
+}
+
+
+@pytest.mark.parametrize("case", SEGMENTS)
+@pytest.mark.parametrize("size", SIZES)
+def test_the_map_of_a_segment_in_fp32_is_exact_to_rounding(size, case):
+    K, V = SIZES[size]
+    inputs = make(**dict(T=1000, H=2, K=K, V=V, state=False, dtype=FP32) | SEGMENTS[case])
+    floor = 32 * torch.finfo(FP32).eps
+    with torch.no_grad():
+        got = {name: x.cpu() for name, x in segment(on_device(inputs)).items()}
+        assert_close(got, segment_by_definition(inputs), 1e-5, floor)
+
+
+@pytest.mark.parametrize("case", SEGMENTS)
+@pytest.mark.parametrize("size", SIZES)
+def test_the_map_of_a_segment_in_bf16_errs_at_most_twice_what_rounding_the_inputs_does(size, case):
+    K, V = SIZES[size]
+    exact_inputs = make(**dict(T=1000, H=2, K=K, V=V, state=False) | SEGMENTS[case])
+    rounded = cast(exact_inputs, BF16, only=("q", "k", "v", "b", "w"))
+    rounded = cast(rounded, FP32, only=("g", "A_log", "dt_bias"))
+    with torch.no_grad():
+        want = segment_by_definition(exact_inputs)
+        alone = errors(segment_by_definition(rounded), want)
+        got = {name: x.cpu() for name, x in segment(on_device(rounded)).items()}
+    eps = torch.finfo(BF16).eps
+    floor = torch.finfo(FP32).eps * max(size for _, size in alone.values())
+    for name, (error, size) in errors(got, want).items():
+        limit = 2 * alone[name][0] + 2 * eps * size + floor
+        assert error <= limit, f"{name}: off by {error:.2e}; rounding the inputs alone gives {alone[name][0]:.2e}"
 
 
 @contextlib.contextmanager

@@ -4,9 +4,9 @@ They depend on the architecture, the dtype and the head sizes, never on a length
 not tune again. itemsize: of q, k and v, 2 or 4 bytes; fp32 on NVIDIA is multiplied as three products of tf32, whose
 parts take registers. Every default fits its target. In 16 bits none spills a register (docs/kernels.md). In fp32 spill,
 in bytes of a thread on sm_80, sm_90 and sm_100, for plain inputs of benchmarks/aot.py: prepare 0, 24 and 32, gradient
-up to 112, 216 and 192, scan at a head of 256 up to 808, 1312 and 1344 and its reverse 168, 192 and 192, segment 856,
-968 and 1000 there and on sm_80 16 at 128; on gfx942 only the scans at 256, up to 836. Resets, raw gates, states and packing move these figures: on sm_100 packing makes the
-reverse at 128 spill 48 too.
+up to 112, 216 and 192, scan at a head of 256 up to 808, 1312 and 1344, its reverse 168, 192 and 192 and segment 856,
+968 and 1000, on sm_80 also 16 at 128; on gfx942 only the scans at 256, up to 836. Resets, raw gates, states and packing
+move these figures: on sm_100 packing makes the reverse at 128 spill 48 too.
 """
 
 import triton

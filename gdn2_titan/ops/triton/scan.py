@@ -166,16 +166,20 @@ def segment_kernel(
     if not values and hv % (HV // H) > 0:
         return
     chunk, chunks, start, length = _span(n, ends, cu_seqlens, T, NT, PACKED)
-    state = contribution + (n.to(tl.int64) * HV + hv) * K * V
-    width = V
+    state = transition + (n.to(tl.int64) * H + h) * K * K
+    width = K
     if values:
-        cols = tile * BV + tl.arange(0, BV)
         S = _run(
             tl.zeros([BV, BK], tl.float32), Q, E, Kt, total, A_qk, A, v, w, o, None, None,
-            h, hv, cols, chunk, chunks, start, length, H, HV, K, V, BK, SIGMOID, PRECISION,
+            h, hv, tile * BV + tl.arange(0, BV), chunk, chunks, start, length, H, HV, K, V, BK, SIGMOID, PRECISION,
         )  # fmt: skip
+        # Not before _run: of two branches that end alike Triton (3.9) makes one end, and then gives the shared memory
+        # of the one to nothing in the other.
+        state = contribution + (n.to(tl.int64) * HV + hv) * K * V
+        width = V
     else:
-        cols = (tile - tiles) * BV + tl.arange(0, BV)
+        tile -= tiles
+        cols = tile * BV + tl.arange(0, BV)
         alive = chunks
         if resets is not None:  # behind the chunk of a reset there is nothing left to multiply
             alive = tl.minimum(chunks, _first_reset(resets + start, length) // C + 1)
@@ -187,10 +191,7 @@ def segment_kernel(
         for c in range(alive, chunks):
             tokens = ((start + c * C) * H + h) * K
             _store_turned(read + tokens, tl.zeros([BV, C], tl.float32), H * K, cols, K, length - c * C)
-        # Not before _run: of two branches that end alike Triton (3.9) makes one end, and then gives the shared memory
-        # of the one to nothing in the other.
-        state = transition + (n.to(tl.int64) * H + h) * K * K
-        width = K
+    cols = tile * BV + tl.arange(0, BV)
     rows = tl.arange(0, BK)
     inside = (rows < K)[None, :] & (cols < width)[:, None]
     tl.store(state + rows[None, :] * width + cols[:, None], S, mask=inside)
