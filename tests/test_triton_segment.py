@@ -107,11 +107,11 @@ def test_behind_a_reset_nothing_of_the_entering_state_is_left_and_all_else_is_ex
 
 
 def test_a_reset_in_one_sequence_of_a_batch_leaves_the_others_alone():
-    assert_exact(small(B=3, T=70, resets=[[False] * 70, [t == 0 for t in range(70)], [t == 69 for t in range(70)]]))
+    assert_exact(small(B=3, T=70, resets=[[t == 0 for t in range(70)], [False] * 70, [t == 69 for t in range(70)]]))
 
 
-@pytest.mark.parametrize("T, reset, unread", [(200, 70, 2), (1100, 1030, 17)])
-def test_behind_the_chunk_of_a_reset_the_transition_reads_and_multiplies_nothing(T, reset, unread, monkeypatch):
+@pytest.mark.parametrize("T, resets, unread", [(200, [70], 2), (1100, [1030], 17), (1100, [6, 1030], 1)])
+def test_behind_the_chunk_of_a_reset_the_transition_reads_and_multiplies_nothing(T, resets, unread, monkeypatch):
     """What it must not read is NaN. The resets are searched 1,024 tokens at a time."""
     launch = launching.launch
 
@@ -121,7 +121,7 @@ def test_behind_the_chunk_of_a_reset_the_transition_reads_and_multiplies_nothing
                 args[name][unread:] = torch.nan
         launch(kernel, grid, candidates, args, constants)
 
-    inputs = small(T=T, K=4, V=4, resets=[t == reset for t in range(T)])
+    inputs = small(T=T, K=4, V=4, resets=[t in resets for t in range(T)])
     want = segment_by_definition(inputs)
     monkeypatch.setattr(launching, "launch", poison)
     got = run(inputs)
