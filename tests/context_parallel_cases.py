@@ -1,6 +1,5 @@
 """What the tests of context parallelism share: a rank's part of a sequence, and the bytes that reach it."""
 
-import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 

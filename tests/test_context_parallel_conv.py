@@ -104,7 +104,6 @@ def test_what_a_document_start_hides_does_not_show_through_even_if_it_is_not_fin
 def _bytes(rank, world):
     B, D, width = 3, 5, 4
     for layout, with_resets in itertools.product(LAYOUTS, (False, True)):
-        shards = SequenceShards.of(dist.group.WORLD, layout)
         # The head's past is with the rank before, the tail's with the rank after, the last rank's tail's with itself.
         others = (rank > 0) + (rank < world - 1) * (layout == "head_tail")
         for T in (6, 64):

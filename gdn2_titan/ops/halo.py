@@ -3,7 +3,7 @@
 import torch
 
 from .causal_conv1d import causal_conv1d, check_conv_inputs
-from .exchange import preceding, segment_rows
+from .exchange_tokens import preceding, segment_rows
 from .shards import SequenceShards
 
 __all__ = ["context_parallel_conv1d", "halos"]

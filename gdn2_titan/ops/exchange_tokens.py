@@ -23,7 +23,7 @@ def segment_size(length, shards):
 
 
 def segment_rows(x, shards):
-    """x [B, T_local, ...] -> its n segments as rows of the batch [B * n, T_local / n, ...], a view of a contiguous x."""
+    """x [B, T_local, ...] -> its n segments as rows of the batch [B * n, T_local / n, ...]."""
     if shards.per_rank == 1:
         return x
     return x.unflatten(1, (shards.per_rank, segment_size(x.shape[1], shards))).flatten(0, 1)
@@ -37,17 +37,17 @@ def gather_sequence(x, shards):
 def preceding(x, shards, count):
     """The tokens before each of this rank's segments.
 
-    x [B, T_local, D] -> [B * n, count, D], a row for each of the n segments; zeros before the sequence begins. Segments
-    of ``count`` tokens and more send their last ``count`` to the rank that has the next one, and nothing else moves.
-    Shorter ones are gathered from all ranks.
+    x [B, T_local, ...] -> [B * n, count, ...], a row for each of the n segments; zeros before the sequence begins.
+    Segments of ``count`` tokens and more send their last ``count`` to the rank that has the next one, and nothing else
+    moves. Shorter ones are gathered from all ranks.
     """
     size = segment_size(x.shape[1], shards)
     if size < count:
-        padded = torch.nn.functional.pad(gather_sequence(x, shards), (0, 0, count, 0))
+        padded = torch.cat((x.new_zeros((x.shape[0], count, *x.shape[2:])), gather_sequence(x, shards)), 1)
         cuts = [padded[:, i * size : i * size + count] for i in shards.segments]
         return torch.stack(cuts, 1).flatten(0, 1)
     x = x.unflatten(1, (shards.per_rank, size))
-    ends = x[:, :, size - count :].transpose(0, 1)  # [n, B, count, D]
+    ends = x[:, :, size - count :].transpose(0, 1)  # [n, B, count, ...]
     sent, received, order = _routes(shards)
     ends = torch.stack([ends[i] for i in order]) if order else ends[:0]
     came = collectives.all_to_all_single_autograd(ends.contiguous(), received, sent, shards.group)
