@@ -10,13 +10,12 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from . import windowed_conv1d
-from .dispatch import use_triton
+from .dispatch import BACKENDS, use_triton
 from .transforms import differentiable, once
-from .validation import FLOAT_DTYPES, check_cu_seqlens, check_packing
+from .validation import FLOAT_DTYPES, check_choice, check_cu_seqlens, check_packing
 
 __all__ = ["causal_conv1d", "check_conv_inputs"]
 
-BACKENDS = ("auto", "triton", "torch")
 WIDTHS = (2, 3, 4)
 SILU = ("silu", "swish")
 
@@ -182,8 +181,7 @@ def causal_conv1d(
         ValueError: a wrong shape, device, activation or backend, a dtype or GPU that backend="triton" cannot serve, or
             cu_seqlens that do not run from 0 to T without falling.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(map(repr, BACKENDS))}")
+    check_choice("backend", backend, BACKENDS)
     check_conv_inputs(x, weight, bias, activation, initial_state, cu_seqlens, resets)
     y, final_state = _differentiable(x, weight, bias, activation in SILU, initial_state, cu_seqlens, resets, backend)
     return y, final_state if output_final_state else None

@@ -24,7 +24,7 @@ from .gates import activate, activate_backward, compute_dtype
 from .intra import intra_chunk, intra_chunk_backward
 from .validation import check_cu_seqlens
 
-__all__ = ["chunk_backward", "chunk_forward"]
+__all__ = ["chunk_backward", "chunk_forward", "segment_forward"]
 
 # Tokens times heads that are worked on at a time: each intermediate result is then about 2 MB (K = 64), which stays in
 # the cache and in memory that malloc already holds, and a sequence of any length needs no more of them.
@@ -175,6 +175,17 @@ def _ungroup_state(state, H, HV):
     return state.view(-1, H, K, HV // H, GV * H // HV).transpose(2, 3).reshape(-1, HV, K, GV * H // HV)
 
 
+def _outputs(layout, tensors, states, scale):
+    """O, grouped and padded like the values. tensors: (q, k, v, g, b, w) activated, grouped and padded; states:
+    see ``_run``."""
+    H, o = tensors[0].shape[2], torch.empty_like(tensors[2], memory_format=torch.contiguous_format)
+    for segment in layout.segments(H):
+        c = _run(segment, *(segment.view(x) for x in tensors), states)
+        out = segment.view(o)
+        torch.mul(torch.bmm(c.qe[:, :, 0], c.state_in).baddbmm_(c.a_qk, c.r).view(out.shape), scale, out=out)
+    return o
+
+
 def chunk_forward(q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets, scale, options):
     """o [B, T, HV, V] in v's dtype, final state [N, HV, K, V] in the compute dtype. options: those of ``activate``."""
     B, T, H, K = q.shape
@@ -183,13 +194,30 @@ def chunk_forward(q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, r
     layout = _layout(B, T, cu_seqlens)
     q, k, g, b, w = activate(q, k, g, b, w, A_log, dt_bias, resets, **options)
     tensors = [layout.pad(x) for x in (q, k, _group(v.to(dtype), H), g, b, _group(w, H))]
-    o = torch.empty_like(tensors[2], memory_format=torch.contiguous_format)
-    states = _group_state(initial_state, q, layout, H, K, o.shape[-1])
-    for segment in layout.segments(H):
-        c = _run(segment, *(segment.view(x) for x in tensors), states)
-        out = segment.view(o)
-        torch.mul(torch.bmm(c.qe[:, :, 0], c.state_in).baddbmm_(c.a_qk, c.r).view(out.shape), scale, out=out)
+    states = _group_state(initial_state, q, layout, H, K, tensors[2].shape[-1])
+    o = _outputs(layout, tensors, states, scale)
     return layout.unpad(o, T).view(v.shape).to(v.dtype), _ungroup_state(states, H, HV)
+
+
+def segment_forward(q, k, v, g, b, w, A_log, dt_bias, resets, scale, options):
+    """``segment_gdn2``: o and read in q's dtype, transition and contribution in the compute dtype.
+
+    K more value columns, into which nothing is written: what they hold is what became of the entering state, here I.
+    """
+    B, T, H, K = q.shape
+    HV, dtype = v.shape[2], compute_dtype(q)
+    _prime_malloc(q.device)
+    layout = _layout(B, T, None)
+    q, k, g, b, w = activate(q, k, g, b, w, A_log, dt_bias, resets, **options)
+    values, gates = (torch.nn.functional.pad(_group(x, H), (0, K)) for x in (v.to(dtype), w))
+    tensors = [layout.pad(x) for x in (q, k, values, g, b, gates)]
+    GV = values.shape[-1] - K
+    states = q.new_zeros(1, B * H, K, GV + K)
+    states[..., GV:] = torch.eye(K, dtype=dtype, device=q.device)
+    o = layout.unpad(_outputs(layout, tensors, states, scale), T)
+    contribution, transition = states.split((GV, K), -1)
+    o, read = o.to(v.dtype).split((GV, K), -1)
+    return o.reshape(v.shape), read, transition.view(B, H, K, K), _ungroup_state(contribution.contiguous(), H, HV)
 
 
 def chunk_backward(

@@ -4,7 +4,9 @@ import torch
 
 from .triton.target import check_target
 
-__all__ = ["use_triton"]
+__all__ = ["BACKENDS", "use_triton"]
+
+BACKENDS = ("auto", "triton", "torch")
 
 
 def use_triton(name, x, backend, head_sizes=()):

@@ -2,25 +2,19 @@
 
 import torch
 
+from .dispatch import BACKENDS
 from .library import differentiable_chunk_gdn2, differentiable_recurrent_gdn2, recurrent_gdn2_inplace_op
 from .reference import naive_recurrent_gdn2
-from .validation import check_inputs, check_state
+from .validation import check_choice, check_inputs, check_state
 
 __all__ = ["chunk_gdn2", "fused_recurrent_gdn2", "recurrent_gdn2", "recurrent_gdn2_"]
-
-BACKENDS = ("auto", "triton", "torch", "reference")
-
-
-def _check_backend(backend):
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(map(repr, BACKENDS))}")
 
 
 def _call(
     op, q, k, v, g, b, w, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
     A_log, dt_bias, use_sigmoid_in_kernel, erase_scale, cu_seqlens, resets, backend,
 ):  # fmt: skip
-    _check_backend(backend)
+    check_choice("backend", backend, (*BACKENDS, "reference"))
     if backend == "reference":
         return naive_recurrent_gdn2(
             q, k, v, g, b, w, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
@@ -156,7 +150,7 @@ def recurrent_gdn2_(
         RuntimeError: a gradient would be needed; there is none through a state that is overwritten.
         TypeError, ValueError: naming the argument, what came and what is allowed. ``state`` is then as it was.
     """
-    _check_backend(backend)
+    check_choice("backend", backend, (*BACKENDS, "reference"))
     scale = check_inputs(
         q, k, v, g, b, w, scale, None, use_gate_in_kernel, A_log, dt_bias,
         use_sigmoid_in_kernel, erase_scale, cu_seqlens, resets,

@@ -15,15 +15,18 @@ from .gates import activate, compute_dtype
 from .reference import recur_packed
 from .transforms import differentiable, once
 
-__all__ = ["differentiable_chunk_gdn2", "differentiable_recurrent_gdn2", "recurrent_gdn2_inplace_op"]
+__all__ = [
+    "chunk_gdn2_backward_once", "differentiable_chunk_gdn2", "differentiable_recurrent_gdn2", "kernel_options",
+    "kernels", "no_autocast", "recurrent_gdn2_inplace_op",
+]  # fmt: skip
 
 
-def _options(l2norm, gate, sigmoid, erase_scale):
+def kernel_options(l2norm, gate, sigmoid, erase_scale):
     return {"l2norm": l2norm, "gate": gate, "sigmoid": sigmoid, "erase_scale": erase_scale}
 
 
-def _kernels(q, v, backend):
-    """The module whose ``chunk_forward`` and ``chunk_backward`` serve a call."""
+def kernels(q, v, backend):
+    """The module whose ``chunk_forward``, ``chunk_backward`` and ``segment_forward`` serve a call."""
     if not use_triton("q", q, backend, (q.shape[-1], v.shape[-1])):
         return chunked
     from .triton import chunk  # not before it is needed: Triton is not everywhere
@@ -51,7 +54,7 @@ def _recurrent_kernel(q, v, backend):
     return recurrent.recurrent_forward
 
 
-def _no_autocast(x):
+def no_autocast(x):
     """Autocast reaches into an op's eager body but not into its compiled call: the two must not differ."""
     return torch.autocast(x.device.type, enabled=False)
 
@@ -63,10 +66,10 @@ def chunk_gdn2_op(
     cu_seqlens: Tensor | None, resets: Tensor | None,
     scale: float, l2norm: bool, gate: bool, sigmoid: bool, erase_scale: float, backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    with _no_autocast(q):
-        o, final_state = _kernels(q, v, backend).chunk_forward(
+    with no_autocast(q):
+        o, final_state = kernels(q, v, backend).chunk_forward(
             q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets, scale,
-            _options(l2norm, gate, sigmoid, erase_scale),
+            kernel_options(l2norm, gate, sigmoid, erase_scale),
         )  # fmt: skip
     return o.contiguous(), final_state.contiguous()
 
@@ -78,10 +81,10 @@ def recurrent_gdn2_op(
     cu_seqlens: Tensor | None, resets: Tensor | None,
     scale: float, l2norm: bool, gate: bool, sigmoid: bool, erase_scale: float, backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    with _no_autocast(q):
+    with no_autocast(q):
         o, final_state = _recurrent_kernel(q, v, backend)(
             q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets, scale,
-            _options(l2norm, gate, sigmoid, erase_scale),
+            kernel_options(l2norm, gate, sigmoid, erase_scale),
         )  # fmt: skip
     return o.contiguous(), final_state.contiguous()
 
@@ -94,10 +97,10 @@ def recurrent_gdn2_inplace_op(
     scale: float, l2norm: bool, gate: bool, sigmoid: bool, erase_scale: float, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
     """o; ``state``, contiguous and in the compute dtype, is the initial state and becomes the final one."""
-    with _no_autocast(q):
+    with no_autocast(q):
         o, _ = _recurrent_kernel(q, v, backend)(
             q, k, v, g, b, w, A_log, dt_bias, state, cu_seqlens, resets, scale,
-            _options(l2norm, gate, sigmoid, erase_scale), final_state=state,
+            kernel_options(l2norm, gate, sigmoid, erase_scale), final_state=state,
         )  # fmt: skip
     return o.contiguous()
 
@@ -111,10 +114,10 @@ def chunk_gdn2_backward_op(
     scale: float, l2norm: bool, gate: bool, sigmoid: bool, erase_scale: float, backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, g, b, w, A_log, dt_bias, initial_state; empty where the input is absent."""
-    with _no_autocast(q):
-        grads = _kernels(q, v, backend).chunk_backward(
+    with no_autocast(q):
+        grads = kernels(q, v, backend).chunk_backward(
             do, dfinal_state, q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets, scale,
-            _options(l2norm, gate, sigmoid, erase_scale),
+            kernel_options(l2norm, gate, sigmoid, erase_scale),
         )  # fmt: skip
     return tuple(q.new_empty(0) if x is None else x.contiguous() for x in grads)
 
@@ -156,7 +159,7 @@ def _backward(ctx, do, dfinal_state):
         return (None,) * (TENSORS + len(ctx.numbers))
     inputs = ctx.saved_tensors
     # The recurrent op too: its gradient is the same function of the same inputs.
-    grads = _backward_once(do, dfinal_state, *inputs, *ctx.numbers)
+    grads = chunk_gdn2_backward_once(do, dfinal_state, *inputs, *ctx.numbers)
     present = [None if x is None else grad for x, grad in zip(inputs[:9], grads, strict=True)]
     return (*present, None, None, *(None for _ in ctx.numbers))
 
@@ -165,7 +168,7 @@ chunk_gdn2_op.register_autograd(_backward, setup_context=_setup_context)
 recurrent_gdn2_op.register_autograd(_backward, setup_context=_setup_context)
 differentiable_chunk_gdn2 = differentiable(chunk_gdn2_op, _setup_context, _backward)
 differentiable_recurrent_gdn2 = differentiable(recurrent_gdn2_op, _setup_context, _backward)
-_backward_once = once(chunk_gdn2_backward_op, "chunk_gdn2 and recurrent_gdn2")
+chunk_gdn2_backward_once = once(chunk_gdn2_backward_op, "chunk_gdn2 and recurrent_gdn2")
 
 
 def _sizes(q_shape, v_shape):

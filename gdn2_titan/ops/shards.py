@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from .validation import check_choice
+
 __all__ = ["LAYOUTS", "SequenceShards"]
 
 LAYOUTS = ("contiguous", "head_tail")
@@ -28,8 +30,7 @@ class SequenceShards:
     @classmethod
     def of(cls, group, layout):
         """group: a ProcessGroup or a 1-D DeviceMesh; layout: of LAYOUTS."""
-        if layout not in LAYOUTS:
-            raise ValueError(f"layout is {layout!r}; it must be one of {', '.join(map(repr, LAYOUTS))}")
+        check_choice("layout", layout, LAYOUTS)
         if not isinstance(group, dist.ProcessGroup):
             group = group.get_group()
         return cls(group.group_name, group.rank(), group.size(), layout)

@@ -10,9 +10,15 @@ import torch
 
 from .gates import compute_dtype
 
-__all__ = ["FLOAT_DTYPES", "check_cu_seqlens", "check_inputs", "check_packing", "check_state"]
+__all__ = ["FLOAT_DTYPES", "check_choice", "check_cu_seqlens", "check_inputs", "check_packing", "check_state"]
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_choice(name, value, allowed):
+    """Raise ValueError unless an argument is one of the ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
 
 
 def _require_tensor(name, x):

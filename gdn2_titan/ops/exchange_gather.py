@@ -1,0 +1,78 @@
+"""The exchange of maps as an all-gather: every rank gets every segment's map and folds those before its own.
+
+One message each way. What a rank receives grows with the number of ranks R, for S = 1 or 2 segments a rank: forward
+(R - 1) S (M, D), backward (R - 1) S dD: the transitions it got forward serve backward too.
+
+Shapes: M [S, B, H, K, K], D [S, B, HV, K, V] of a rank's S segments, S first.
+"""
+
+import torch
+
+from .maps import apply, apply_transposed
+
+__all__ = ["kept", "pending_back", "receive", "receive_back", "send", "send_back"]
+
+
+def _order(shards):
+    """Where the segments lie in what was gathered, in the order of the sequence."""
+    if shards.per_rank == 1:
+        return range(shards.size)
+    return [*range(0, 2 * shards.size, 2), *range(2 * shards.size - 1, 0, -2)]
+
+
+def kept(shards):
+    """How many transitions ``receive`` keeps for backward."""
+    return shards.size * shards.per_rank
+
+
+def _gather(tensors, shards):
+    # Its own operator, so that activation checkpointing can keep these results and not those of every all-gather.
+    return torch.ops._c10d_functional.all_gather_into_tensor_coalesced(tensors, shards.size, shards.group)
+
+
+def _wait(tensors):
+    return [torch.ops._c10d_functional.wait_tensor(x) for x in tensors]
+
+
+def send(M, D, shards, final):
+    """Begin. final: whether the state after the whole sequence will be asked for."""
+    return _gather([M, D], shards)
+
+
+def receive(pending, M, D, shards, final):
+    """The states that this rank's segments are entered with [S, B, HV, K, V], the one after the whole sequence or
+    None, and the transitions to keep [kept, B, H, K, K]."""
+    M, D = _wait(pending)
+    order, mine = _order(shards), shards.segments
+    state, entering = torch.zeros_like(D[0]), []
+    for segment, place in enumerate(order):
+        if segment in mine:
+            entering.append(state)
+        if segment == mine[-1] and not final:
+            break
+        state = D[place] + apply(M[place], state)
+    return torch.stack(entering), state if final else None, M
+
+
+def pending_back(shape, shards):
+    """The shape of what ``send_back`` begins to receive, for dD of this shape."""
+    return (shards.size * shape[0], *shape[1:])
+
+
+def send_back(dD, shards):
+    """Begin. dD [S, B, HV, K, V]: the gradient of each entering state that this rank's own outputs give."""
+    return _gather([dD], shards)[0]
+
+
+def receive_back(pending, dD, kept, shards):
+    """The gradients of the states that this rank's segments leave [S, B, HV, K, V]."""
+    (dD,) = _wait([pending])
+    order, mine = _order(shards), shards.segments
+    dstate, leaving = torch.zeros_like(dD[0]), []
+    for segment, place in reversed(list(enumerate(order))):
+        if segment in mine:
+            leaving.insert(0, dstate)
+        if segment == mine[0]:
+            break
+        dstate = dD[place] + apply_transposed(kept[place], dstate)
+    return torch.stack(leaving)

@@ -1,0 +1,173 @@
+"""The exchange of maps as a scan: log2(R) messages each way, for a number of ranks R that is a power of two.
+
+Ranks meet as in a hypercube: before step s a rank knows the map of its block of 2^s segments; it swaps that with its
+partner in the neighbouring block, R bit s apart, and knows the map of both. On the way it gathers what lies before its
+own segment in the block, and the transitions that lie after it. Backward runs the same steps with the gradients alone;
+every transition it needs was received forward.
+
+The second segments of the head-tail layout lie in the opposite order of ranks. They are scanned as a second lane of the
+same messages, and then follow the first ones as a whole. With contiguous shards the last step goes one way: nobody
+but the later half needs what it brings, and of that only the states.
+
+What a rank receives, S = 1 or 2 segments a rank: forward log2(R) S (M, D), backward log2(R) S dD; contiguous, without
+the state after the whole sequence, at most (log2(R) - 1) (M, D) + D forward.
+
+Shapes as in ``exchange_gather``; an axis of segments is an axis of lanes here.
+"""
+
+import math
+
+import torch
+
+from .maps import apply, apply_transposed
+
+__all__ = ["kept", "pending_back", "receive", "receive_back", "send", "send_back"]
+
+
+def _steps(shards):
+    return shards.size.bit_length() - 1
+
+
+def _upper(shards, step):
+    """For each lane, whether this rank's block is the later one of the two that meet."""
+    places = (shards.rank, shards.size - 1 - shards.rank)
+    return [bool(place >> step & 1) for place in places[: shards.per_rank]]
+
+
+def _one_way(shards, step):
+    return shards.per_rank == 1 and step == _steps(shards) - 1
+
+
+def _swap(tensors, shards, step, gives=True, takes=True):
+    """Begin to give ``tensors`` to the partner of a step and to take as much."""
+    flat = torch.cat([x.reshape(-1) for x in tensors])
+    sizes = [0] * shards.size
+    sizes[shards.rank ^ (1 << step)] = flat.numel()
+    nothing = [0] * shards.size
+    return torch.ops._c10d_functional.all_to_all_single(
+        flat if gives else flat[:0], sizes if takes else nothing, sizes if gives else nothing, shards.group
+    )
+
+
+def _wait(flat, *shapes):
+    """What was taken, in these shapes."""
+    flat = torch.ops._c10d_functional.wait_tensor(flat)
+    parts = flat.split([math.prod(shape) for shape in shapes]) if shapes else ()
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _chain(later, earlier):
+    """The transition through two blocks; None is the identity."""
+    return earlier if later is None else later @ earlier
+
+
+def _through(M, S):
+    return S if M is None else apply(M, S)
+
+
+def kept(shards):
+    """How many transitions ``receive`` keeps for backward."""
+    count, after = 0, [False] * shards.per_rank
+    for step in range(_steps(shards)):
+        for lane, upper in enumerate(_upper(shards, step)):
+            count += (not _one_way(shards, step)) + (not upper and after[lane])
+            after[lane] = after[lane] or not upper
+    return count + (shards.per_rank == 2 and after[0])
+
+
+def _send(M, D, shards, step, final):
+    if _one_way(shards, step) and not final:
+        (upper,) = _upper(shards, step)
+        return _swap([D], shards, step, gives=not upper, takes=upper)
+    return _swap([M, D], shards, step)
+
+
+def send(M, D, shards, final):
+    """Begin. final: whether the state after the whole sequence will be asked for."""
+    return [_send(M, D, shards, 0, final)]
+
+
+def receive(pending, M, D, shards, final):
+    """As ``exchange_gather.receive``."""
+    lanes = range(shards.per_rank)
+    entering = [torch.zeros_like(D[lane]) for lane in lanes]  # the states, were the block entered with zero
+    before, after, keep = [None for _ in lanes], [None for _ in lanes], []
+    for step in range(_steps(shards)):
+        (flat,) = pending if step == 0 else (_send(M, D, shards, step, final),)
+        whole = final or not _one_way(shards, step)
+        if whole:
+            other_M, other_D = _wait(flat, M.shape, D.shape)
+        elif _upper(shards, step)[0]:
+            (other_D,) = _wait(flat, D.shape)
+        else:
+            _wait(flat)
+        next_M, next_D = [], []
+        for lane, upper in enumerate(_upper(shards, step)):
+            if not _one_way(shards, step):
+                keep.append(other_M[lane] if upper else M[lane])
+            if not upper and after[lane] is not None:
+                keep.append(after[lane])
+            if upper:
+                entering[lane] = entering[lane] + _through(before[lane], other_D[lane])
+            if not whole:
+                continue
+            if upper:
+                before[lane] = _chain(before[lane], other_M[lane])
+                early, late = (other_M[lane], other_D[lane]), (M[lane], D[lane])
+            else:
+                after[lane] = _chain(other_M[lane], after[lane]) if after[lane] is not None else other_M[lane]
+                early, late = (M[lane], D[lane]), (other_M[lane], other_D[lane])
+            next_M.append(late[0] @ early[0])
+            next_D.append(late[1] + apply(late[0], early[1]))
+        if whole:
+            M, D = torch.stack(next_M), torch.stack(next_D)
+    if shards.per_rank == 2:
+        entering[1] = entering[1] + _through(before[1], D[0])
+        if after[0] is not None:
+            keep.append(after[0])
+    final_state = None
+    if final:
+        final_state = D[0] if shards.per_rank == 1 else D[1] + apply(M[1], D[0])
+    return torch.stack(entering), final_state, torch.stack(keep) if keep else M.new_empty(0, *M.shape[1:])
+
+
+def _send_back(dD, shards, step):
+    if _one_way(shards, step):
+        (upper,) = _upper(shards, step)
+        return _swap([dD], shards, step, gives=upper, takes=not upper)
+    return _swap([dD], shards, step)
+
+
+def pending_back(shape, shards):
+    """The shape of what ``send_back`` begins to receive, for dD of this shape."""
+    return (0,) if _one_way(shards, 0) and _upper(shards, 0)[0] else (math.prod(shape),)
+
+
+def send_back(dD, shards):
+    """Begin. dD [S, B, HV, K, V]: the gradient of each entering state that this rank's own outputs give."""
+    return _send_back(dD, shards, 0)
+
+
+def receive_back(pending, dD, kept, shards):
+    """As ``exchange_gather.receive_back``."""
+    lanes, kept = range(shards.per_rank), iter(kept)
+    leaving, after = [torch.zeros_like(dD[lane]) for lane in lanes], [False for _ in lanes]
+    for step in range(_steps(shards)):
+        flat = pending if step == 0 else _send_back(dD, shards, step)
+        whole = not _one_way(shards, step)
+        other = _wait(flat, *([dD.shape] if whole or not _upper(shards, step)[0] else []))
+        totals = []
+        for lane, upper in enumerate(_upper(shards, step)):
+            early = next(kept) if whole else None  # the transition through the earlier of the two blocks
+            if not upper:
+                here = other[0][lane]
+                leaving[lane] = leaving[lane] + (apply_transposed(next(kept), here) if after[lane] else here)
+                after[lane] = True
+            if whole:
+                first, second = (other[0][lane], dD[lane]) if upper else (dD[lane], other[0][lane])
+                totals.append(first + apply_transposed(early, second))
+        if whole:
+            dD = torch.stack(totals)
+    if shards.per_rank == 2:
+        leaving[0] = leaving[0] + (apply_transposed(next(kept), dD[1]) if after[0] else dD[1])
+    return torch.stack(leaving)
