@@ -15,8 +15,8 @@ __all__ = ["kept", "pending_back", "receive", "receive_back", "send", "send_back
 
 def _order(shards):
     """Where the segments lie in what was gathered, in the order of the sequence."""
-    if shards.per_rank == 1:
-        return range(shards.size)
+    if shards.per_rank == 1 or shards.size == 1:
+        return range(shards.size * shards.per_rank)
     return [*range(0, 2 * shards.size, 2), *range(2 * shards.size - 1, 0, -2)]
 
 
@@ -26,12 +26,14 @@ def kept(shards):
 
 
 def _gather(tensors, shards):
+    if shards.size == 1:
+        return tensors
     # Its own operator, so that activation checkpointing can keep these results and not those of every all-gather.
     return torch.ops._c10d_functional.all_gather_into_tensor_coalesced(tensors, shards.size, shards.group)
 
 
-def _wait(tensors):
-    return [torch.ops._c10d_functional.wait_tensor(x) for x in tensors]
+def _wait(tensors, shards):
+    return tensors if shards.size == 1 else [torch.ops._c10d_functional.wait_tensor(x) for x in tensors]
 
 
 def send(M, D, shards, final):
@@ -42,7 +44,7 @@ def send(M, D, shards, final):
 def receive(pending, M, D, shards, final):
     """The states that this rank's segments are entered with [S, B, HV, K, V], the one after the whole sequence or
     None, and the transitions to keep [kept, B, H, K, K]."""
-    M, D = _wait(pending)
+    M, D = _wait(pending, shards)
     order, mine = _order(shards), shards.segments
     state, entering = torch.zeros_like(D[0]), []
     for segment, place in enumerate(order):
@@ -66,7 +68,7 @@ def send_back(dD, shards):
 
 def receive_back(pending, dD, kept, shards):
     """The gradients of the states that this rank's segments leave [S, B, HV, K, V]."""
-    (dD,) = _wait([pending])
+    (dD,) = _wait([pending], shards)
     order, mine = _order(shards), shards.segments
     dstate, leaving = torch.zeros_like(dD[0]), []
     for segment, place in reversed(list(enumerate(order))):
