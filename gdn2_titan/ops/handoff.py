@@ -50,7 +50,7 @@ def _has_last(shards):
 
 
 def _sum(dfinal, shards):
-    """The final state's gradient of all ranks' losses. Every rank takes part, whether or not its own reads the state."""
+    """The gradient of all ranks' losses. Every rank takes part, whether or not its own loss reads the final state."""
     if shards.size == 1:
         return dfinal
     dfinal = torch.ops._c10d_functional.all_reduce(dfinal.contiguous(), "sum", shards.group)
@@ -106,7 +106,7 @@ class _Leave(torch.autograd.Function):
     ):  # fmt: skip
         shards = SequenceShards(group, rank, size, per_rank)
         with no_autocast(o):
-            pending = [pending] if more is None else [pending, more]
+            pending = [x for x in (pending, more) if x is not None]
             entering, final_state, kept = FORMS[form].receive(pending, M, D, shards, final)
             if initial_state is not None and _has_first(shards):
                 entering = torch.cat((initial_state.to(D.dtype).unsqueeze(0), entering[1:]))
@@ -156,5 +156,5 @@ def begin(q, k, v, g, b, w, A_log, dt_bias, initial_state, resets, numbers, fina
     where = (final, form, shards.group, shards.rank, shards.size, shards.per_rank)
     carriers = _Enter.apply(q, k, v, g, b, w, A_log, dt_bias, initial_state, resets, D, numbers, *where)
     initial_state = None if initial_state is None else initial_state.detach()
-    pending, more = (*pending, None)[:2]
+    pending, more = (*pending, None, None)[:2]
     return Handoff((o, P, M, D, initial_state, pending, more, *where), carriers, final)
