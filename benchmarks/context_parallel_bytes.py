@@ -24,7 +24,7 @@ from gdn2_titan.ops import context_parallel_gdn2
 from gdn2_titan.ops.exchange_cost import received
 from gdn2_titan.ops.shards import LAYOUTS, SequenceShards
 
-__all__ = ["Received", "flash_linear_attention", "rows"]
+__all__ = ["flash_linear_attention", "rows", "table"]
 
 # The processes are forked from one that has imported what takes long.
 multiprocessing.set_forkserver_preload(["gdn2_titan.ops"])
@@ -59,9 +59,9 @@ class Received(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def flash_linear_attention(size, per_rank):
+def flash_linear_attention(size, per_rank, heads, key_dim, value_dim):
     """What its ranks receive (fla-core 0.6.0), forward and backward: the maps, in fp32, in both directions."""
-    return 2 * (size - 1) * per_rank * B * H * K * (K + V) * 4
+    return 2 * (size - 1) * per_rank * heads * key_dim * (key_dim + value_dim) * 4
 
 
 def _call(group, layout, exchange, final, length):
@@ -114,14 +114,14 @@ def rows():
         (reduced,) = reduced
         transition, state = B * H * K * K * 4, B * H * K * V * 4
         formula = received(exchange, size, per_rank, transition, state, final)
-        ratio = sum(counted[0]) / flash_linear_attention(size, per_rank)
+        ratio = sum(counted[0]) / flash_linear_attention(size, per_rank, B * H, K, V)
         found = {"counted": counted, "formula": list(formula), "reduced": reduced, "state": state, "ratio": ratio}
         result.append({"ranks": size, "layout": layout, "exchange": exchange, "final": final} | found)
     return result
 
 
 def table(result):
-    """For calls without the final state."""
+    """For calls without the final state, in Markdown."""
     lengths = " and ".join(f"{length:,}" for length in LENGTHS)
     head = [
         "ranks",

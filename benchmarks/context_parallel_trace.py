@@ -63,9 +63,8 @@ def _process(rank, folder):
 
 
 def between(path, exchange, phase):
-    """(operators on the calling thread between the exchange and its wait, in order, only outermost ones of ATen;
-    milliseconds between the two; milliseconds thereof in which gloo's thread was at work). phase: "forward", "backward".
-    """
+    """(outermost ATen operators on the calling thread between the exchange and its wait, in order; milliseconds between
+    the two; milliseconds thereof in which gloo's thread was at work). phase: "forward" or "backward"."""
     events = [e for e in json.loads(Path(path).read_text())["traceEvents"] if e.get("ph") == "X"]
     for event in events:
         event["end"] = event["ts"] + event["dur"]
