@@ -35,9 +35,7 @@ ACCELERATOR = 17_600 / (0.7 * 3.35e12)  # seconds
 ATTENTION = 0.45 * 989e12  # FLOP/s of its softmax attention, as in parallel_plan.py
 
 
-class Link(NamedTuple):
-    """Assumptions. A collective takes message + hop for each other rank that it deals with + bytes / bandwidth."""
-
+class Link(NamedTuple):  # a collective takes message + hop for each other rank that it deals with + bytes / bandwidth
     message: float  # seconds
     hop: float
     bandwidth: float  # bytes/s that a rank receives
@@ -76,10 +74,6 @@ class Time(NamedTuple):
     total: float
 
 
-def _fold(device, launches):
-    return launches * (device.launch + H * device.seconds["product"] / 2)  # half of the kernels are products
-
-
 def handoff(device, link, tokens, ranks, form, per_rank=1):
     """GDN-2 as ``context_parallel_gdn2`` does it. form: "gather", "scan" or, by the model, "auto"."""
     if form == "auto":
@@ -90,7 +84,8 @@ def handoff(device, link, tokens, ranks, form, per_rank=1):
     messages, peers = (2, ranks - 1) if form == "gather" else (2 * steps, 1)
     exchange = messages * (link.message + peers * link.hop)
     exchange += sum(exchange_cost.received(form, ranks, per_rank, *MAP)) / link.bandwidth
-    exchange += _fold(device, exchange_cost.launches(form, ranks, per_rank))
+    half = H * cost["product"] / 2  # of the kernels that put maps together are products
+    exchange += exchange_cost.launches(form, ranks, per_rank) * (device.launch + half)
     return Time(exchange, compute + exchange)
 
 
@@ -105,7 +100,7 @@ def flash_linear_attention(device, link, tokens, ranks):
     compute = tokens * H / ranks * (2 * cost["segment"] - cost["forward"] + cost["backward"])
     bytes_ = context_parallel_bytes.flash_linear_attention(ranks, 1, H, K, V)
     exchange = 2 * (link.message + (ranks - 1) * link.hop) + bytes_ / link.bandwidth
-    exchange += _fold(device, exchange_cost.launches("gather", ranks, 1))
+    exchange += 2 * (device.launch + (ranks - 1) * H * cost["product"])  # one kernel folds all maps
     return Time(exchange, compute + exchange)
 
 
@@ -138,11 +133,10 @@ def softmax(device, link, tokens, ranks, balanced=False):
 
 
 def window(device, link, tokens, ranks):
-    """Keys and values of the WINDOW tokens before a shard, from as many neighbours as have them."""
+    """Keys and values of the WINDOW tokens before a shard, from the neighbour; from all ranks if shards are shorter."""
     local = tokens / ranks
-    bytes_ = 2 * device.element * 2 * K * H * min(WINDOW, tokens - local)
-    peers = min(math.ceil(WINDOW / local), ranks - 1)
-    exchange = 2 * (link.message + peers * link.hop) + bytes_ / link.bandwidth
+    others, peers = (WINDOW, 1) if local >= WINDOW else (tokens - local, ranks - 1)
+    exchange = 2 * (link.message + peers * link.hop) + 2 * device.element * 2 * K * H * others / link.bandwidth
     return Time(exchange, _attention(device, local * min(WINDOW, tokens)) + exchange)
 
 
@@ -219,12 +213,11 @@ def tables(costs):
 
 
 def write(tables):
-    """Put each table between its two marks in the document."""
     text = DOCUMENT.read_text()
     for name, table in tables.items():
         before, mark, rest = text.partition(f"<!-- {name} -->")
         _, end, after = rest.partition(f"<!-- end of {name} -->")
-        assert mark and end, f"{DOCUMENT} must have the marks of {name!r}"
+        assert mark and end, name
         text = f"{before}{mark}\n\n{table}\n\n{end}{after}"
     DOCUMENT.write_text(text)
 
