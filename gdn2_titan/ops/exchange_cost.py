@@ -3,8 +3,8 @@
 __all__ = ["choose", "launches", "received", "seconds"]
 
 # A message between two devices, a kernel that puts maps together, and the rate of a link between machines; what matters
-# is their proportion. On a link nine times as fast a gather can be a third faster where 4 or 8 ranks scan; more ranks wait
-# for its bytes there too.
+# is their proportion. On a link nine times as fast a gather can be a third faster where 4 or 8 ranks scan; more ranks
+# wait for its bytes there too.
 MESSAGE = 20e-6  # seconds
 LAUNCH = 2.5e-6  # seconds. The work in it is left out: where there is much of it there are still more bytes.
 BANDWIDTH = 50e9  # bytes per second
