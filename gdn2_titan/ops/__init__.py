@@ -16,5 +16,6 @@ if torch.distributed.is_available():
     # Not lazily: the first call of any custom op imports torch._dynamo, and that imports DTensor.
     from . import sharding  # noqa: F401
     from .context_parallel import context_parallel_gdn2
+    from .halo import context_parallel_conv1d
 
-    __all__ += ["context_parallel_gdn2"]
+    __all__ += ["context_parallel_conv1d", "context_parallel_gdn2"]
