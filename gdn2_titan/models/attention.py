@@ -7,7 +7,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
 
+from gdn2_titan.ops.exchange_tokens import gather_sequence, preceding, segment_rows
+
 from .init import fill_
+from .masks import reach
 
 __all__ = ["Attention", "rotary_angles"]
 
@@ -34,28 +37,47 @@ def _rotate(x, angles):
 
 
 class Attention(nn.Module):
-    """Causal softmax attention: x [B, T, D] -> [B, T, D]. Heads of size D / num_heads."""
+    """Causal softmax attention: x [B, T, D] -> [B, T, D]. Heads of size D / num_heads.
 
-    def __init__(self, hidden_size, num_heads, num_kv_heads=None):
+    window: the one that the masks will have, if any. Where ranks share a sequence (``shards``, see
+    ``parallel.context``) T is what a rank has of it, and the window tells which keys and values it gets from others.
+    """
+
+    def __init__(self, hidden_size, num_heads, num_kv_heads=None, window=None):
         super().__init__()
         num_kv_heads = num_kv_heads or num_heads
         self.head_dim = hidden_size // num_heads
         self.grouped = num_kv_heads != num_heads
+        self.window = window
+        self.shards = None
         self.q_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=False)
 
     def forward(self, x, angles, mask):
-        """angles: of ``rotary_angles``; mask: of ``masks.attention_mask``."""
+        """angles: of ``rotary_angles``; mask: of ``masks.attention_mask``, with shards of ``masks.context_mask``."""
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = _rotate(q, angles), _rotate(k, angles)
+        if self.shards is not None:
+            q, k, v = self._with_keys_of_others(q, k, v)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, heads, T, head_dim]
         if mask is None or isinstance(mask, torch.Tensor):
             o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
         else:
             o = _compiled_flex_attention()(q, k, v, block_mask=mask, enable_gqa=self.grouped)
-        return self.o_proj(o.transpose(1, 2).flatten(2))
+        o = o.transpose(1, 2).flatten(2)
+        return self.o_proj(o if self.shards is None else o.reshape(*x.shape[:2], -1))
+
+    def _with_keys_of_others(self, q, k, v):
+        """q, k, v [B, T_local, heads, head_dim] -> q as the mask's rows and k, v of all tokens that these may see."""
+        kv, past = torch.cat((k, v), 2), reach(self.window, k.shape[1], self.shards)
+        if past is None:
+            kv = gather_sequence(kv, self.shards)
+        else:
+            q, own = segment_rows(q, self.shards), segment_rows(kv, self.shards)
+            kv = torch.cat((preceding(kv, self.shards, past), own), 1) if past else own
+        return q, *kv.chunk(2, 2)
 
     def init_weights(self, output_scale=1.0):
         for projection in (self.q_proj, self.k_proj, self.v_proj):

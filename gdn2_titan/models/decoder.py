@@ -4,11 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gdn2_titan.ops.exchange_tokens import gather_sequence
+
 from .args import GDN2ModelArgs
 from .attention import INIT_STD, Attention, rotary_angles
 from .init import depth_scale, fill_
 from .layer import GatedDeltaNet2
-from .masks import attention_mask
+from .masks import attention_mask, context_mask
 
 __all__ = ["Block", "GDN2Model"]
 
@@ -56,7 +58,8 @@ class Block(nn.Module):
                 norm_eps=args.norm_eps,
             )
         else:
-            self.mixer = Attention(args.hidden_size, args.attn_heads, args.attn_kv_heads)
+            window = args.window if self.kind == "swa" else None
+            self.mixer = Attention(args.hidden_size, args.attn_heads, args.attn_kv_heads, window)
         self.mlp_norm = nn.RMSNorm(args.hidden_size, eps=args.norm_eps)
         self.mlp = SwiGLU(args.hidden_size, args.mlp_size)
 
@@ -78,6 +81,7 @@ class GDN2Model(nn.Module):
 
     ``tok_embeddings``, any of ``layers``, ``norm`` and ``lm_head`` may be absent (None) in a pipeline stage: what comes
     in is then hidden states, and what goes out too. Build it on the meta device if you like; ``init_weights`` fills it.
+    Where ranks share sequences (``shards``, see ``parallel.context``), T is what this rank has of them.
 
     Raises:
         ValueError: naming the field of ``args`` that no model can be built from.
@@ -93,6 +97,8 @@ class GDN2Model(nn.Module):
         self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
         # Ranks that share a sequence between blocks (sequence parallelism); hidden states hold 1 / this of its tokens.
         self.sequence_shards = 1
+        # A SequenceShards where ranks share a sequence also inside the mixers (context parallelism).
+        self.shards = None
 
     def forward(self, tokens, resets=None):
         """tokens: ids [B, T] (or hidden states [B, T, D]); resets: bool [B, T], True where a document begins."""
@@ -102,17 +108,28 @@ class GDN2Model(nn.Module):
             (B, T, _), h = tokens.shape, tokens
             T = T * self.sequence_shards
         kinds = [self.args.mixer(int(name)) for name in self.layers]  # by name: a stage holds some of the layers
-        angles, masks = None, {}
-        if set(kinds) - {"gdn2"}:
-            positions = torch.arange(T, device=tokens.device)
-            angles = rotary_angles(positions, self.args.hidden_size // self.args.attn_heads, self.args.rope_theta)
-            for kind in set(kinds) - {"gdn2"}:
-                window = self.args.window if kind == "swa" else None
-                masks[kind] = attention_mask(B, T, window, resets, tokens.device)
+        angles, masks = self._angles_and_masks(set(kinds) - {"gdn2"}, B, T, resets, tokens.device)
         for kind, block in zip(kinds, self.layers.values(), strict=True):
             h = block(h, resets, angles, masks.get(kind))
         h = self.norm(h) if self.norm is not None else h
         return self.lm_head(h) if self.lm_head is not None else h
+
+    def _angles_and_masks(self, kinds, B, T, resets, device):
+        """What the softmax layers of these kinds take, computed once for all of them: angles, and {kind: mask}."""
+        if not kinds:
+            return None, {}
+        args, shards = self.args, self.shards
+        windows = {kind: args.window if kind == "swa" else None for kind in kinds}
+        if shards is None:
+            positions = torch.arange(T, device=device)
+            masks = {kind: attention_mask(B, T, window, resets, device) for kind, window in windows.items()}
+        else:
+            positions = shards.positions(T, device)
+            # As bytes: not every backend of torch.distributed moves bool.
+            begins = None if resets is None else gather_sequence(resets.to(torch.uint8), shards)
+            documents = None if begins is None else begins.long().cumsum(1)
+            masks = {kind: context_mask(B, T, window, documents, shards, device) for kind, window in windows.items()}
+        return rotary_angles(positions, args.hidden_size // args.attn_heads, args.rope_theta), masks
 
     def init_weights(self, buffer_device=None):
         """Fill every parameter and buffer, from whatever device the model was built on to where it now lies.

@@ -12,6 +12,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from gdn2_titan.ops import causal_conv1d, chunk_gdn2, recurrent_gdn2
+from gdn2_titan.ops.exchange_tokens import segment_rows
+from gdn2_titan.ops.halo import halos
 
 from .init import fill_, xavier_
 
@@ -145,6 +147,8 @@ class GatedDeltaNet2(nn.Module):
         )
         self.o_norm = nn.RMSNorm(self.head_v_dim, eps=norm_eps)
         self.o_proj = linear(value_size, hidden_size)
+        # A SequenceShards where ranks share a sequence (context parallelism); T is then what this rank has of it.
+        self.shards = None
         # Telemetry: filled in forward while ``record_statistics`` is set, in the order of STATISTICS.
         self.record_statistics = False
         self.register_buffer("statistics", torch.zeros(len(STATISTICS)), persistent=False)
@@ -154,12 +158,22 @@ class GatedDeltaNet2(nn.Module):
         """x [B, T, D], resets bool [B, T] or None -> [B, T, D], or ([B, T, D], GDN2State) with ``return_state``.
 
         state: the GDN2State of the segment before. One token with a state takes the recurrent op, all else the chunked.
+
+        Raises:
+            ValueError: a state is given or asked for where ranks share the sequence.
         """
         K, V = self.head_dim, self.head_v_dim
-        q_conv, k_conv, v_conv, memory = state if state is not None else (None,) * 4
-        q, q_conv = self.q_conv1d(self.q_proj(x), resets, q_conv, return_state)
-        k, k_conv = self.k_conv1d(self.k_proj(x), resets, k_conv, return_state)
-        v, v_conv = self.v_conv1d(self.v_proj(x), resets, v_conv, return_state)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.shards is None:
+            q_conv, k_conv, v_conv, memory = state if state is not None else (None,) * 4
+            q, q_conv = self.q_conv1d(q, resets, q_conv, return_state)
+            k, k_conv = self.k_conv1d(k, resets, k_conv, return_state)
+            v, v_conv = self.v_conv1d(v, resets, v_conv, return_state)
+        elif state is None and not return_state:
+            q, k, v = self._convolved_over_shards(q, k, v, resets)
+        else:
+            name = "return_state is True" if state is None else "state is given"
+            raise ValueError(f"{name}; with context parallelism states pass between ranks only, so it must be left out")
         # Heads are counted from the tensors: under tensor parallelism a rank holds some of them.
         q, k, v = (t.unflatten(-1, (-1, size)) for t, size in ((q, K), (k, K), (v, V)))
         g = self.decay_proj(x).unflatten(-1, (q.shape[2], -1))
@@ -169,10 +183,8 @@ class GatedDeltaNet2(nn.Module):
             write = erase.repeat_interleave(v.shape[2] // q.shape[2], dim=2)
         else:
             write = self.write_proj(x).unflatten(-1, (v.shape[2], -1))
-        op = recurrent_gdn2 if x.shape[1] == 1 and state is not None else chunk_gdn2
-        o, memory = op(
-            q, k, v, g.expand(q.shape), erase.expand(q.shape), write.expand(v.shape),
-            initial_state=memory,
+        inputs = q, k, v, g.expand(q.shape), erase.expand(q.shape), write.expand(v.shape)
+        options = dict(
             output_final_state=return_state or self.record_statistics,
             use_qk_l2norm_in_kernel=True,
             use_gate_in_kernel=True,
@@ -181,12 +193,32 @@ class GatedDeltaNet2(nn.Module):
             use_sigmoid_in_kernel=True,
             erase_scale=self.erase_scale,
             resets=resets,
-        )  # fmt: skip
+        )
+        if self.shards is None:
+            op = recurrent_gdn2 if x.shape[1] == 1 and state is not None else chunk_gdn2
+            o, memory = op(*inputs, initial_state=memory, **options)
+            gate = self.gate_proj(x)
+        else:
+            from gdn2_titan.ops.context_parallel import begin_gdn2
+
+            begun = begin_gdn2(*inputs, self.shards, **options)
+            gate = self.gate_proj(x)  # while what the ranks know of their segments is under way
+            o, memory = begun.finish()
         if self.record_statistics:
             self._record(g, erase, write, A_log, dt_bias, memory)
-        o = self.o_norm(o) * self.output_gate(self.gate_proj(x).unflatten(-1, (-1, V)))
+        o = self.o_norm(o) * self.output_gate(gate.unflatten(-1, (-1, V)))
         y = self.o_proj(o.flatten(2))
         return (y, GDN2State(q_conv, k_conv, v_conv, memory)) if return_state else y
+
+    def _convolved_over_shards(self, q, k, v, resets):
+        """The three convolutions, over this rank's segments as rows of the batch. One exchange for all of them."""
+        rows = None if resets is None else segment_rows(resets, self.shards)
+        convolutions = self.q_conv1d, self.k_conv1d, self.v_conv1d
+        past = halos([q, k, v], self.shards, self.q_conv1d.weight.shape[1], resets)
+        return [
+            conv1d(segment_rows(x, self.shards), rows, state)[0].view(x.shape)
+            for conv1d, x, state in zip(convolutions, (q, k, v), past, strict=True)
+        ]
 
     @torch.no_grad()
     def _record(self, g, erase, write, A_log, dt_bias, memory):

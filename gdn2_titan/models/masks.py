@@ -6,7 +6,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.attention.flex_attention import create_block_mask
 
-__all__ = ["attention_mask"]
+__all__ = ["attention_mask", "context_mask", "reach"]
 
 
 def _visible(query, key, window):
@@ -52,3 +52,61 @@ def attention_mask(batch, length, window, resets, device):
             return None
         return _dense_mask(length, window, documents, device)
     return _block_mask(batch, length, window, documents, device, _compiled_block_mask())
+
+
+def reach(window, length, shards):
+    """Tokens before each of its segments whose keys and values a rank needs, or None where it needs them all.
+
+    length: tokens that a rank has, T_local. A window that looks back further than one segment is served by gathering.
+    """
+    return None if window is None or window - 1 > length // shards.per_rank else window - 1
+
+
+def context_mask(batch, length, window, documents, shards, device):
+    """``attention_mask`` for a rank that has ``length`` tokens of every sequence, by their places in the whole of it.
+
+    documents: int64 [B, T], the document of every token of all ranks, or None. With the keys of all T tokens, queries
+    are [B, T_local] and the mask is [B or 1, 1, T_local, T]. With a ``reach``, each of the n segments is a row of the
+    batch with the tokens before it, and the mask is [B * n or 1, 1, T_local / n, reach + T_local / n]. Always a mask,
+    never None: where the queries are not the first tokens, plain causal attention is none for the kernels.
+    """
+    positions = shards.positions(length, device)
+    past = reach(window, length, shards)
+    if past is None:
+        queries, keys = positions[None], torch.arange(length * shards.size, device=device)[None]
+    else:
+        queries = positions.view(shards.per_rank, -1)
+        keys = queries[:, :1] + torch.arange(-past, queries.shape[1], device=device)  # below 0: before the sequence
+    query_documents = key_documents = None
+    if documents is not None:
+        query_documents, key_documents = (documents[:, at.clamp_min(0)].flatten(0, 1) for at in (queries, keys))
+    if documents is not None or len(queries) > 1:
+        queries, keys = queries.repeat(batch, 1), keys.repeat(batch, 1)
+    if device.type == "cpu":
+        return _dense_mask_between(queries, keys, window, query_documents, key_documents)
+    return _block_mask_between(queries, keys, window, query_documents, key_documents, _compiled_block_mask())
+
+
+def _dense_mask_between(queries, keys, window, query_documents, key_documents):
+    mask = _visible(queries[:, :, None], keys[:, None, :], window) & (keys >= 0)[:, None, :]
+    if query_documents is not None:
+        mask = mask & (query_documents[:, :, None] == key_documents[:, None, :])
+    return mask[:, None]
+
+
+def _block_mask_between(queries, keys, window, query_documents, key_documents, create=create_block_mask):
+    """queries and keys: positions [rows, ...]; one row is for all of the batch."""
+    (rows, length), key_length = queries.shape, keys.shape[1]
+    query_row, key_row = (length, key_length) if rows > 1 else (0, 0)
+
+    def flat(x):
+        return None if x is None else x.flatten()
+
+    queries, keys, query_documents, key_documents = map(flat, (queries, keys, query_documents, key_documents))
+
+    def mask_mod(b, h, query, key):
+        query, key = b * query_row + query, b * key_row + key
+        visible = _visible(queries[query], keys[key], window) & (keys[key] >= 0)
+        return visible if query_documents is None else visible & (query_documents[query] == key_documents[key])
+
+    return create(mask_mod, rows if rows > 1 else None, None, length, key_length, device=queries.device)

@@ -14,7 +14,7 @@ from .dispatch import BACKENDS, use_triton
 from .transforms import differentiable, once
 from .validation import FLOAT_DTYPES, check_choice, check_cu_seqlens, check_packing
 
-__all__ = ["causal_conv1d"]
+__all__ = ["causal_conv1d", "check_conv_inputs"]
 
 WIDTHS = (2, 3, 4)
 SILU = ("silu", "swish")
@@ -111,7 +111,7 @@ def _backward_flops(dy_shape, dfinal_state_shape, x_shape, weight_shape, *args, 
     return 2 * _forward_flops(x_shape, weight_shape)
 
 
-def _check_inputs(x, weight, bias, activation, initial_state, cu_seqlens, resets):
+def check_conv_inputs(x, weight, bias, activation, initial_state, cu_seqlens, resets):
     """Shapes, dtypes and devices only, so that it traces under torch.compile and costs no host synchronisation."""
     floats = {"x": x, "weight": weight, "bias": bias, "initial_state": initial_state}
     tensors = floats | {"cu_seqlens": cu_seqlens, "resets": resets}
@@ -182,6 +182,6 @@ def causal_conv1d(
             cu_seqlens that do not run from 0 to T without falling.
     """
     check_choice("backend", backend, BACKENDS)
-    _check_inputs(x, weight, bias, activation, initial_state, cu_seqlens, resets)
+    check_conv_inputs(x, weight, bias, activation, initial_state, cu_seqlens, resets)
     y, final_state = _differentiable(x, weight, bias, activation in SILU, initial_state, cu_seqlens, resets, backend)
     return y, final_state if output_final_state else None
