@@ -215,9 +215,10 @@ def segment_forward(q, k, v, g, b, w, A_log, dt_bias, resets, scale, options):
     states = q.new_zeros(1, B * H, K, GV + K)
     states[..., GV:] = torch.eye(K, dtype=dtype, device=q.device)
     o = layout.unpad(_outputs(layout, tensors, states, scale), T)
-    contribution, transition = states.split((GV, K), -1)
-    o, read = o.to(v.dtype).split((GV, K), -1)
-    return o.reshape(v.shape), read, transition.view(B, H, K, K), _ungroup_state(contribution.contiguous(), H, HV)
+    # Copies, also where a part happens to be contiguous as it is: results must not share memory.
+    parts = (*o.to(v.dtype).split((GV, K), -1), *states.split((GV, K), -1))
+    o, read, contribution, transition = (x.clone(memory_format=torch.contiguous_format) for x in parts)
+    return o.view(v.shape), read, transition.view(B, H, K, K), _ungroup_state(contribution, H, HV)
 
 
 def chunk_backward(

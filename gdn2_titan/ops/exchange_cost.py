@@ -30,10 +30,9 @@ def seconds(form, size, per_rank, transition, state, final=False):
     return messages * MESSAGE + products * PRODUCT + bytes_ / BANDWIDTH
 
 
-def choose(shards, M, D, final):
-    """ "gather" or "scan" for a rank's maps M [S, B, H, K, K] and D [S, B, HV, K, V]."""
+def choose(shards, transition, state, final):
+    """ "gather" or "scan"; transition, state: bytes of one segment's, of a whole batch."""
     size = shards.size
     if size & (size - 1):
         return "gather"
-    sizes = size, shards.per_rank, M[0].numel() * M.element_size(), D[0].numel() * D.element_size(), final
-    return min(("gather", "scan"), key=lambda form: seconds(form, *sizes))
+    return min(("gather", "scan"), key=lambda form: seconds(form, size, shards.per_rank, transition, state, final))

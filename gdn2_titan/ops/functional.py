@@ -5,6 +5,7 @@ import torch
 from .dispatch import BACKENDS
 from .library import differentiable_chunk_gdn2, differentiable_recurrent_gdn2, recurrent_gdn2_inplace_op
 from .reference import naive_recurrent_gdn2
+from .split import segments_of, split_gdn2
 from .validation import check_choice, check_inputs, check_state
 
 __all__ = ["chunk_gdn2", "fused_recurrent_gdn2", "recurrent_gdn2", "recurrent_gdn2_"]
@@ -12,7 +13,7 @@ __all__ = ["chunk_gdn2", "fused_recurrent_gdn2", "recurrent_gdn2", "recurrent_gd
 
 def _call(
     op, q, k, v, g, b, w, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
-    A_log, dt_bias, use_sigmoid_in_kernel, erase_scale, cu_seqlens, resets, backend,
+    A_log, dt_bias, use_sigmoid_in_kernel, erase_scale, cu_seqlens, resets, backend, num_segments=1,
 ):  # fmt: skip
     check_choice("backend", backend, (*BACKENDS, "reference"))
     if backend == "reference":
@@ -24,11 +25,14 @@ def _call(
         q, k, v, g, b, w, scale, initial_state, use_gate_in_kernel, A_log, dt_bias,
         use_sigmoid_in_kernel, erase_scale, cu_seqlens, resets,
     )  # fmt: skip
-    o, final_state = op(
-        q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets, scale,
-        use_qk_l2norm_in_kernel, use_gate_in_kernel, use_sigmoid_in_kernel, float(erase_scale),
-        backend,
+    numbers = (
+        scale, use_qk_l2norm_in_kernel, use_gate_in_kernel, use_sigmoid_in_kernel, float(erase_scale), backend,
     )  # fmt: skip
+    segments = segments_of(q, v, num_segments)
+    if segments > 1 and cu_seqlens is None:
+        o, final_state = split_gdn2(op, segments, q, k, v, g, b, w, A_log, dt_bias, initial_state, resets, numbers)
+    else:
+        o, final_state = op(q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets, *numbers)
     return o, final_state if output_final_state else None
 
 
@@ -46,6 +50,7 @@ def chunk_gdn2(
     cu_seqlens=None,
     resets=None,
     backend="auto",
+    num_segments=1,
 ):  # fmt: skip
     """Gated DeltaNet-2 over whole sequences, chunk by chunk: for training and prefill.
 
@@ -74,6 +79,9 @@ def chunk_gdn2(
             state included. Fixed shapes, so it compiles once and shards with the sequence.
         backend: "auto" (Triton on a GPU unless the inputs are float64, otherwise chunked PyTorch), "triton", "torch",
             or "reference" (token by token, autograd).
+        num_segments: cut the sequence in so many segments that run side by side, for long sequences of few heads on a
+            GPU that they do not fill; "auto" does so where it should pay. Costs K more value columns, and one tensor
+            like q saved for backward. Has no effect with cu_seqlens.
 
     Returns:
         o [B, T, HV, V] in v's dtype, and the final state [N, HV, K, V] (float64 for float64 inputs, float32 otherwise)
@@ -89,7 +97,7 @@ def chunk_gdn2(
     return _call(
         differentiable_chunk_gdn2, q, k, v, g, b, w, scale, initial_state, output_final_state,
         use_qk_l2norm_in_kernel, use_gate_in_kernel, A_log, dt_bias, use_sigmoid_in_kernel, erase_scale,
-        cu_seqlens, resets, backend,
+        cu_seqlens, resets, backend, num_segments,
     )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ class SequenceShards:
     group: str  # the name under which functional collectives know it
     rank: int
     size: int
-    layout: str
+    per_rank: int  # segments of each rank: 1 contiguous, 2 head_tail; any number where there is one rank
 
     @classmethod
     def of(cls, group, layout):
@@ -33,16 +33,17 @@ class SequenceShards:
         check_choice("layout", layout, LAYOUTS)
         if not isinstance(group, dist.ProcessGroup):
             group = group.get_group()
-        return cls(group.group_name, group.rank(), group.size(), layout)
+        return cls(group.group_name, group.rank(), group.size(), LAYOUTS.index(layout) + 1)
 
     @property
-    def per_rank(self):
-        """Segments that a rank has."""
-        return 1 if self.layout == "contiguous" else 2
+    def layout(self):
+        return LAYOUTS[self.per_rank - 1]
 
     @property
     def segments(self):
         """The indices of this rank's segments, in the order in which it has them."""
+        if self.size == 1:
+            return tuple(range(self.per_rank))
         return (self.rank,) if self.per_rank == 1 else (self.rank, 2 * self.size - 1 - self.rank)
 
     def positions(self, length, device=None):
@@ -52,7 +53,7 @@ class SequenceShards:
 
     def global_order(self, x, dim):
         """x, gathered from all ranks in the order of ranks along ``dim``, in the order of the sequence."""
-        if self.per_rank == 1:
+        if self.per_rank == 1 or self.size == 1:
             return x
         x = x.unflatten(dim, (self.size, 2, -1))
         heads, tails = x.select(dim + 1, 0), x.select(dim + 1, 1)

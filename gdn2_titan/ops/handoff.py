@@ -1,0 +1,160 @@
+"""Segments run side by side, each handing on what its tokens make of the state.
+
+Forward, a segment runs once, not knowing the state it is entered with, as a map (``segments``). The maps are exchanged,
+by ``exchange_gather`` or ``exchange_scan``, which gives the entering states S, and o = o_0 + P S.
+
+Backward is the mirror image. The outputs' own gradient of an entering state is P^T dO; exchanged, with the transitions
+that forward received, it gives the gradient of each state that a segment leaves, and the ordinary backward does the
+rest. Nothing is differentiated through the exchange: dO and both states are all that the gradients of a segment need.
+
+Autograd sees two nodes. What ``_Leave`` begins to exchange in backward ``_Enter`` waits for; so whatever the caller
+computed between ``begin`` and ``finish`` is differentiated in between, while messages are under way, as it was computed
+while they were under way forward. What ``_Enter`` needs in backward that only ``_Leave`` knows travels as the gradients
+of carriers, tensors without content.
+"""
+
+import torch
+
+from . import exchange_gather, exchange_scan
+from .library import chunk_gdn2_backward_once, no_autocast
+from .maps import apply, apply_transposed, read, read_transposed
+from .segments import segment_gdn2_op
+from .shards import SequenceShards
+
+__all__ = ["FORMS", "Handoff", "begin"]
+
+FORMS = {"gather": exchange_gather, "scan": exchange_scan}
+
+
+def _rows(x, shards):
+    """[B, T, ...] -> [B * S, T / S, ...]: a rank's segments as sequences of a batch. A view."""
+    return None if x is None else x.unflatten(1, (shards.per_rank, -1)).flatten(0, 1)
+
+
+def _lanes(x, shards):
+    """[B * S, ...] -> [S, B, ...]."""
+    return x.unflatten(0, (-1, shards.per_rank)).transpose(0, 1).contiguous()
+
+
+def _from_lanes(x):
+    """The inverse of ``_lanes``."""
+    return x.transpose(0, 1).flatten(0, 1)
+
+
+def _has_first(shards):
+    return shards.segments[0] == 0
+
+
+def _has_last(shards):
+    return shards.segments[-1] == shards.size * shards.per_rank - 1
+
+
+def _sum(dfinal, shards):
+    """The gradient of all ranks' losses. Every rank takes part, whether or not its own loss reads the final state."""
+    if shards.size == 1:
+        return dfinal
+    dfinal = torch.ops._c10d_functional.all_reduce(dfinal.contiguous(), "sum", shards.group)
+    return torch.ops._c10d_functional.wait_tensor(dfinal)
+
+
+class _Enter(torch.autograd.Function):
+    """Where the gradients of the inputs come out. Forward, it makes carriers, in the order of ``backward``."""
+
+    @staticmethod
+    def forward(
+        ctx, q, k, v, g, b, w, A_log, dt_bias, initial_state, resets, D, numbers,
+        final, form, group, rank, size, per_rank,
+    ):  # fmt: skip
+        ctx.save_for_backward(q, k, v, g, b, w, A_log, dt_bias, resets)
+        ctx.numbers, ctx.final, ctx.form, ctx.shards = numbers, final, form, (group, rank, size, per_rank)
+        ctx.initial = None if initial_state is None else initial_state.dtype
+        shards, form, (H, K) = SequenceShards(group, rank, size, per_rank), FORMS[form], q.shape[2:]
+        S, B, *state = D.shape
+        entering, kept = (B * S, *state), (form.kept(shards), B, H, K, K)
+        shapes = entering, kept, form.pending_back(D.shape, shards), D.shape, D.shape[1:]
+        return (v.new_zeros(()).expand(v.shape), *(D.new_zeros(()).expand(shape) for shape in shapes))
+
+    @staticmethod
+    def backward(ctx, do, entering, kept, pending, dD, dfinal):
+        q, k, v, g, b, w, A_log, dt_bias, resets = ctx.saved_tensors
+        shards = SequenceShards(*ctx.shards)
+        with no_autocast(q):
+            leaving = FORMS[ctx.form].receive_back(pending, dD, kept, shards)
+            if ctx.final and _has_last(shards):
+                leaving = torch.cat((leaving[:-1], dfinal.unsqueeze(0)))
+            *grads, dA_log, ddt_bias, dentering = chunk_gdn2_backward_once(
+                _rows(do, shards), _from_lanes(leaving), *(_rows(x, shards) for x in (q, k, v, g, b, w)),
+                A_log, dt_bias, entering, None, _rows(resets, shards), *ctx.numbers,
+            )  # fmt: skip
+        grads = [grad.view(x.shape) for grad, x in zip(grads, (q, k, v, g, b, w), strict=True)]
+        dA_log, ddt_bias = None if A_log is None else dA_log, None if dt_bias is None else ddt_bias
+        dinitial_state = None
+        if ctx.initial is not None:
+            dinitial_state = _lanes(dentering, shards)[0].to(ctx.initial)
+            if not _has_first(shards):
+                dinitial_state = torch.zeros_like(dinitial_state)
+        return (*grads, dA_log, ddt_bias, dinitial_state, *(None,) * 9)
+
+
+class _Leave(torch.autograd.Function):
+    """Where the outputs come out, and their gradients go in."""
+
+    @staticmethod
+    def forward(
+        ctx, o, P, M, D, initial_state, pending, more, final, form, group, rank, size, per_rank,
+        carrier, carried_entering, carried_kept, carried_pending, carried_dD, carried_dfinal,
+    ):  # fmt: skip
+        shards = SequenceShards(group, rank, size, per_rank)
+        with no_autocast(o):
+            pending = [x for x in (pending, more) if x is not None]
+            entering, final_state, kept = FORMS[form].receive(pending, M, D, shards, final)
+            if initial_state is not None and _has_first(shards):
+                entering = torch.cat((initial_state.to(D.dtype).unsqueeze(0), entering[1:]))
+            entering = _from_lanes(entering)
+            o = (o + read(P, entering)).to(o.dtype).view(carrier.shape)
+        ctx.final, ctx.form, ctx.shards = final, form, (group, rank, size, per_rank)
+        ctx.save_for_backward(P, entering, kept, M[-1] if final and _has_last(shards) else None)
+        return o, D.new_empty(0) if final_state is None else final_state
+
+    @staticmethod
+    def backward(ctx, do, dfinal):
+        P, entering, kept, transition = ctx.saved_tensors
+        shards = SequenceShards(*ctx.shards)
+        with no_autocast(do):
+            dD = _lanes(read_transposed(P, _rows(do, shards), entering.dtype), shards)
+            if ctx.final:
+                dfinal = _sum(dfinal, shards)
+                if transition is not None:
+                    dD = torch.cat((dD[:-1], (dD[-1] + apply_transposed(transition, dfinal)).unsqueeze(0)))
+            pending = FORMS[ctx.form].send_back(dD, shards)
+        return (*(None,) * 13, do, entering, kept, pending, dD, dfinal if ctx.final else None)
+
+
+class Handoff:
+    """A call whose exchange is under way."""
+
+    def __init__(self, arguments, carriers, final):
+        self.arguments, self.carriers, self.final = arguments, carriers, final
+
+    def finish(self):
+        """o [B, T, HV, V], and the state after the whole sequence [B, HV, K, V] or None."""
+        o, final_state = _Leave.apply(*self.arguments, *self.carriers)
+        return o, final_state if self.final else None
+
+
+def begin(q, k, v, g, b, w, A_log, dt_bias, initial_state, resets, numbers, final, form, shards):
+    """The call of ``shards`` up to its exchange, which is then under way. Arguments checked; numbers: of the operators;
+    final: whether the state after the whole sequence will be asked for; form: of FORMS."""
+    with torch.no_grad(), no_autocast(q):
+        o, P, M, D = segment_gdn2_op(
+            *(_rows(x, shards) for x in (q, k, v, g, b, w)), A_log, dt_bias, _rows(resets, shards), *numbers
+        )
+        M, D = _lanes(M, shards), _lanes(D, shards)
+        if initial_state is not None and _has_first(shards):
+            D = torch.cat(((D[0] + apply(M[0], initial_state.to(D.dtype))).unsqueeze(0), D[1:]))
+        pending = FORMS[form].send(M, D, shards, final)
+    where = (final, form, shards.group, shards.rank, shards.size, shards.per_rank)
+    carriers = _Enter.apply(q, k, v, g, b, w, A_log, dt_bias, initial_state, resets, D, numbers, *where)
+    initial_state = None if initial_state is None else initial_state.detach()
+    pending, more = (*pending, None, None)[:2]
+    return Handoff((o, P, M, D, initial_state, pending, more, *where), carriers, final)
