@@ -9,10 +9,10 @@ def part(x, shards, dim=1):
     return x.index_select(dim, shards.positions(x.shape[dim] // shards.size, x.device))
 
 
-def summed(x):
-    """x summed over all ranks."""
+def summed(x, group=None):
+    """x summed over the ranks of a group, or over all."""
     x = x.clone()
-    dist.all_reduce(x)
+    dist.all_reduce(x, group=group)
     return x
 
 

@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import create_mask, flex_attention
 
 from gdn2_titan.models import attention
 from gdn2_titan.models.attention import Attention, rotary_angles
-from gdn2_titan.models.masks import _block_mask_between, attention_mask, context_mask, reach
+from gdn2_titan.models.masks import _block_mask_of_rows, _context_rows, attention_mask, context_mask, reach
 from gdn2_titan.ops.shards import LAYOUTS, SequenceShards
 from tests.context_parallel_cases import Received, part, summed
 from tests.processes import run
@@ -41,7 +41,9 @@ def mask_by_hand(B, shards, window, resets):
     found = []
     for row in whole:
         for queries, keys in zip(positions.view(shards.per_rank, -1), rows, strict=True):
-            visible = [row[0, queries, key] if key >= 0 else torch.zeros(len(queries), dtype=torch.bool) for key in keys]
+            visible = [
+                row[0, queries, key] if key >= 0 else torch.zeros(len(queries), dtype=torch.bool) for key in keys
+            ]
             found.append(torch.stack(visible, 1)[None])
     return torch.stack(found)
 
@@ -49,21 +51,16 @@ def mask_by_hand(B, shards, window, resets):
 @pytest.mark.parametrize("with_resets", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 3, 6, 7, 13, 40, 100])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_dense_and_flex_masks_show_a_rank_what_the_whole_sequence_allows(layout, window, with_resets, monkeypatch):
-    B, made = 2, []
-    monkeypatch.setattr("gdn2_titan.models.masks._compiled_block_mask", None)  # not used on CPU
-    monkeypatch.setattr("gdn2_titan.models.masks._dense_mask_between", lambda *a: made.append(a) or dense_between(*a))
+def test_dense_and_flex_masks_show_a_rank_what_the_whole_sequence_allows(layout, window, with_resets):
+    B = 2
     resets = some_resets(B, T) if with_resets else None
     for rank in range(4):
         shards = SequenceShards("", rank, 4, layout)
         want = mask_by_hand(B, shards, window, resets)
-        dense = context_mask(B, T // 4, window, documents_of(resets), shards, CPU)
-        assert torch.equal(dense.expand(want.shape), want)
-        block = _block_mask_between(*made.pop())
+        arguments = B, T // 4, window, documents_of(resets), shards, CPU
+        assert torch.equal(context_mask(*arguments).expand(want.shape), want)
+        block = _block_mask_of_rows(window, *_context_rows(*arguments))
         assert torch.equal(create_mask(block.mask_mod, len(want), 1, *want.shape[2:], device="cpu"), want)
-
-
-dense_between = context_mask.__globals__["_dense_mask_between"]
 
 
 def test_only_a_window_that_looks_further_back_than_a_segment_needs_the_keys_of_all():
@@ -141,22 +138,21 @@ def test_a_window_brings_its_tokens_and_full_attention_all_tokens(tmp_path):
 
 
 def _flex(rank):
-    attention._compiled_flex_attention = lambda: flex_attention  # eager, and on any device
+    attention._compiled_flex_attention = lambda: flex_attention  # eager: exact and on any device
     torch.manual_seed(0)
-    B = 2
-    x = torch.randn(B, T, HIDDEN)
+    x = torch.randn(2, T, HIDDEN)
     for layout, window, with_resets in itertools.product(LAYOUTS, (None, 7), (False, True)):
         shards = SequenceShards.of(dist.group.WORLD, layout)
         built = Attention(HIDDEN, HEADS, 2, window)
-        resets = some_resets(B, T) if with_resets else None
-        arguments = []
-        create = context_mask.__globals__["_dense_mask_between"]
-        context_mask.__globals__["_dense_mask_between"] = lambda *a: arguments.append(a) or create(*a)  # noqa: B023
-        dense = context_mask(B, T // 2, window, documents_of(resets), shards, CPU)
-        context_mask.__globals__["_dense_mask_between"] = create
+        resets = some_resets(2, T) if with_resets else None
+        rows = _context_rows(2, T // 2, window, documents_of(resets), shards, CPU)
         with torch.no_grad():
-            want = part(built(x, rotary_angles(torch.arange(T), 4, 1e4), attention_mask(B, T, window, resets, CPU)), shards)
+            whole = built(x, rotary_angles(torch.arange(T), 4, 1e4), attention_mask(2, T, window, resets, CPU))
             built.shards = shards
             angles = rotary_angles(shards.positions(T // 2), 4, 1e4)
-            for mask in (dense, _block_mask_between(*arguments[0])):
-                torch.testing.assert_close(built(part(x, shards), angles, mask), want, rtol=1e-4, atol=1e-5)
+            got = built(part(x, shards), angles, _block_mask_of_rows(window, *rows))
+        torch.testing.assert_close(got, part(whole, shards), rtol=1e-4, atol=1e-5)
+
+
+def test_through_flex_attention_outputs_are_those_of_one_process(tmp_path):
+    run(_flex, 2, tmp_path / "store")

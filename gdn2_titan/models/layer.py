@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from gdn2_titan.ops import causal_conv1d, chunk_gdn2, recurrent_gdn2
+from gdn2_titan.ops.context_parallel import begin_gdn2
 from gdn2_titan.ops.exchange_tokens import segment_rows
 from gdn2_titan.ops.halo import halos
 
@@ -199,8 +200,6 @@ class GatedDeltaNet2(nn.Module):
             o, memory = op(*inputs, initial_state=memory, **options)
             gate = self.gate_proj(x)
         else:
-            from gdn2_titan.ops.context_parallel import begin_gdn2
-
             begun = begin_gdn2(*inputs, self.shards, **options)
             gate = self.gate_proj(x)  # while what the ranks know of their segments is under way
             o, memory = begun.finish()

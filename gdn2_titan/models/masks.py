@@ -70,32 +70,38 @@ def context_mask(batch, length, window, documents, shards, device):
     batch with the tokens before it, and the mask is [B * n or 1, 1, T_local / n, reach + T_local / n]. Always a mask,
     never None: where the queries are not the first tokens, plain causal attention is none for the kernels.
     """
+    rows = _context_rows(batch, length, window, documents, shards, device)
+    if device.type == "cpu":
+        return _dense_mask_of_rows(window, *rows)
+    return _block_mask_of_rows(window, *rows, _compiled_block_mask())
+
+
+def _context_rows(batch, length, window, documents, shards, device):
+    """For every row of ``context_mask``: positions of its queries and of its keys, below 0 before the sequence begins,
+    and their documents or None. One row of positions without documents is for all of the batch."""
     positions = shards.positions(length, device)
     past = reach(window, length, shards)
     if past is None:
         queries, keys = positions[None], torch.arange(length * shards.size, device=device)[None]
     else:
         queries = positions.view(shards.per_rank, -1)
-        keys = queries[:, :1] + torch.arange(-past, queries.shape[1], device=device)  # below 0: before the sequence
+        keys = queries[:, :1] + torch.arange(-past, queries.shape[1], device=device)
     query_documents = key_documents = None
     if documents is not None:
         query_documents, key_documents = (documents[:, at.clamp_min(0)].flatten(0, 1) for at in (queries, keys))
     if documents is not None or len(queries) > 1:
         queries, keys = queries.repeat(batch, 1), keys.repeat(batch, 1)
-    if device.type == "cpu":
-        return _dense_mask_between(queries, keys, window, query_documents, key_documents)
-    return _block_mask_between(queries, keys, window, query_documents, key_documents, _compiled_block_mask())
+    return queries, keys, query_documents, key_documents
 
 
-def _dense_mask_between(queries, keys, window, query_documents, key_documents):
+def _dense_mask_of_rows(window, queries, keys, query_documents, key_documents):
     mask = _visible(queries[:, :, None], keys[:, None, :], window) & (keys >= 0)[:, None, :]
     if query_documents is not None:
         mask = mask & (query_documents[:, :, None] == key_documents[:, None, :])
     return mask[:, None]
 
 
-def _block_mask_between(queries, keys, window, query_documents, key_documents, create=create_block_mask):
-    """queries and keys: positions [rows, ...]; one row is for all of the batch."""
+def _block_mask_of_rows(window, queries, keys, query_documents, key_documents, create=create_block_mask):
     (rows, length), key_length = queries.shape, keys.shape[1]
     query_row, key_row = (length, key_length) if rows > 1 else (0, 0)
 
@@ -105,7 +111,7 @@ def _block_mask_between(queries, keys, window, query_documents, key_documents, c
     queries, keys, query_documents, key_documents = map(flat, (queries, keys, query_documents, key_documents))
 
     def mask_mod(b, h, query, key):
-        query, key = b * query_row + query, b * key_row + key
+        query, key = b * query_row + query, b * key_row + key  # one row: whatever b is
         visible = _visible(queries[query], keys[key], window) & (keys[key] >= 0)
         return visible if query_documents is None else visible & (query_documents[query] == key_documents[key])
 

@@ -15,7 +15,7 @@ __all__ = [
 if torch.distributed.is_available():
     # Not lazily: the first call of any custom op imports torch._dynamo, and that imports DTensor.
     from . import sharding  # noqa: F401
-    from .context_parallel import context_parallel_gdn2  # noqa: F401
-    from .halo import context_parallel_conv1d  # noqa: F401
+    from .context_parallel import context_parallel_gdn2
+    from .halo import context_parallel_conv1d
 
     __all__ += ["context_parallel_conv1d", "context_parallel_gdn2"]
