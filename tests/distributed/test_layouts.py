@@ -87,9 +87,9 @@ def test_a_layout_trains_as_one_process(seeds, one_process, tmp_path, name):
 @pytest.mark.parametrize("name", ["fsdp2", "tp2", "pp2", "fsdp2-tp2", "cp2"])
 def test_a_layout_trains_as_one_process_when_blocks_are_compiled(seeds, one_process, tmp_path, name):
     world, data_parallel, extra = LAYOUTS[name]
-    found = train(world, tmp_path / "out", *runs(seeds, tmp_path, data_parallel, *extra, "--compile.enable"))
-    for curves, expected in zip(found, one_process, strict=True):
-        assert_same(curves, expected)
+    hybrid = runs(seeds, tmp_path, data_parallel, *extra, "--compile.enable")[-1]  # has every kind of block
+    [found] = train(world, tmp_path / "out", hybrid)
+    assert_same(found, one_process[-1])
 
 
 @pytest.mark.parametrize(
