@@ -54,6 +54,8 @@ def begin_gdn2(
     )  # fmt: skip
     if q.shape[1] % shards.per_rank:
         raise ValueError(f"q has {q.shape[1]} tokens; with layout {shards.layout!r} they must be an even number")
+    if exchange == "scan" and shards.size & (shards.size - 1):
+        raise ValueError(f"exchange is 'scan'; with {shards.size} ranks it must be 'gather' or 'auto'")
     numbers = (scale, *options)
     if exchange == "auto":
         size, (B, _, H, K), (HV, V) = compute_dtype(q).itemsize, q.shape, v.shape[2:]

@@ -113,7 +113,10 @@ class _Leave(torch.autograd.Function):
             entering = _from_lanes(entering)
             o = (o + read(P, entering)).to(o.dtype).view(carrier.shape)
         ctx.final, ctx.form, ctx.shards = final, form, (group, rank, size, per_rank)
-        ctx.save_for_backward(P, entering, kept, M[-1] if final and _has_last(shards) else None)
+        # Zeros on ranks that have no use for it: there too must the gradients depend on the sum, or a compiler is free
+        # to send them before it, and ranks would wait for each other for ever.
+        last = M[-1] if _has_last(shards) else torch.zeros_like(M[-1])
+        ctx.save_for_backward(P, entering, kept, last if final else None)
         return o, D.new_empty(0) if final_state is None else final_state
 
     @staticmethod
@@ -124,8 +127,7 @@ class _Leave(torch.autograd.Function):
             dD = _lanes(read_transposed(P, _rows(do, shards), entering.dtype), shards)
             if ctx.final:
                 dfinal = _sum(dfinal, shards)
-                if transition is not None:
-                    dD = torch.cat((dD[:-1], (dD[-1] + apply_transposed(transition, dfinal)).unsqueeze(0)))
+                dD = torch.cat((dD[:-1], (dD[-1] + apply_transposed(transition, dfinal)).unsqueeze(0)))
             pending = FORMS[ctx.form].send_back(dD, shards)
         return (*(None,) * 13, do, entering, kept, pending, dD, dfinal if ctx.final else None)
 
