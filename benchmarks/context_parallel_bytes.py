@@ -1,0 +1,153 @@
+"""What a rank receives for one GDN-2 layer under context parallelism, counted, and against flash-linear-attention's.
+
+    python benchmarks/context_parallel_bytes.py           # a table in Markdown; exit code 1 if count and formula differ
+    python benchmarks/context_parallel_bytes.py --json    # the same as a list of rows
+
+Processes over gloo run ``context_parallel_gdn2`` forward and backward at two lengths. Every collective that PyTorch is
+asked for is counted by its arguments: all that arrives from other ranks, one's own part of an all-gather does not.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gdn2_titan.ops import context_parallel_gdn2
+from gdn2_titan.ops.exchange_cost import received
+from gdn2_titan.ops.shards import LAYOUTS
+
+__all__ = ["flash_linear_attention", "rows", "table"]
+
+# The processes are forked from one that has imported what takes long.
+multiprocessing.set_forkserver_preload(["gdn2_titan.ops"])
+
+RANKS = (2, 4, 8)
+EXCHANGES = ("gather", "scan")
+LENGTHS = (32, 192)  # tokens of a rank
+B, H, K, V = 1, 2, 16, 16
+CASES = [*itertools.product(RANKS, LAYOUTS, EXCHANGES, (False, True))]  # the last: with the final state?
+
+
+class Received(TorchDispatchMode):
+    """Adds up the bytes that arrive at a rank; of all-reduces, which only the final state's gradient needs, apart."""
+
+    def __init__(self, rank):
+        super().__init__()
+        self.rank = rank
+        self.exchanged = self.reduced = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func.overloadpacket)
+        if name == "_c10d_functional.all_gather_into_tensor_coalesced":
+            tensors, size, _ = args
+            self.exchanged += sum(x.nbytes for x in tensors) * (size - 1)
+        elif name == "_c10d_functional.all_to_all_single":
+            x, output_sizes, _, _ = args
+            self.exchanged += (sum(output_sizes) - output_sizes[self.rank]) * x.shape[1:].numel() * x.element_size()
+        elif name == "_c10d_functional.all_reduce":
+            self.reduced += args[0].nbytes
+        elif func.namespace in ("c10d", "_c10d_functional") and name != "_c10d_functional.wait_tensor":
+            raise NotImplementedError(f"{name} is not counted")
+        return func(*args, **(kwargs or {}))
+
+
+def flash_linear_attention(size, per_rank, heads, key_dim, value_dim):
+    """What its ranks receive (fla-core 0.6.0), forward and backward: the maps, in fp32, in both directions."""
+    return 2 * (size - 1) * per_rank * heads * key_dim * (key_dim + value_dim) * 4
+
+
+def _call(group, layout, exchange, final, length):
+    """Bytes of this rank: exchanged forward, exchanged backward, reduced."""
+    rank = dist.get_rank(group)
+    shapes = [(B, length, H, size) for size in (K, K, V, K, K, V)]
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    raw = {"use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True, "A_log": torch.zeros(H)}
+    with Received(rank) as forward:
+        o, state = context_parallel_gdn2(
+            *inputs, group=group, layout=layout, exchange=exchange, output_final_state=final,
+            use_sigmoid_in_kernel=True, **raw,
+        )  # fmt: skip
+    loss = o.sum() + (state.sum() if final else 0)
+    with Received(rank) as backward:
+        loss.backward()
+    return forward.exchanged, backward.exchanged, forward.reduced + backward.reduced
+
+
+def _process(rank, world, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    torch.set_num_threads(1)
+    groups = {size: dist.new_group(range(size)) for size in RANKS}
+    counted = [
+        _call(groups[size], layout, exchange, final, length) if rank < size else None
+        for size, layout, exchange, final in CASES
+        for length in LENGTHS
+    ]
+    everyone = [None] * world
+    dist.all_gather_object(everyone, counted)
+    if rank == 0:
+        (Path(folder) / "counted").write_text(json.dumps(everyone))
+    dist.barrier()
+    os._exit(0)  # gloo's threads can abort a Python that shuts down
+
+
+def rows():
+    """A dict for each of CASES. "counted": (forward, backward) of the rank that receives most, for each of LENGTHS."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(_process, (max(RANKS), folder), nprocs=max(RANKS), start_method="forkserver")
+        everyone = json.loads((Path(folder) / "counted").read_text())
+    result = []
+    for i, (size, layout, exchange, final) in enumerate(CASES):
+        per_rank = LAYOUTS.index(layout) + 1
+        counted, reduced = [], set()
+        for j in range(len(LENGTHS)):
+            ranks = [everyone[rank][i * len(LENGTHS) + j] for rank in range(size)]
+            counted.append([max(forward for forward, _, _ in ranks), max(backward for _, backward, _ in ranks)])
+            reduced |= {n for _, _, n in ranks}
+        (reduced,) = reduced
+        transition, state = B * H * K * K * 4, B * H * K * V * 4
+        formula = received(exchange, size, per_rank, transition, state, final)
+        ratio = sum(counted[0]) / flash_linear_attention(size, per_rank, B * H, K, V)
+        found = {"counted": counted, "formula": list(formula), "reduced": reduced, "state": state, "ratio": ratio}
+        result.append({"ranks": size, "layout": layout, "exchange": exchange, "final": final} | found)
+    return result
+
+
+def table(result):
+    """For calls without the final state, in Markdown."""
+    lengths = " and ".join(f"{length:,}" for length in LENGTHS)
+    head = [
+        "ranks",
+        "layout",
+        "exchange",
+        f"received forward, backward at {lengths} tokens a rank",
+        "formula",
+        "of FLA's",
+    ]
+    lines = [head, ["---"] * len(head)]
+    for row in result:
+        if not row["final"]:
+            both = [f"{forward:,} + {backward:,}" for forward, backward in (*row["counted"], row["formula"])]
+            cells = [str(row["ranks"]), row["layout"], row["exchange"], "; ".join(both[:-1]), both[-1]]
+            lines.append([*cells, f"{row['ratio']:.2f}"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true")
+    chosen = parser.parse_args()
+    result = rows()
+    print(json.dumps(result) if chosen.json else table(result))
+    raise SystemExit(any(counted != row["formula"] for row in result for counted in row["counted"]))
+
+
+if __name__ == "__main__":
+    main()

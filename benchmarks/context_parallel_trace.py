@@ -1,0 +1,104 @@
+"""That the exchange of maps is under way while a rank computes what does not depend on it, in a profiler's trace.
+
+    python benchmarks/context_parallel_trace.py --out traces    # traces/gather.json and scan.json, for chrome://tracing
+
+Two processes over gloo do what a layer does between the two halves of the operator: a projection of its input, forward,
+and both of its products, backward. Printed are the operators that ran between the start of each exchange and the wait
+for it, and how much of that time gloo's own thread was at work.
+"""
+
+import argparse
+import collections
+import json
+import multiprocessing
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from gdn2_titan.ops.context_parallel import begin_gdn2
+from gdn2_titan.ops.shards import SequenceShards
+
+__all__ = ["between"]
+
+# The processes are forked from one that has imported what takes long.
+multiprocessing.set_forkserver_preload(["gdn2_titan.ops"])
+
+WORLD = 2
+EXCHANGES = {"gather": "all_gather_into_tensor_coalesced", "scan": "all_to_all_single"}
+B, T, H, K, D = 1, 256, 16, 128, 1024  # T: of a rank
+
+
+def _step(inputs, x, weight, shards, exchange):
+    raw = {"use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True, "A_log": torch.zeros(H)}
+    handoff = begin_gdn2(*inputs, shards, exchange=exchange, use_sigmoid_in_kernel=True, **raw)
+    gate = F.linear(x, weight)
+    o, _ = handoff.finish()
+    return (o.flatten(2) * gate.sigmoid()).sum()
+
+
+def _process(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    torch.set_num_threads(1)
+    shards = SequenceShards.of(dist.group.WORLD, "contiguous")
+    inputs = [torch.randn(B, T, H, K, requires_grad=True) for _ in range(6)]
+    x, weight = torch.randn(B, T, D, requires_grad=True), torch.randn(H * K, D, requires_grad=True)
+    for exchange in EXCHANGES:
+        _step(inputs, x, weight, shards, exchange).backward()  # what is set up once
+        dist.barrier()
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            with record_function("forward"):
+                loss = _step(inputs, x, weight, shards, exchange)
+            with record_function("backward"):
+                loss.backward()
+        if rank == 0:
+            profiler.export_chrome_trace(str(Path(folder) / f"{exchange}.json"))
+    dist.barrier()
+    os._exit(0)  # gloo's threads can abort a Python that shuts down
+
+
+def between(path, exchange, phase):
+    """(outermost ATen operators on the calling thread between the exchange and its wait, in order; milliseconds between
+    the two; milliseconds thereof in which gloo's thread was at work). phase: "forward" or "backward"."""
+    events = [e for e in json.loads(Path(path).read_text())["traceEvents"] if e.get("ph") == "X"]
+    for event in events:
+        event["end"] = event["ts"] + event["dur"]
+    (whole,) = (e for e in events if e["name"] == phase)
+    inside = [e for e in events if whole["ts"] <= e["ts"] and e["end"] <= whole["end"]]
+    here = sorted((e for e in inside if e["tid"] == whole["tid"]), key=lambda e: (e["ts"], -e["end"]))
+    start = next(e["end"] for e in here if e["name"] == f"_c10d_functional::{EXCHANGES[exchange]}")
+    wait = next(e["ts"] for e in here if e["name"] == "_c10d_functional::wait_tensor" and e["ts"] >= start)
+    names, busy_until = [], start
+    for event in here:
+        if event["name"].startswith("aten::") and busy_until <= event["ts"] and event["end"] <= wait:
+            names.append(event["name"])
+            busy_until = event["end"]
+    gloo = [e for e in inside if e["name"].startswith("gloo:")]
+    at_work = sum(max(0, min(e["end"], wait) - max(e["ts"], start)) for e in gloo)
+    return names, (wait - start) / 1e3, at_work / 1e3
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="a folder for the traces")
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(_process, (folder,), nprocs=WORLD, start_method="forkserver")
+        for exchange in EXCHANGES:
+            trace = Path(folder) / f"{exchange}.json"
+            for phase in ("forward", "backward"):
+                names, window, at_work = between(trace, exchange, phase)
+                counts = ", ".join(f"{n} x {name}" for name, n in collections.Counter(names).items())
+                print(f"{exchange}, {phase}: {counts}; {window:.2f} ms, gloo's thread at work in {at_work:.2f}")
+            if chosen.out:
+                chosen.out.mkdir(parents=True, exist_ok=True)
+                (chosen.out / trace.name).write_bytes(trace.read_bytes())
+
+
+if __name__ == "__main__":
+    main()
