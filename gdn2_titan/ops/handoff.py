@@ -149,7 +149,7 @@ class Handoff:
 
 def begin(q, k, v, g, b, w, A_log, dt_bias, initial_state, resets, numbers, final, form, shards, constant=False):
     """The call of ``shards`` up to its exchange, which is then under way. Arguments checked; numbers: of the operators;
-    final: whether the state after the whole sequence will be asked for; constant: without a gradient; form: of FORMS."""
+    final: whether the state after the whole sequence will be wanted; constant: without a gradient; form: of FORMS."""
     with torch.no_grad(), no_autocast(q):
         o, P, M, D = segment_gdn2_op(
             *(_rows(x, shards) for x in (q, k, v, g, b, w)), A_log, dt_bias, _rows(resets, shards), *numbers
