@@ -15,6 +15,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 from gdn2_titan.models import GDN2Model, flavors
 from gdn2_titan.titan import register
 from gdn2_titan.titan.byte_tokenizer import BYTE_TOKENIZER_DIR
+from gdn2_titan.titan.context import layout_of
 from gdn2_titan.titan.errors import ConfigError
 from gdn2_titan.titan.job_config import JobConfig
 from gdn2_titan.titan.model_args import titan_flavors
@@ -93,7 +94,10 @@ REFUSALS = [
     ({"model.hf_assets_path": "/no/tokenizer"}, ["model.hf_assets_path", "/no/tokenizer", "tokenizer.json"]),
     ({"data.shuffle_seed": -1}, ["data.shuffle_seed", "-1", "0 or more"]),
     ({"parallelism.tensor_parallel_degree": 2}, ["parallelism.tensor_parallel_degree", "2", "the 1 processes"]),
-    ({"parallelism.context_parallel_degree": 2}, ["parallelism.context_parallel_degree", "2", "must be 1"]),
+    ({"parallelism.context_parallel_degree": 2}, ["parallelism.context_parallel_degree", "2", "the 1 processes"]),
+    ({"parallelism.context_parallel_load_balancer": "ptrr"},
+     ["parallelism.context_parallel_load_balancer", "'ptrr'", "'headtail', 'none'"]),
+    ({"parallelism.expert_parallel_degree": 2}, ["parallelism.expert_parallel_degree", "2", "must be 1"]),
     ({"parallelism.pipeline_parallel_degree": 2}, ["parallelism.pipeline_parallel_degree", "2", "the 1 processes"]),
     ({"parallelism.data_parallel_shard_degree": 3}, ["parallelism.data_parallel_shard_degree", "3", "-1"]),
     ({"training.local_batch_size": 8, "training.global_batch_size": 12},
@@ -131,12 +135,24 @@ def test_pure_replication_is_refused_and_hsdp_is_not(tmp_path, monkeypatch):
 
 TP, PP = "parallelism.tensor_parallel_degree", "parallelism.pipeline_parallel_degree"
 SCHEDULE = "parallelism.pipeline_parallel_schedule"
+CP, BALANCER = "parallelism.context_parallel_degree", "parallelism.context_parallel_load_balancer"
 LAYOUT_REFUSALS = [
     ({TP: 4}, [TP, "4", "num_heads is 2"]),
     ({TP: 4, "gdn2.num_heads": 4}, [TP, "4", "attn_kv_heads is 2"]),
     ({TP: 3}, [TP, "3", "the 8 processes"]),
     ({TP: 4, PP: 4}, [TP, "4", "the 2 of 8 processes that other degrees leave"]),
     ({TP: 2, "training.seq_len": 127}, [TP, "2", "training.seq_len is 127"]),
+    ({CP: 3}, [CP, "3", "the 8 processes"]),
+    ({CP: 4, TP: 4}, [TP, "4", "the 2 of 8 processes that other degrees leave"]),
+    ({CP: 4, "training.seq_len": 100}, [f"{CP} = 4", "two segments", "training.seq_len is 100", "a multiple of 8"]),
+    ({CP: 4, BALANCER: "none", "training.seq_len": 102}, [f"{CP} = 4", "training.seq_len is 102", "a multiple of 4"]),
+    ({CP: 4, TP: 2, BALANCER: "none", "training.seq_len": 100},
+     [f"{CP} = 4", f"{TP} = 2", "training.seq_len is 100", "a multiple of 8"]),
+    ({CP: 4, "validation.enable": True, "validation.dataset": "stdlib", "validation.seq_len": 100},
+     [f"{CP} = 4", "validation.seq_len is 100", "a multiple of 8"]),
+    ({CP: 4, "training.local_batch_size": 8, "training.global_batch_size": 24},
+     ["training.global_batch_size", "24", "the 2 data-parallel processes = 16"]),
+    ({CP: 2, "parallelism.data_parallel_shard_degree": 8}, ["data_parallel_shard_degree", "8", "-1, or 4"]),
     ({TP: 2, "parallelism.enable_async_tensor_parallel": True}, ["enable_async_tensor_parallel", "compile.enable"]),
     ({TP: 2, "parallelism.enable_async_tensor_parallel": True, "compile.enable": True},
      ["enable_async_tensor_parallel", "true", "without an accelerator"]),
@@ -180,12 +196,33 @@ def test_checkpointing_whole_compiled_blocks_under_tensor_parallelism_is_refused
 
 @pytest.mark.parametrize(
     "changes",
-    [{TP: 2, PP: 2}, {TP: 2, "parallelism.data_parallel_replicate_degree": 2}, {PP: 2, SCHEDULE: "Interleaved1F1B"},
+    [{CP: 2, TP: 2, PP: 2}, {CP: 4, "training.seq_len": 104}, {CP: 4, BALANCER: "none", "training.seq_len": 100},
+     {CP: 4, TP: 2, "training.seq_len": 104}, {CP: 4, "parallelism.data_parallel_replicate_degree": 2},
+     {TP: 2, PP: 2}, {TP: 2, "parallelism.data_parallel_replicate_degree": 2}, {PP: 2, SCHEDULE: "Interleaved1F1B"},
      {PP: 2, "parallelism.data_parallel_replicate_degree": 2, "training.global_batch_size": 64}],
 )  # fmt: skip
 def test_layouts_of_several_kinds_are_not_refused(tmp_path, monkeypatch, changes):
     monkeypatch.setenv("WORLD_SIZE", "8")
     check(write_toml(tmp_path / "x.toml", changes))
+
+
+def test_the_load_balancer_can_be_none_in_toml_and_on_the_command_line(tmp_path):
+    path = write_toml(tmp_path / "x.toml", {BALANCER: "none"})
+    assert layout_of(check(path).parallelism) == "contiguous"
+    assert layout_of(check(path, f"--{BALANCER}=headtail").parallelism) == "head_tail"
+    path = write_toml(tmp_path / "x.toml", {})
+    assert layout_of(check(path).parallelism) == "head_tail"
+    assert layout_of(check(path, f"--{BALANCER}=none").parallelism) == "contiguous"
+
+
+def test_in_a_forks_own_job_config_the_load_balancer_is_torchtitans():
+    config = StockJobConfig()
+    assert layout_of(config.parallelism) == "head_tail"
+    config.parallelism.context_parallel_load_balancer = None
+    assert layout_of(config.parallelism) == "contiguous"
+    config.parallelism.context_parallel_load_balancer = "ptrr"
+    with pytest.raises(ConfigError, match="context_parallel_load_balancer is 'ptrr'; it must be 'headtail' or 'none'"):
+        layout_of(config.parallelism)
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path):

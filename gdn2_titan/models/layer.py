@@ -200,7 +200,9 @@ class GatedDeltaNet2(nn.Module):
             o, memory = op(*inputs, initial_state=memory, **options)
             gate = self.gate_proj(x)
         else:
-            begun = begin_gdn2(*inputs, self.shards, **options)
+            begun = begin_gdn2(
+                *inputs, self.shards, **options, constant_final_state=True
+            )  # telemetry alone asks for it
             gate = self.gate_proj(x)  # while what the ranks know of their segments is under way
             o, memory = begun.finish()
         if self.record_statistics:

@@ -63,10 +63,11 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, q, k, v, g, b, w, A_log, dt_bias, initial_state, resets, D, numbers,
-        final, form, group, rank, size, per_rank,
+        final, constant, form, group, rank, size, per_rank,
     ):  # fmt: skip
         ctx.save_for_backward(q, k, v, g, b, w, A_log, dt_bias, resets)
-        ctx.numbers, ctx.final, ctx.form, ctx.shards = numbers, final, form, (group, rank, size, per_rank)
+        ctx.numbers, ctx.final = numbers, final and not constant
+        ctx.form, ctx.shards = form, (group, rank, size, per_rank)
         ctx.initial = None if initial_state is None else initial_state.dtype
         shards, form, (H, K) = SequenceShards(group, rank, size, per_rank), FORMS[form], q.shape[2:]
         S, B, *state = D.shape
@@ -93,7 +94,7 @@ class _Enter(torch.autograd.Function):
             dinitial_state = _lanes(dentering, shards)[0].to(ctx.initial)
             if not _has_first(shards):
                 dinitial_state = torch.zeros_like(dinitial_state)
-        return (*grads, dA_log, ddt_bias, dinitial_state, *(None,) * 9)
+        return (*grads, dA_log, ddt_bias, dinitial_state, *(None,) * 10)
 
 
 class _Leave(torch.autograd.Function):
@@ -101,7 +102,7 @@ class _Leave(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, o, P, M, D, initial_state, pending, more, final, form, group, rank, size, per_rank,
+        ctx, o, P, M, D, initial_state, pending, more, final, constant, form, group, rank, size, per_rank,
         carrier, carried_entering, carried_kept, carried_pending, carried_dD, carried_dfinal,
     ):  # fmt: skip
         shards = SequenceShards(group, rank, size, per_rank)
@@ -112,11 +113,11 @@ class _Leave(torch.autograd.Function):
                 entering = torch.cat((initial_state.to(D.dtype).unsqueeze(0), entering[1:]))
             entering = _from_lanes(entering)
             o = (o + read(P, entering)).to(o.dtype).view(carrier.shape)
-        ctx.final, ctx.form, ctx.shards = final, form, (group, rank, size, per_rank)
+        ctx.final, ctx.form, ctx.shards = final and not constant, form, (group, rank, size, per_rank)
         # Zeros on ranks that have no use for it: there too must the gradients depend on the sum, or a compiler is free
         # to send them before it, and ranks would wait for each other for ever.
         last = M[-1] if _has_last(shards) else torch.zeros_like(M[-1])
-        ctx.save_for_backward(P, entering, kept, last if final else None)
+        ctx.save_for_backward(P, entering, kept, last if ctx.final else None)
         return o, D.new_empty(0) if final_state is None else final_state
 
     @staticmethod
@@ -129,24 +130,26 @@ class _Leave(torch.autograd.Function):
                 dfinal = _sum(dfinal, shards)
                 dD = torch.cat((dD[:-1], (dD[-1] + apply_transposed(transition, dfinal)).unsqueeze(0)))
             pending = FORMS[ctx.form].send_back(dD, shards)
-        return (*(None,) * 13, do, entering, kept, pending, dD, dfinal if ctx.final else None)
+        return (*(None,) * 14, do, entering, kept, pending, dD, dfinal if ctx.final else None)
 
 
 class Handoff:
     """A call whose exchange is under way."""
 
-    def __init__(self, arguments, carriers, final):
-        self.arguments, self.carriers, self.final = arguments, carriers, final
+    def __init__(self, arguments, carriers, final, constant):
+        self.arguments, self.carriers, self.final, self.constant = arguments, carriers, final, constant
 
     def finish(self):
         """o [B, T, HV, V], and the state after the whole sequence [B, HV, K, V] or None."""
         o, final_state = _Leave.apply(*self.arguments, *self.carriers)
-        return o, final_state if self.final else None
+        if not self.final:
+            return o, None
+        return o, final_state.detach() if self.constant else final_state
 
 
-def begin(q, k, v, g, b, w, A_log, dt_bias, initial_state, resets, numbers, final, form, shards):
+def begin(q, k, v, g, b, w, A_log, dt_bias, initial_state, resets, numbers, final, form, shards, constant=False):
     """The call of ``shards`` up to its exchange, which is then under way. Arguments checked; numbers: of the operators;
-    final: whether the state after the whole sequence will be asked for; form: of FORMS."""
+    final: whether the state after the whole sequence will be wanted; constant: without a gradient; form: of FORMS."""
     with torch.no_grad(), no_autocast(q):
         o, P, M, D = segment_gdn2_op(
             *(_rows(x, shards) for x in (q, k, v, g, b, w)), A_log, dt_bias, _rows(resets, shards), *numbers
@@ -155,8 +158,8 @@ def begin(q, k, v, g, b, w, A_log, dt_bias, initial_state, resets, numbers, fina
         if initial_state is not None and _has_first(shards):
             D = torch.cat(((D[0] + apply(M[0], initial_state.to(D.dtype))).unsqueeze(0), D[1:]))
         pending = FORMS[form].send(M, D, shards, final)
-    where = (final, form, shards.group, shards.rank, shards.size, shards.per_rank)
+    where = (final, constant, form, shards.group, shards.rank, shards.size, shards.per_rank)
     carriers = _Enter.apply(q, k, v, g, b, w, A_log, dt_bias, initial_state, resets, D, numbers, *where)
     initial_state = None if initial_state is None else initial_state.detach()
     pending, more = (*pending, None, None)[:2]
-    return Handoff((o, P, M, D, initial_state, pending, more, *where), carriers, final)
+    return Handoff((o, P, M, D, initial_state, pending, more, *where), carriers, final, constant)

@@ -15,7 +15,7 @@ __all__ = ["GDN2MetricsProcessor", "build_metrics_processor"]
 
 
 class GDN2MetricsProcessor(MetricsProcessor):
-    """Adds scalars gdn2/layers.<i>/<statistic>: of the last microbatch, and the heads, of one rank.
+    """Adds scalars gdn2/layers.<i>/<statistic>: of the last microbatch, and the heads and tokens, of one rank.
 
     A layer fills its statistics during forward while its flag is set, so no extra pass and no graph break is needed;
     the flag is raised one step ahead, for the first step of a run and every ``gdn2.statistics_freq`` steps.
@@ -72,8 +72,12 @@ class GDN2MetricsProcessor(MetricsProcessor):
         dist.all_gather_object(stages, found, group)
         return {name: value for stage in stages for name, value in stage.items()}
 
-    def log(self, *args, **kwargs):
-        super().log(*args, **kwargs)
+    def log(self, step, global_avg_loss, global_max_loss, grad_norm, extra_metrics=None):
+        # TorchTitan has every context-parallel rank count whole sequences, of whose loss it has a share.
+        shares = self.parallel_dims.cp
+        if extra_metrics and "n_tokens_seen" in extra_metrics:
+            extra_metrics = extra_metrics | {"n_tokens_seen": extra_metrics["n_tokens_seen"] // shares}
+        super().log(step, global_avg_loss, global_max_loss * shares, grad_norm, extra_metrics)
         # The stock writer keeps two minutes of curves in memory: a killed run would resume with a hole in them.
         for backend in getattr(self.logger, "_loggers", []):
             if isinstance(backend, TensorBoardLogger):

@@ -13,5 +13,6 @@ class TitanModel(GDN2Model):
         """bool [B, T], True where a document begins, or None; taken out of ``extra_inputs``."""
         return (extra_inputs or {}).pop("resets", None)
 
-    def forward(self, tokens, attention_masks=None):
+    def forward(self, tokens, attention_masks=None, positions=None):
+        """positions: comes under context parallelism, to every stage; the model knows them from its shards."""
         return super().forward(tokens, attention_masks)

@@ -8,22 +8,28 @@ from torchtitan.tools.logging import logger
 from gdn2_titan.parallel import (
     SAVED_OPS,
     apply_compile,
+    apply_context_parallel,
     apply_fsdp,
     apply_memory_budget,
     apply_tensor_parallel,
     sum_gradients,
 )
 
+from .context import layout_of
 from .sections import compiles
 
 __all__ = ["parallelize"]
 
 
 def parallelize(model, parallel_dims, job_config):
-    """TorchTitan's ``parallelize_fn``, for the model or a pipeline stage of it: tensor parallelism, activation
-    checkpointing, compilation, sharding, in this order."""
+    """TorchTitan's ``parallelize_fn``, for the model or a pipeline stage of it: context and tensor parallelism,
+    activation checkpointing, compilation, sharding, in this order."""
     training, parallelism = job_config.training, job_config.parallelism
     compiled = compiles(job_config, "model")
+    if parallel_dims.cp_enabled:
+        layout = layout_of(parallelism)
+        apply_context_parallel(model, parallel_dims.get_mesh("cp"), layout)
+        logger.info(f"Applied context parallelism to the model, with {layout} shards")
     if parallel_dims.tp_enabled:
         mesh = parallel_dims.get_mesh("tp")
         apply_tensor_parallel(model, mesh, loss_parallel=not parallelism.disable_loss_parallel)
@@ -42,7 +48,7 @@ def parallelize(model, parallel_dims, job_config):
     if compiled:
         apply_compile(model, job_config.compile.backend)
         logger.info("Compiling each block with torch.compile")
-    if parallel_dims.fsdp_enabled:
+    if parallel_dims.fsdp_enabled:  # also under context parallelism alone: its ranks hold shards of the parameters
         reshard = parallelism.fsdp_reshard_after_forward
         names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
         apply_fsdp(

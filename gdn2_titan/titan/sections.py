@@ -8,6 +8,7 @@ from torchtitan.config.job_config import Checkpoint as StockCheckpoint
 from torchtitan.config.job_config import Float8Linear as StockFloat8Linear
 from torchtitan.config.job_config import Model as StockModel
 from torchtitan.config.job_config import MXLinear as StockMXLinear
+from torchtitan.config.job_config import Parallelism as StockParallelism
 from torchtitan.config.job_config import Quantize as StockQuantize
 from torchtitan.config.job_config import QuantizedLinear as StockQuantizedLinear
 
@@ -15,7 +16,7 @@ from gdn2_titan.parallel.float8 import EXCLUDE, MXFP8_RECIPES, SMALLEST_SIDE
 
 from .byte_tokenizer import BYTE_TOKENIZER_DIR
 
-__all__ = ["Data", "Float8Linear", "GDN2", "JobConfig", "MXLinear", "compiles", "section"]
+__all__ = ["Data", "Float8Linear", "GDN2", "JobConfig", "MXLinear", "Parallelism", "compiles", "section"]
 
 
 @dataclass
@@ -89,6 +90,14 @@ class Model(StockModel):
 
 
 @dataclass
+class Parallelism(StockParallelism):
+    context_parallel_load_balancer: Literal["headtail", "none"] = "headtail"
+    """How sequences are dealt to context-parallel ranks. "headtail": to each a segment from the front and one from the
+    back, the same share of causal attention; "none": one segment to each, which can spare sliding windows the exchange
+    with all but neighbours"""
+
+
+@dataclass
 class Checkpoint(StockCheckpoint):
     last_save_model_only: bool = False
     """Stock TorchTitan says true; with false a finished run can be continued for more steps"""
@@ -130,6 +139,7 @@ class Quantize(StockQuantize):
 @dataclass
 class JobConfig(StockJobConfig):
     model: Model = field(default_factory=Model)
+    parallelism: Parallelism = field(default_factory=Parallelism)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     quantize: Quantize = field(default_factory=Quantize)
     gdn2: GDN2 = field(default_factory=GDN2)

@@ -8,6 +8,7 @@ from torchtitan.protocols import train_spec as titan_specs
 
 from gdn2_titan.models import flavors
 
+from .context import deal_out_resets
 from .dataloader import build_dataloader
 from .errors import ConfigError
 from .float8 import register_converters
@@ -73,3 +74,4 @@ def register(name="gdn2"):
     if name not in titan_specs._extra_train_specs:
         titan_specs.register_train_spec(name, get_train_spec())
     register_converters()
+    deal_out_resets()

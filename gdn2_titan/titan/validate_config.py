@@ -8,6 +8,7 @@ import torch
 from gdn2_titan.models import flavors
 from gdn2_titan.parallel import check_tensor_parallel
 
+from .context import check_lengths
 from .corpus import check_source
 from .cpu import accelerator
 from .errors import ConfigError
@@ -64,13 +65,17 @@ def _check_numbers(job_config):
 
 def _check_processes(job_config):
     parallelism = job_config.parallelism
-    for name in ("context_parallel_degree", "expert_parallel_degree"):
-        if getattr(parallelism, name) != 1:
-            value = getattr(parallelism, name)
-            raise ConfigError(f"parallelism.{name} is {value}; it must be 1: this model does not have it")
+    experts = parallelism.expert_parallel_degree
+    if experts != 1:
+        raise ConfigError(f"parallelism.expert_parallel_degree is {experts}; it must be 1: this model does not have it")
     world = int(os.environ.get("WORLD_SIZE", os.environ.get("NGPU", "1")))
     rest = world
-    for name in ("pipeline_parallel_degree", "tensor_parallel_degree", "data_parallel_replicate_degree"):
+    for name in (
+        "pipeline_parallel_degree",
+        "context_parallel_degree",
+        "tensor_parallel_degree",
+        "data_parallel_replicate_degree",
+    ):
         degree = getattr(parallelism, name)
         if degree < 1 or rest % degree:
             of = (
@@ -86,7 +91,7 @@ def _check_processes(job_config):
             f"parallelism.data_parallel_shard_degree is {shard}; it must be -1, or {rest} so that all degrees multiply "
             f"to the {world} processes"
         )
-    if replicate > 1 and rest == 1:
+    if replicate > 1 and rest * parallelism.context_parallel_degree == 1:
         raise ConfigError(
             f"parallelism.data_parallel_replicate_degree is {replicate}; with {world} processes it must be less, "
             "so that parameters are sharded too (TorchTitan's pure replication scales gradients wrongly)"
@@ -101,7 +106,7 @@ def _check_processes(job_config):
 
 
 def _check_shares(job_config):
-    """What the ranks of tensor and pipeline parallelism share must be theirs to share."""
+    """What the ranks of tensor, context and pipeline parallelism share must be theirs to share."""
     parallelism = job_config.parallelism
     args = _model_args(job_config)
     degree = parallelism.tensor_parallel_degree
@@ -110,14 +115,7 @@ def _check_shares(job_config):
             check_tensor_parallel(args, degree)
         except ValueError as error:
             raise ConfigError(f"parallelism.tensor_parallel_degree is {degree}; {error}") from error
-        lengths = {"training": job_config.training.seq_len}
-        if job_config.validation.enable:
-            lengths["validation"] = job_config.validation.seq_len
-        for name, length in lengths.items():
-            if length % degree:
-                raise ConfigError(
-                    f"{name}.seq_len is {length}; parallelism.tensor_parallel_degree = {degree} must divide it"
-                )
+    check_lengths(job_config)
     if parallelism.enable_async_tensor_parallel:
         if not compiles(job_config, "model"):
             raise ConfigError(

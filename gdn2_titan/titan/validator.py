@@ -1,10 +1,28 @@
 """TorchTitan's validation loop over this package's data."""
 
 from torchtitan.components.validate import Validator
+from torchtitan.distributed.context_parallel import prepare_context_parallel_input
 
 from .dataloader import build_validation_dataloader
 
 __all__ = ["GDN2Validator", "build_validator"]
+
+
+class _DealtOut:
+    """ParallelDims as they are once sequences are dealt out: a rank with a part of a sequence is one with data of its
+    own. The stock validator counts tokens after that, and would add up the ranks' means of their parts."""
+
+    cp_enabled = False
+
+    def __init__(self, parallel_dims):
+        self._dims = parallel_dims
+        self.dp_enabled = parallel_dims.dp_cp_enabled
+
+    def get_mesh(self, name):
+        return self._dims.get_mesh("loss" if name == "batch" else name)
+
+    def __getattr__(self, name):
+        return getattr(self._dims, name)
 
 
 class GDN2Validator(Validator):
@@ -28,7 +46,8 @@ class GDN2Validator(Validator):
     ):
         self.job_config = job_config
         self.tokenizer = tokenizer
-        self.parallel_dims = parallel_dims
+        self.parallel_dims = _DealtOut(parallel_dims)
+        self._cp_mesh = parallel_dims.get_optional_mesh("cp")
         self.loss_fn = loss_fn
         self.validation_context = validation_context
         self.maybe_enable_amp = maybe_enable_amp
@@ -41,8 +60,14 @@ class GDN2Validator(Validator):
     def post_dataloading_process(self, input_dict, labels, model_parts):
         # The stock one leaves the resets out where a model's masks are not asked for by type.
         extra_inputs = {name: x for name, x in input_dict.items() if name != "input"}
-        masks = model_parts[0].get_attention_masks(input_dict["input"], self.tokenizer, extra_inputs)
-        return input_dict["input"], labels, extra_inputs, {"attention_masks": masks}
+        inputs = input_dict["input"]
+        extra = {"attention_masks": model_parts[0].get_attention_masks(inputs, self.tokenizer, extra_inputs)}
+        if self._cp_mesh is not None:
+            balancer = self.job_config.parallelism.context_parallel_load_balancer
+            inputs, labels, extra = prepare_context_parallel_input(
+                inputs, labels, extra, self._cp_mesh, inputs.device, balancer
+            )
+        return inputs, labels, extra_inputs, extra
 
     def validate(self, model_parts, step):
         self.validation_dataloader = build_validation_dataloader(

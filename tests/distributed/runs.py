@@ -1,9 +1,11 @@
 """Training runs by TorchTitan's trainer in several processes, with every loss and gradient norm in full precision."""
 
+import itertools
 import json
 import multiprocessing
 import os
 import random
+import signal
 import socket
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +14,8 @@ from unittest import mock
 import torch
 import torch.multiprocessing as mp
 
-from tests.training import ROOT, SHORT
+from gdn2_titan.models.decoder import SwiGLU
+from tests.training import GRAD_NORM, LOSS, ROOT, SHORT
 
 # The processes are forked from one that has imported all this: eight times less work than importing it in each.
 multiprocessing.set_forkserver_preload(["torchtitan.train", "gdn2_titan.titan.job_config", "tests.distributed.runs"])
@@ -26,6 +29,8 @@ SMALL = [
     "--validation.seq_len=128", "--training.dataset=files", "--validation.dataset=files",
 ]  # fmt: skip
 GLOBAL_BATCH = 4
+# Four layers: every kind of mixer, in stages of a pipeline that differ.
+PATTERNS = {"debug": (), "debug_hybrid": ("--gdn2.layer_pattern=gdn2,swa,attention,gdn2",)}
 
 
 def arguments(config, folder, documents, *extra, batch=GLOBAL_BATCH):
@@ -33,7 +38,7 @@ def arguments(config, folder, documents, *extra, batch=GLOBAL_BATCH):
     return [
         f"--job.config_file={ROOT / 'train_configs' / config}.toml", f"--job.dump_folder={folder}", *SMALL,
         f"--training.local_batch_size={batch}", f"--training.dataset_path={documents}",
-        f"--validation.local_batch_size={batch}", f"--validation.dataset_path={documents}", *extra,
+        f"--validation.local_batch_size={batch}", f"--validation.dataset_path={documents}", *PATTERNS[config], *extra,
     ]  # fmt: skip
 
 
@@ -48,6 +53,8 @@ def write_documents(path):
 
 class Curves(NamedTuple):
     training: list  # [loss, gradient norm] of each step
+    worst: list  # the greatest loss of a rank, of each step
+    tokens: list  # seen until each step
     validation: list  # losses
     statistics: list  # names of the gates' statistics that were logged
 
@@ -55,11 +62,35 @@ class Curves(NamedTuple):
 def train(world, folder, *runs):
     """Run after run in the same ``world`` processes; returns the Curves of each."""
     folder.mkdir(parents=True, exist_ok=True)
+    mp.start_processes(_process, (world, _free_port(), str(folder), runs), nprocs=world, start_method="forkserver")
+    return [_read(folder, world, i) for i in range(len(runs))]
+
+
+def train_until_a_rank_dies(world, folder, run, victim, block):
+    """A run whose rank ``victim`` kills itself in the ``block``-th forward of a block; nobody ends the other ranks.
+
+    Returns all exit codes; None of a rank that still runs two minutes after the victim's death, and is then killed."""
+    context = multiprocessing.get_context("forkserver")
+    common = world, _free_port(), str(folder), (run,)
+    ranks = [
+        context.Process(target=_process, args=(rank, *common, block if rank == victim else None))
+        for rank in range(world)
+    ]
+    for process in ranks:
+        process.start()
+    ranks[victim].join()
+    codes = []
+    for process in ranks:
+        process.join(120)
+        codes.append(process.exitcode)
+        process.kill()
+    return codes
+
+
+def _free_port():
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(_process, (world, port, str(folder), runs), nprocs=world, start_method="forkserver")
-    return [_read(folder, world, i) for i in range(len(runs))]
+        return free.getsockname()[1]
 
 
 def _read(folder, world, run):
@@ -71,10 +102,12 @@ def _read(folder, world, run):
     return with_loss[0]
 
 
-def _process(rank, world, port, folder, runs):
+def _process(rank, world, port, folder, runs, fatal_block=None):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="localhost",
                       MASTER_PORT=str(port))  # fmt: skip
     torch.set_num_threads(1)
+    if fatal_block is not None:
+        _die_in(fatal_block)
     for i, run in enumerate(runs):
         curves = _train_once(run)
         (Path(folder) / f"{i}-{rank}.json").write_text(json.dumps(curves))
@@ -83,26 +116,42 @@ def _process(rank, world, port, folder, runs):
     os._exit(0)  # as in tests.processes
 
 
+def _die_in(fatal_block):
+    forward, count = SwiGLU.forward, itertools.count(1)
+
+    def mortal(self, x):
+        if next(count) == fatal_block:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return forward(self, x)
+
+    SwiGLU.forward = mortal
+
+
 def _train_once(run):
+    from torchtitan.components.metrics import BaseLogger
     from torchtitan.config import ConfigManager
     from torchtitan.train import Trainer
 
     from gdn2_titan.titan import job_config  # noqa: F401, settles the device, registers the model
     from gdn2_titan.titan.metrics import GDN2MetricsProcessor
 
-    curves = Curves([], [], [])
+    curves = Curves([], [], [], [], [])
+
+    class Recorder(BaseLogger):
+        def log(self, metrics, step):
+            if GRAD_NORM in metrics:
+                curves.training.append((metrics[LOSS], metrics[GRAD_NORM]))
+                curves.worst.append(metrics["loss_metrics/global_max_loss"])
+                curves.tokens.append(metrics["n_tokens_seen"])
+            elif "validation_metrics/loss" in metrics:
+                curves.validation.append(metrics["validation_metrics/loss"])
+            else:
+                curves.statistics.extend(metrics)
 
     class Recording(GDN2MetricsProcessor):
-        def log(self, step, loss, max_loss, grad_norm, extra_metrics=None):
-            curves.training.append((loss, grad_norm))
-
-        def log_validation(self, loss, step, extra_metrics=None):
-            curves.validation.append(loss)
-
-        def _statistics(self):
-            found = super()._statistics()
-            curves.statistics.extend(found)
-            return found
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.logger = Recorder()
 
     torch._dynamo.reset()
     with (
@@ -110,9 +159,11 @@ def _train_once(run):
         mock.patch("torchtitan.train.time.sleep"),
     ):
         trainer = Trainer(ConfigManager().parse_args(run))
-        if trainer.job_config.checkpoint.create_seed_checkpoint:
-            trainer.checkpointer.save(curr_step=0, last_step=True)
-        else:
-            trainer.train()
-        trainer.close()
+        try:
+            if trainer.job_config.checkpoint.create_seed_checkpoint:
+                trainer.checkpointer.save(curr_step=0, last_step=True)
+            else:
+                trainer.train()
+        finally:
+            trainer.close()
     return curves

@@ -1,0 +1,70 @@
+"""Context parallelism as TorchTitan deals out sequences: which load balancer makes which layout, and the resets."""
+
+import functools
+import math
+
+import torch
+from torchtitan.distributed import context_parallel
+
+from .errors import ConfigError
+
+__all__ = ["check_lengths", "deal_out_resets", "layout_of"]
+
+# None is TorchTitan's word for no balancer, which TOML cannot say.
+LAYOUTS = {"headtail": "head_tail", "none": "contiguous", None: "contiguous"}
+
+
+def layout_of(parallelism):
+    """The layout of ``gdn2_titan.ops.shards`` in which TorchTitan deals out sequences.
+
+    Raises:
+        ConfigError: if [parallelism] asks for a balancer whose shards are no segments of the sequence.
+    """
+    balancer = parallelism.context_parallel_load_balancer
+    if balancer not in LAYOUTS:
+        raise ConfigError(
+            f"parallelism.context_parallel_load_balancer is {balancer!r}; it must be 'headtail' or 'none', which give "
+            "a rank unbroken segments of the sequence"
+        )
+    return LAYOUTS[balancer]
+
+
+def check_lengths(job_config):
+    """Raise ConfigError unless the ranks of context and tensor parallelism can share every sequence equally."""
+    parallelism = job_config.parallelism
+    context, tensor = parallelism.context_parallel_degree, parallelism.tensor_parallel_degree
+    reasons, divisor = [], tensor
+    if context > 1:
+        per_rank = 2 if layout_of(parallelism) == "head_tail" else 1
+        divisor = context * math.lcm(per_rank, tensor)
+        reasons.append(f"parallelism.context_parallel_degree = {context}")
+        if per_rank == 2:
+            reasons.append("parallelism.context_parallel_load_balancer = 'headtail' (two segments a rank)")
+    if tensor > 1:
+        reasons.append(f"parallelism.tensor_parallel_degree = {tensor}")
+    lengths = {"training": job_config.training.seq_len}
+    if job_config.validation.enable:
+        lengths["validation"] = job_config.validation.seq_len
+    for name, length in lengths.items():
+        if length % divisor:
+            raise ConfigError(
+                f"{name}.seq_len is {length}; with {' and '.join(reasons)} it must be a multiple of {divisor}"
+            )
+
+
+def deal_out_resets():
+    """Let TorchTitan deal out masks that are tensors [B, T], which is how our resets travel, as it does tokens: it
+    fails on anything but masks of flex attention. Once per process; again is harmless."""
+    stock = context_parallel.cp_shard
+    if hasattr(stock, "__wrapped__"):
+        return
+
+    @functools.wraps(stock)
+    def cp_shard(cp_mesh, inputs, attention_masks, load_balancer_type="headtail", input_seq_dim=1):
+        balancer = None if load_balancer_type == "none" else load_balancer_type
+        if not isinstance(attention_masks, torch.Tensor):
+            return stock(cp_mesh, inputs, attention_masks, balancer, input_seq_dim)
+        (*inputs, masks), _ = stock(cp_mesh, (*inputs, attention_masks), None, balancer, input_seq_dim)
+        return tuple(inputs), masks
+
+    context_parallel.cp_shard = cp_shard
