@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
 
-from gdn2_titan.ops.exchange_tokens import gather_sequence, preceding, segment_rows
+from gdn2_titan.ops.exchange_tokens import gather_sequence, preceding
 
 from .init import fill_
 from .masks import reach
@@ -75,7 +75,7 @@ class Attention(nn.Module):
         if past is None:
             kv = gather_sequence(kv, self.shards)
         else:
-            q, own = segment_rows(q, self.shards), segment_rows(kv, self.shards)
+            q, own = self.shards.rows(q), self.shards.rows(kv)
             kv = torch.cat((preceding(kv, self.shards, past), own), 1) if past else own
         return q, *kv.chunk(2, 2)
 

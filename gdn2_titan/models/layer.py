@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor
 
 from gdn2_titan.ops import causal_conv1d, chunk_gdn2, recurrent_gdn2
 from gdn2_titan.ops.context_parallel import begin_gdn2
-from gdn2_titan.ops.exchange_tokens import segment_rows
 from gdn2_titan.ops.halo import halos
 
 from .init import fill_, xavier_
@@ -196,13 +195,13 @@ class GatedDeltaNet2(nn.Module):
             resets=resets,
         )
         if self.shards is None:
-            op = recurrent_gdn2 if x.shape[1] == 1 and state is not None else chunk_gdn2
-            o, memory = op(*inputs, initial_state=memory, **options)
+            if x.shape[1] == 1 and state is not None:
+                o, memory = recurrent_gdn2(*inputs, initial_state=memory, **options)
+            else:
+                o, memory = chunk_gdn2(*inputs, initial_state=memory, **options, num_segments="auto")
             gate = self.gate_proj(x)
         else:
-            begun = begin_gdn2(
-                *inputs, self.shards, **options, constant_final_state=True
-            )  # telemetry alone asks for it
+            begun = begin_gdn2(*inputs, self.shards, **options)
             gate = self.gate_proj(x)  # while what the ranks know of their segments is under way
             o, memory = begun.finish()
         if self.record_statistics:
@@ -213,11 +212,11 @@ class GatedDeltaNet2(nn.Module):
 
     def _convolved_over_shards(self, q, k, v, resets):
         """The three convolutions, over this rank's segments as rows of the batch. One exchange for all of them."""
-        rows = None if resets is None else segment_rows(resets, self.shards)
+        rows = self.shards.rows(resets)
         convolutions = self.q_conv1d, self.k_conv1d, self.v_conv1d
         past = halos([q, k, v], self.shards, self.q_conv1d.weight.shape[1], resets)
         return [
-            conv1d(segment_rows(x, self.shards), rows, state)[0].view(x.shape)
+            conv1d(self.shards.rows(x), rows, state)[0].view(x.shape)
             for conv1d, x, state in zip(convolutions, (q, k, v), past, strict=True)
         ]
 

@@ -35,11 +35,9 @@ def begin_gdn2(
     resets=None,
     exchange="auto",
     backend="auto",
-    constant_final_state=False,
 ):  # fmt: skip
     """:func:`context_parallel_gdn2` up to its exchange, which is then under way. ``finish()`` of what this returns has
-    the results. shards: a ``SequenceShards``. constant_final_state: the final state, to be looked at only, has no
-    gradient, so that backward does not add up that of all ranks."""
+    the results. shards: a ``SequenceShards``."""
     check_choice("backend", backend, BACKENDS)
     check_choice("exchange", exchange, ("auto", *handoff.FORMS))
     options = (use_qk_l2norm_in_kernel, use_gate_in_kernel, use_sigmoid_in_kernel, float(erase_scale), backend)
@@ -63,9 +61,8 @@ def begin_gdn2(
         size, (B, _, H, K), (HV, V) = compute_dtype(q).itemsize, q.shape, v.shape[2:]
         exchange = choose(shards, B * H * K * K * size, B * HV * K * V * size, output_final_state)
     return handoff.begin(
-        q, k, v, g, b, w, A_log, dt_bias, initial_state, resets, numbers, output_final_state, exchange, shards,
-        constant_final_state,
-    )  # fmt: skip
+        q, k, v, g, b, w, A_log, dt_bias, initial_state, resets, numbers, output_final_state, exchange, shards
+    )
 
 
 def context_parallel_gdn2(

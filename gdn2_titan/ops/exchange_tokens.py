@@ -7,26 +7,10 @@ same order; backward then does too, also where a rank has nothing to send or to 
 import torch
 from torch.distributed import _functional_collectives as collectives
 
-__all__ = ["gather_sequence", "preceding", "segment_rows", "segment_size"]
+__all__ = ["gather_sequence", "preceding"]
 
 # Its name up to torch 2.12, which later versions call deprecated.
 _all_gather = getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd
-
-
-def segment_size(length, shards):
-    """Tokens of a segment where a rank has ``length``; ValueError if they are not the same for all its segments."""
-    if length % shards.per_rank:
-        raise ValueError(
-            f"a rank has {length} tokens of a sequence; with layout {shards.layout!r} their number must be even"
-        )
-    return length // shards.per_rank
-
-
-def segment_rows(x, shards):
-    """x [B, T_local, ...] -> its n segments as rows of the batch [B * n, T_local / n, ...]."""
-    if shards.per_rank == 1:
-        return x
-    return x.unflatten(1, (shards.per_rank, segment_size(x.shape[1], shards))).flatten(0, 1)
 
 
 def gather_sequence(x, shards):
@@ -41,7 +25,7 @@ def preceding(x, shards, count):
     Segments of ``count`` tokens and more send their last ``count`` to the rank that has the next one, and nothing else
     moves. Shorter ones are gathered from all ranks.
     """
-    size = segment_size(x.shape[1], shards)
+    size = shards.segment_size(x.shape[1])
     if size < count:
         padded = torch.cat((x.new_zeros((x.shape[0], count, *x.shape[2:])), gather_sequence(x, shards)), 1)
         cuts = [padded[:, i * size : i * size + count] for i in shards.segments]

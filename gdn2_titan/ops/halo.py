@@ -3,7 +3,7 @@
 import torch
 
 from .causal_conv1d import causal_conv1d, check_conv_inputs
-from .exchange_tokens import preceding, segment_rows
+from .exchange_tokens import preceding
 from .shards import SequenceShards
 
 __all__ = ["context_parallel_conv1d", "halos"]
@@ -59,8 +59,6 @@ def context_parallel_conv1d(
     check_conv_inputs(x, weight, bias, activation, None, None, resets)
     shards = SequenceShards.of(group, layout)
     past = halos([x], shards, weight.shape[1], resets)
-    rows = None if resets is None else segment_rows(resets, shards)
-    y, _ = causal_conv1d(
-        segment_rows(x, shards), weight, bias, activation, initial_state=past[0], resets=rows, backend=backend
-    )
+    rows = shards.rows(resets)
+    y, _ = causal_conv1d(shards.rows(x), weight, bias, activation, initial_state=past[0], resets=rows, backend=backend)
     return y.view(x.shape)

@@ -26,11 +26,6 @@ __all__ = ["FORMS", "Handoff", "begin"]
 FORMS = {"gather": exchange_gather, "scan": exchange_scan}
 
 
-def _rows(x, shards):
-    """[B, T, ...] -> [B * S, T / S, ...]: a rank's segments as sequences of a batch. A view."""
-    return None if x is None else x.unflatten(1, (shards.per_rank, -1)).flatten(0, 1)
-
-
 def _lanes(x, shards):
     """[B * S, ...] -> [S, B, ...]."""
     return x.unflatten(0, (-1, shards.per_rank)).transpose(0, 1).contiguous()
@@ -63,11 +58,10 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, q, k, v, g, b, w, A_log, dt_bias, initial_state, resets, D, numbers,
-        final, constant, form, group, rank, size, per_rank,
+        final, form, group, rank, size, per_rank,
     ):  # fmt: skip
         ctx.save_for_backward(q, k, v, g, b, w, A_log, dt_bias, resets)
-        ctx.numbers, ctx.final = numbers, final and not constant
-        ctx.form, ctx.shards = form, (group, rank, size, per_rank)
+        ctx.numbers, ctx.final, ctx.form, ctx.shards = numbers, final, form, (group, rank, size, per_rank)
         ctx.initial = None if initial_state is None else initial_state.dtype
         shards, form, (H, K) = SequenceShards(group, rank, size, per_rank), FORMS[form], q.shape[2:]
         S, B, *state = D.shape
@@ -84,8 +78,8 @@ class _Enter(torch.autograd.Function):
             if ctx.final and _has_last(shards):
                 leaving = torch.cat((leaving[:-1], dfinal.unsqueeze(0)))
             *grads, dA_log, ddt_bias, dentering = chunk_gdn2_backward_once(
-                _rows(do, shards), _from_lanes(leaving), *(_rows(x, shards) for x in (q, k, v, g, b, w)),
-                A_log, dt_bias, entering, None, _rows(resets, shards), *ctx.numbers,
+                shards.rows(do), _from_lanes(leaving), *(shards.rows(x) for x in (q, k, v, g, b, w)),
+                A_log, dt_bias, entering, None, shards.rows(resets), *ctx.numbers,
             )  # fmt: skip
         grads = [grad.view(x.shape) for grad, x in zip(grads, (q, k, v, g, b, w), strict=True)]
         dA_log, ddt_bias = None if A_log is None else dA_log, None if dt_bias is None else ddt_bias
@@ -94,7 +88,7 @@ class _Enter(torch.autograd.Function):
             dinitial_state = _lanes(dentering, shards)[0].to(ctx.initial)
             if not _has_first(shards):
                 dinitial_state = torch.zeros_like(dinitial_state)
-        return (*grads, dA_log, ddt_bias, dinitial_state, *(None,) * 10)
+        return (*grads, dA_log, ddt_bias, dinitial_state, *(None,) * 9)
 
 
 class _Leave(torch.autograd.Function):
@@ -102,7 +96,7 @@ class _Leave(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, o, P, M, D, initial_state, pending, more, final, constant, form, group, rank, size, per_rank,
+        ctx, o, P, M, D, initial_state, pending, more, final, form, group, rank, size, per_rank,
         carrier, carried_entering, carried_kept, carried_pending, carried_dD, carried_dfinal,
     ):  # fmt: skip
         shards = SequenceShards(group, rank, size, per_rank)
@@ -113,11 +107,10 @@ class _Leave(torch.autograd.Function):
                 entering = torch.cat((initial_state.to(D.dtype).unsqueeze(0), entering[1:]))
             entering = _from_lanes(entering)
             o = (o + read(P, entering)).to(o.dtype).view(carrier.shape)
-        ctx.final, ctx.form, ctx.shards = final and not constant, form, (group, rank, size, per_rank)
-        # Zeros on ranks that have no use for it: there too must the gradients depend on the sum, or a compiler is free
-        # to send them before it, and ranks would wait for each other for ever.
+        ctx.final, ctx.form, ctx.shards = final, form, (group, rank, size, per_rank)
+        # On ranks that have no use for it zeros: see backward.
         last = M[-1] if _has_last(shards) else torch.zeros_like(M[-1])
-        ctx.save_for_backward(P, entering, kept, last if ctx.final else None)
+        ctx.save_for_backward(P, entering, kept, last if final else None)
         return o, D.new_empty(0) if final_state is None else final_state
 
     @staticmethod
@@ -125,41 +118,41 @@ class _Leave(torch.autograd.Function):
         P, entering, kept, transition = ctx.saved_tensors
         shards = SequenceShards(*ctx.shards)
         with no_autocast(do):
-            dD = _lanes(read_transposed(P, _rows(do, shards), entering.dtype), shards)
+            dD = _lanes(read_transposed(P, shards.rows(do), entering.dtype), shards)
             if ctx.final:
-                dfinal = _sum(dfinal, shards)
+                # What is added up depends on dD, and what is sent on the sum, by nothing, and on every rank: a compiler
+                # that could choose the order would choose another one on another rank, and both would wait for ever.
+                dfinal = _sum(dfinal + 0 * dD[-1], shards)
                 dD = torch.cat((dD[:-1], (dD[-1] + apply_transposed(transition, dfinal)).unsqueeze(0)))
             pending = FORMS[ctx.form].send_back(dD, shards)
-        return (*(None,) * 14, do, entering, kept, pending, dD, dfinal if ctx.final else None)
+        return (*(None,) * 13, do, entering, kept, pending, dD, dfinal if ctx.final else None)
 
 
 class Handoff:
     """A call whose exchange is under way."""
 
-    def __init__(self, arguments, carriers, final, constant):
-        self.arguments, self.carriers, self.final, self.constant = arguments, carriers, final, constant
+    def __init__(self, arguments, carriers, final):
+        self.arguments, self.carriers, self.final = arguments, carriers, final
 
     def finish(self):
         """o [B, T, HV, V], and the state after the whole sequence [B, HV, K, V] or None."""
         o, final_state = _Leave.apply(*self.arguments, *self.carriers)
-        if not self.final:
-            return o, None
-        return o, final_state.detach() if self.constant else final_state
+        return o, final_state if self.final else None
 
 
-def begin(q, k, v, g, b, w, A_log, dt_bias, initial_state, resets, numbers, final, form, shards, constant=False):
+def begin(q, k, v, g, b, w, A_log, dt_bias, initial_state, resets, numbers, final, form, shards):
     """The call of ``shards`` up to its exchange, which is then under way. Arguments checked; numbers: of the operators;
-    final: whether the state after the whole sequence will be wanted; constant: without a gradient; form: of FORMS."""
+    final: whether the state after the whole sequence will be asked for; form: of FORMS."""
     with torch.no_grad(), no_autocast(q):
         o, P, M, D = segment_gdn2_op(
-            *(_rows(x, shards) for x in (q, k, v, g, b, w)), A_log, dt_bias, _rows(resets, shards), *numbers
+            *(shards.rows(x) for x in (q, k, v, g, b, w)), A_log, dt_bias, shards.rows(resets), *numbers
         )
         M, D = _lanes(M, shards), _lanes(D, shards)
         if initial_state is not None and _has_first(shards):
             D = torch.cat(((D[0] + apply(M[0], initial_state.to(D.dtype))).unsqueeze(0), D[1:]))
         pending = FORMS[form].send(M, D, shards, final)
-    where = (final, constant, form, shards.group, shards.rank, shards.size, shards.per_rank)
+    where = (final, form, shards.group, shards.rank, shards.size, shards.per_rank)
     carriers = _Enter.apply(q, k, v, g, b, w, A_log, dt_bias, initial_state, resets, D, numbers, *where)
     initial_state = None if initial_state is None else initial_state.detach()
     pending, more = (*pending, None, None)[:2]
-    return Handoff((o, P, M, D, initial_state, pending, more, *where), carriers, final, constant)
+    return Handoff((o, P, M, D, initial_state, pending, more, *where), carriers, final)

@@ -46,6 +46,18 @@ class SequenceShards:
             return tuple(range(self.per_rank))
         return (self.rank,) if self.per_rank == 1 else (self.rank, 2 * self.size - 1 - self.rank)
 
+    def segment_size(self, length):
+        """Tokens of a segment where a rank has ``length``; ValueError if its segments cannot have the same number."""
+        if length % self.per_rank:
+            raise ValueError(
+                f"a rank has {length} tokens of a sequence; with layout {self.layout!r} their number must be even"
+            )
+        return length // self.per_rank
+
+    def rows(self, x):
+        """x [B, T, ...] of this rank, or None -> its S segments as rows of the batch [B * S, T / S, ...]; a view."""
+        return None if x is None else x.unflatten(1, (self.per_rank, self.segment_size(x.shape[1]))).flatten(0, 1)
+
     def positions(self, length, device=None):
         """The places in the whole sequence of this rank's ``length`` tokens, int64 [length]."""
         size = length // self.per_rank
