@@ -20,6 +20,7 @@ import math
 import torch
 
 from .maps import apply, apply_transposed
+from .ordering import after
 
 __all__ = ["kept", "pending_back", "receive", "receive_back", "send", "send_back"]
 
@@ -45,7 +46,7 @@ def _swap(tensors, shards, step, gives=True, takes=True):
     sizes[shards.rank ^ (1 << step)] = flat.numel()
     nothing = [0] * shards.size
     return torch.ops._c10d_functional.all_to_all_single(
-        flat if gives else flat[:0], sizes if takes else nothing, sizes if gives else nothing, shards.group
+        flat if gives else after(flat[:0], flat), sizes if takes else nothing, sizes if gives else nothing, shards.group
     )
 
 

@@ -18,6 +18,7 @@ import torch
 from . import exchange_gather, exchange_scan
 from .library import chunk_gdn2_backward_once, no_autocast
 from .maps import apply, apply_transposed, read, read_transposed
+from .ordering import after
 from .segments import segment_gdn2_op
 from .shards import SequenceShards
 
@@ -108,9 +109,7 @@ class _Leave(torch.autograd.Function):
             entering = _from_lanes(entering)
             o = (o + read(P, entering)).to(o.dtype).view(carrier.shape)
         ctx.final, ctx.form, ctx.shards = final, form, (group, rank, size, per_rank)
-        # On ranks that have no use for it zeros: see backward.
-        last = M[-1] if _has_last(shards) else torch.zeros_like(M[-1])
-        ctx.save_for_backward(P, entering, kept, last if final else None)
+        ctx.save_for_backward(P, entering, kept, M[-1] if final and _has_last(shards) else None)
         return o, D.new_empty(0) if final_state is None else final_state
 
     @staticmethod
@@ -120,10 +119,11 @@ class _Leave(torch.autograd.Function):
         with no_autocast(do):
             dD = _lanes(read_transposed(P, shards.rows(do), entering.dtype), shards)
             if ctx.final:
-                # What is added up depends on dD, and what is sent on the sum, by nothing, and on every rank: a compiler
-                # that could choose the order would choose another one on another rank, and both would wait for ever.
-                dfinal = _sum(dfinal + 0 * dD[-1], shards)
-                dD = torch.cat((dD[:-1], (dD[-1] + apply_transposed(transition, dfinal)).unsqueeze(0)))
+                dfinal = _sum(after(dfinal, dD), shards)
+                if transition is None:
+                    dD = after(dD, dfinal)
+                else:
+                    dD = torch.cat((dD[:-1], (dD[-1] + apply_transposed(transition, dfinal)).unsqueeze(0)))
             pending = FORMS[ctx.form].send_back(dD, shards)
         return (*(None,) * 13, do, entering, kept, pending, dD, dfinal if ctx.final else None)
 
