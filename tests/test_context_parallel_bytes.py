@@ -50,6 +50,9 @@ def test_ranks_receive_three_quarters_of_what_flash_linear_attentions_do_and_fro
         assert counted[ranks, layout, "scan", False]["ratio"] <= (0.5 if ranks == 8 else 0.75)
 
 
+IDLE = ("aten._unsafe_view", "aten.new_empty", "gdn2_titan.after")  # no kernel; in a scan what is ordered is empty
+
+
 class Launches(TorchDispatchMode):
     """Counts operators that do work; collectives return zeros, so that one process can be any rank."""
 
@@ -65,7 +68,7 @@ class Launches(TorchDispatchMode):
             return args[0].new_zeros(sum(args[1]))
         if name == "_c10d_functional.wait_tensor":
             return args[0]
-        self.count += not func.is_view and name not in ("aten._unsafe_view", "aten.new_empty")
+        self.count += not func.is_view and name not in IDLE
         return func(*args, **(kwargs or {}))
 
 
