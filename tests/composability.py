@@ -33,11 +33,18 @@ FEATURES = {
     "DTensor, sharded on batch or heads, eager, compiled and by local_map": [("test_dtensor.py", "test_")],
     "FSDP2, fp32 and bf16, compiled": [("test_fsdp.py", "test_")],
     "tensor and sequence parallelism, compiled, with FSDP2, in float8": [("test_tensor_parallel.py", "test_")],
-    "FSDP2, HSDP, TP, PP (1F1B, interleaved) and their products in TorchTitan": [
+    "FSDP2, HSDP, CP, TP, PP (1F1B, interleaved) and their products in TorchTitan": [
         (LAYOUTS, "test_a_layout_trains_as_one_process"),
     ],
     "the same with compiled blocks": [(LAYOUTS, "test_a_layout_trains_as_one_process_when_blocks_are_compiled")],
     "checkpoints that continue under another layout": [(LAYOUTS, "test_a_checkpoint_continues")],
+    "context parallelism: the ops in 2 to 8 processes, compiled, checkpointed": [
+        ("test_context_parallel.py", "test_"), ("test_context_parallel_conv.py", "test_"),
+    ],
+    "context parallelism: hybrid models, full, windowed and document attention, with TP": [
+        ("test_context_parallel_attention.py", "test_"), ("test_context_parallel_model.py", "test_"),
+    ],
+    "a long sequence as segments on one device": [("test_segments.py", "test_")],
     "torch.export, dynamic, saved and loaded": [
         (LIBRARY, "test_exports_with_dynamic"), (CONV, "test_exports_with_dynamic"),
         ("test_export.py", "test_an_exported_hybrid"),
@@ -59,6 +66,7 @@ FEATURES = {
     "Triton kernels compiled for sm_80, sm_90, sm_100, gfx942": [("test_aot.py", "test_no_kernel")],
     "Triton kernels equal the definition in the interpreter": [
         ("test_triton_chunk.py", "test_"), ("test_triton_recurrent.py", "test_"), ("test_triton_conv.py", "test_"),
+        ("test_triton_segment.py", "test_"),
     ],
     "import without Triton, TorchTitan, transformers": [(LIBRARY, "test_importing")],
     "CUDA graphs, and no wait for the GPU": [
