@@ -145,6 +145,13 @@ def test_a_checkpoint_that_does_not_say_its_model_takes_a_flavor_or_a_toml(tmp_p
     assert (config["head_dim"], config["window"], config["eos_token_id"]) == (32, 8, 257)
 
 
+def test_converting_takes_neither_transformers_nor_torchtitan():
+    code = "import sys, gdn2_titan.convert.__main__; print(*sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert not set(done.stdout.split()) & {"transformers", "torchtitan", "accelerate", "gdn2_titan.titan"}
+
+
 def _peak(command, small, large, tmp_path):
     """Bytes that a command on ``large`` adds to the most that its process ever held. What the first use of PyTorch's
     lazily loaded parts takes is not counted: the process has run the same command on ``small`` before."""

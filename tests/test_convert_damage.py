@@ -175,6 +175,7 @@ def test_an_index_that_is_no_json(tmp_path, capsys, folder):
         ({"hidden_size": 0}, "hidden_size is 0"),
         ({"hidden_size": "32"}, "hidden_size is '32'"),
         ({"num_v_heads": "4"}, "describes no model"),
+        ({"allow_neg_eigval": "false"}, "allow_neg_eigval 'false'; it must be true or false"),
         ({"model_type": "llama"}, "model_type 'llama'"),
     ],
     ids=str,

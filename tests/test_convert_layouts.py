@@ -113,6 +113,8 @@ def test_an_fla_checkpoint_loads_into_the_model(tmp_path, capsys):
         ({"hidden_act": "powlu"}, "hidden_act 'powlu'"),
         ({"attn": FLA_CONFIG["attn"] | {"qkv_bias": True}}, "qkv_bias True"),
         ({"head_dim": 0}, "head_dim is 0"),
+        ({"attn": {"num_heads": 4}}, "damaged"),
+        ({"attn": [FLA_CONFIG["attn"], FLA_CONFIG["attn"] | {"layers": [0], "window_size": 9}]}, "that differ"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value.split()[0],
 )

@@ -11,7 +11,7 @@ from .aside import check_free, new_path
 from .checkpoints import Checkpoint, chosen_record, open_checkpoint, open_hf, read_config
 from .companions import TOKENIZER_FILES, write_companions
 from .dcp import write_dcp
-from .errors import ConvertError
+from .errors import ConvertError, reading
 from .fla import args_from_fla, config_for_fla, from_fla_layout, to_fla_layout
 from .layout import Part, Renamed, check_fits, tensors_of
 from .names import to_hf_name
@@ -97,7 +97,9 @@ def to_torch(checkpoint, out, dtype=None, config=None, flavor=None):
 def from_fla(folder, out, dtype=None, shard_size=SHARD_SIZE):
     """flash-linear-attention folder (config.json and safetensors) -> Hugging Face folder of this model."""
     check_free(out)
-    args = args_from_fla(read_config(folder), Path(folder) / "config.json")
+    path = Path(folder) / "config.json"
+    with reading(path):
+        args = args_from_fla(read_config(folder), path)
     source = Renamed(SafetensorsFolder(folder), from_fla_layout(args))
     check_fits(source, args)
     _write_hf(Checkpoint(source, Record(args), Path(folder), None), out, dtype, shard_size)

@@ -39,6 +39,9 @@ def args_from_fields(fields, path):
     fields = {name: value for name, value in fields.items() if name in known}
     if isinstance(fields.get("layer_pattern"), list):
         fields["layer_pattern"] = tuple(fields["layer_pattern"])
+    for name, value in fields.items():
+        if isinstance(getattr(GDN2ModelArgs, name), bool) and not isinstance(value, bool):
+            raise ConvertError(f"{path} has {name} {value!r}; it must be true or false")
     args = GDN2ModelArgs(**fields)
     try:
         args.validate()
