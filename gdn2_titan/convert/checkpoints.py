@@ -121,8 +121,8 @@ def open_checkpoint(path, config=None, flavor=None, tokenizer=None):
         raise ConvertError(f"--tokenizer is {tokenizer}; it must be a folder")
     chosen, path = chosen_record(config, flavor), _latest(Path(path))
     if not (path / ".metadata").is_file() and ((path / "config.json").is_file() or (path / INDEX).is_file()):
-        record = chosen if (path / "config.json").is_file() else chosen or find_record(path)
-        opened = open_hf(path, record)
+        # Without a config.json it is one that TorchTitan saved and nobody completed.
+        opened = open_hf(path, chosen or (None if (path / "config.json").is_file() else find_record(path)))
         return Checkpoint(opened.source, opened.record, Path(tokenizer) if tokenizer else path, opened.step)
     source = DistributedCheckpoint(path)
     record = chosen or find_record(path)
