@@ -188,10 +188,15 @@ class GDN2ForCausalLM(GDN2PreTrainedModel, GenerationMixin):
         """What ``generate`` starts from; transformers' own caches have no place for this model's states."""
         if generation_config.cache_implementation is not None:
             raise ValueError(
-                f"cache_implementation is {generation_config.cache_implementation!r}; this model has a cache of its own, "
-                "so it must be left out"
+                f"cache_implementation is {generation_config.cache_implementation!r}; it must be left out, "
+                "this model has a cache of its own"
             )
         if model_kwargs.get("past_key_values") is not None:
             model_kwargs["past_key_values"]._is_user_defined = True
         elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = GDN2Cache(self.config.n_layers)
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs.pop("position_ids", None)  # transformers 4 makes some up for a prompt in pieces
+        return inputs
