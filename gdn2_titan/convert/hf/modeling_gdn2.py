@@ -20,7 +20,19 @@ __all__ = ["GDN2Decoder", "GDN2DecoderLayer", "GDN2ForCausalLM", "GDN2PreTrained
 
 
 class GDN2DecoderLayer(GradientCheckpointingLayer, Block):
-    """Block, which transformers can checkpoint."""
+    """Block, which transformers can checkpoint, and accelerate can keep on another device or on disk."""
+
+    def forward(self, *args, **kwargs):
+        decay = getattr(self.mixer, "decay", None)
+        hook = getattr(decay, "_hf_hook", None)
+        if hook is None:
+            return super().forward(*args, **kwargs)
+        # accelerate brings a module's parameters when the module is called; these are read and never called.
+        hook.pre_forward(decay)
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            hook.post_forward(decay, None)
 
 
 class GDN2PreTrainedModel(PreTrainedModel):
