@@ -1,0 +1,125 @@
+"""A model saved with its code loads where this package is not, and beside it where it is."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from gdn2_titan.convert.hf import save_code
+from tests.hf_cases import left_padded, pair
+
+GENERATE = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+
+ALONE = """
+import sys
+sys.modules["gdn2_titan"] = None  # importing it now raises ModuleNotFoundError
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+torch.set_num_threads(1)
+folder, again, given, found = sys.argv[1:]
+inputs = torch.load(given)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules."), type(model)
+outputs = model(inputs["ids"], attention_mask=inputs["mask"], labels=inputs["ids"])
+outputs.loss.backward()
+gradients = {name: p.grad for name, p in model.named_parameters()}
+generated = model.generate(inputs["ids"], attention_mask=inputs["mask"], **inputs["options"])
+torch.save({"logits": outputs.logits.detach(), "gradients": gradients, "generated": generated}, found)
+model.save_pretrained(again)
+assert not any(name.split(".")[0] in ("gdn2_titan", "triton_kernels") and sys.modules[name] for name in sys.modules)
+assert not hasattr(torch.ops.gdn2_titan, "chunk_gdn2")
+"""
+
+
+def run_alone(tmp_path, folder, again):
+    """What a process finds that has torch and transformers, the folder, and nothing of this package."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    environment |= {"PYTHONPATH": os.environ["TEST_TRANSFORMERS"]} if "TEST_TRANSFORMERS" in os.environ else {}
+    command = [sys.executable, "-c", ALONE, folder, again, tmp_path / "given.pt", tmp_path / "found.pt"]
+    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return torch.load(tmp_path / "found.pt")
+
+
+def test_a_model_saved_with_its_code_needs_torch_and_transformers_alone(tmp_path):
+    theirs, ours = pair()
+    ids, mask, rows = left_padded([20, 7])
+    torch.save({"ids": ids, "mask": mask, "options": GENERATE}, tmp_path / "given.pt")
+    theirs.save_pretrained(tmp_path / "model")
+    save_code(tmp_path / "model")
+    expected = theirs.generate(ids, attention_mask=mask, **GENERATE)
+    theirs(ids, attention_mask=mask, labels=ids).loss.backward()
+    # Then once more from what that process has saved again.
+    for folder, again in (("model", "again"), ("again", "third")):
+        found = run_alone(tmp_path, tmp_path / folder, tmp_path / again)
+        for row, text in enumerate(rows):
+            logits = ours(text[None])[0]
+            torch.testing.assert_close(found["logits"][row, -len(text) :], logits, rtol=0, atol=1e-5)
+        assert torch.equal(found["generated"], expected)
+        for name, p in theirs.named_parameters():
+            torch.testing.assert_close(found["gradients"][name], p.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_two_copies_of_the_code_and_the_package_live_in_one_process(tmp_path, monkeypatch):
+    theirs, ours = pair()
+    ids = torch.arange(10)[None]
+    expected = ours(ids)
+    models = [theirs]
+    for name in ("one", "two"):
+        theirs.save_pretrained(tmp_path / name)
+        save_code(tmp_path / name)
+        monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+        monkeypatch.syspath_prepend(tmp_path / "modules")
+        copied = get_class_from_dynamic_module("modeling_gdn2.GDN2ForCausalLM", str(tmp_path / name))
+        assert copied.__module__.startswith("transformers_modules.")
+        models.append(copied.from_pretrained(tmp_path / name))
+    assert len({type(model) for model in models}) == 3
+    layers = {type(model.model.layers[0].mixer) for model in models}
+    ops = {sys.modules[layer.__module__].chunk_gdn2.__globals__["differentiable_chunk_gdn2"] for layer in layers}
+    assert len(layers) == len(ops) == 3
+    for model in models:
+        with torch.profiler.profile() as profile:
+            torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-5)
+        model(ids, labels=ids).loss.backward()
+        used = {event.key.split("::")[0] for event in profile.key_averages() if event.key.endswith("::chunk_gdn2")}
+        assert len(used) == 1
+        ops -= used
+    torch.testing.assert_close(ours(ids), expected)
+
+
+def test_the_code_is_flat_parses_and_names_no_other_module_of_this_package(tmp_path):
+    theirs, _ = pair()
+    theirs.save_pretrained(tmp_path)
+    save_code(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
+        "AutoConfig": "configuration_gdn2.GDN2Config",
+        "AutoModel": "modeling_gdn2.GDN2Decoder",
+        "AutoModelForCausalLM": "modeling_gdn2.GDN2ForCausalLM",
+    }
+    files = {path.stem: ast.parse(path.read_text()) for path in tmp_path.glob("*.py")}
+    assert {"configuration_gdn2", "modeling_gdn2", "gdn2_ops_chunked", "gdn2_models_layer"} <= set(files)
+    assert not any("triton" in name for name in files)
+    for name, tree in files.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                names = [node.module] if node.module else [alias.name for alias in node.names]
+                assert node.level == 1 and set(names) <= set(files), (name, names)
+            elif isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                assert not any(imported.split(".")[0] in ("gdn2_titan", "triton") for imported in names), (name, names)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"model_type": "llama"}'], ids=str)
+def test_code_is_put_beside_a_model_of_ours_only(tmp_path, content):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json .*; (it must be the config|its model_type must be 'gdn2')"):
+        save_code(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} <= {"config.json"}
