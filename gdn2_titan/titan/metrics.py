@@ -1,4 +1,5 @@
-"""TorchTitan's metrics, plus what the gates of every GDN-2 layer do, plus where the logs went."""
+"""TorchTitan's metrics, plus what the gates of every GDN-2 layer do, where the logs went, and what a checkpoint was
+trained with."""
 
 import os
 
@@ -9,6 +10,7 @@ from torchtitan.tools.logging import logger
 
 from gdn2_titan.models.layer import STATISTICS, GatedDeltaNet2
 
+from .checkpoint_files import write_checkpoint_files
 from .sections import section
 
 __all__ = ["GDN2MetricsProcessor", "build_metrics_processor"]
@@ -21,7 +23,8 @@ class GDN2MetricsProcessor(MetricsProcessor):
     the flag is raised one step ahead, for the first step of a run and every ``gdn2.statistics_freq`` steps.
     """
 
-    def __init__(self, job_config, parallel_dims, tag=None):
+    def __init__(self, job_config, parallel_dims, model_args, tag=None):
+        self.model_args = model_args
         self.statistics_freq = section(job_config, "gdn2").statistics_freq
         self.mixers = {}
         super().__init__(job_config, parallel_dims, tag)
@@ -49,7 +52,8 @@ class GDN2MetricsProcessor(MetricsProcessor):
             mixer.record_statistics = flag
 
     def should_log(self, step):
-        # Asked once a step, between the step's forward and the next one's.
+        # Asked once a step, between the step's forward and the next one's, and before the step's checkpoint.
+        write_checkpoint_files(self.job_config, self.model_args, step)
         if self.recording:
             statistics = self._statistics()
             if statistics:
@@ -88,5 +92,5 @@ class GDN2MetricsProcessor(MetricsProcessor):
             logger.info(f"Checkpoints: {os.path.join(config.job.dump_folder, config.checkpoint.folder)}")
 
 
-def build_metrics_processor(job_config, parallel_dims, model_args=None, tag=None):
-    return GDN2MetricsProcessor(job_config, parallel_dims, tag)
+def build_metrics_processor(job_config, parallel_dims, model_args, tag=None):
+    return GDN2MetricsProcessor(job_config, parallel_dims, model_args, tag)

@@ -18,6 +18,7 @@ from .model_args import titan_flavors
 from .optimizer import build_optimizers
 from .parallelize import parallelize
 from .pipeline import pipeline
+from .state_dict_adapter import GDN2StateDictAdapter
 from .validate_config import validate_config
 from .validator import build_validator
 
@@ -65,6 +66,7 @@ def get_train_spec():
         build_loss_fn=build_loss,
         build_validator_fn=build_validator,
         build_metrics_processor_fn=build_metrics_processor,
+        state_dict_adapter=GDN2StateDictAdapter,
     )
 
 

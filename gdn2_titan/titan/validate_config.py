@@ -1,6 +1,7 @@
 """Refuses a job config that cannot train, before anything is built: one sentence with field, value, what is allowed."""
 
 import dataclasses
+import importlib.util
 import os
 
 import torch
@@ -141,6 +142,22 @@ def _check_shares(job_config):
         check_pipeline(job_config, args.n_layers)
 
 
+def _check_hf_checkpoint(checkpoint):
+    """TorchTitan itself finds these out at the last step, with the training done and its weights not yet saved."""
+    for name, other in (
+        ("last_save_in_hf", "last_save_model_only"),
+        ("initial_load_in_hf", "initial_load_model_only"),
+    ):
+        if not checkpoint.enable or not getattr(checkpoint, name):
+            continue
+        if not getattr(checkpoint, other):
+            raise ConfigError(f"checkpoint.{name} is true; then checkpoint.{other} must be true as well")
+        if importlib.util.find_spec("safetensors") is None:
+            raise ConfigError(f"checkpoint.{name} is true; it must be false where safetensors is not installed")
+    if checkpoint.enable and checkpoint.initial_load_in_hf_quantized:
+        raise ConfigError("checkpoint.initial_load_in_hf_quantized is true; it must be false, this model has no such")
+
+
 def _check_rest(job_config):
     if job_config.optimizer.early_step_in_backward:
         raise ConfigError(
@@ -160,6 +177,7 @@ def _check_rest(job_config):
                 "checkpoint.async_mode is 'async_with_pinned_mem'; on a machine without an accelerator it must be "
                 "'disabled' or 'async'"
             )
+    _check_hf_checkpoint(job_config.checkpoint)
     path = job_config.model.hf_assets_path
     if not any(os.path.isfile(os.path.join(path, name)) for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
         raise ConfigError(

@@ -1,0 +1,80 @@
+"""The command line: ``python -m gdn2_titan.convert to-hf CHECKPOINT OUT``."""
+
+import argparse
+import re
+import sys
+
+import torch
+
+from . import commands
+from .errors import ConvertError
+from .nvlabs import QKV_ORDERS
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def _bytes(text):
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)?", text, re.IGNORECASE)
+    size = int(float(found.group(1)) * _UNITS[(found.group(2) or "").upper()]) if found else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 5GB, 500MB or a number of bytes")
+    return size
+
+
+# (command, function, what it does, the source's name, options)
+_MODEL, _WEIGHTS = ("config", "flavor"), ("dtype", "shard_size")
+_COMMANDS = (
+    ("to-hf", commands.to_hf, "TorchTitan checkpoint to Hugging Face folder", "CHECKPOINT",
+     (*_MODEL, *_WEIGHTS, "tokenizer")),
+    ("from-hf", commands.from_hf, "Hugging Face folder to checkpoint.initial_load_path", "FOLDER", ()),
+    ("to-torch", commands.to_torch, "checkpoint to one .pt file of tensors", "CHECKPOINT", (*_MODEL, "dtype")),
+    ("from-fla", commands.from_fla, "flash-linear-attention folder to Hugging Face folder", "FOLDER", _WEIGHTS),
+    ("to-fla", commands.to_fla, "checkpoint to flash-linear-attention's names", "CHECKPOINT",
+     (*_MODEL, *_WEIGHTS, "tokenizer")),
+    ("from-nvlabs", commands.from_nvlabs, "checkpoint of the authors' trainer to Hugging Face folder", "FILE",
+     (*_MODEL, *_WEIGHTS, "tokenizer", "qkv_order")),
+)  # fmt: skip
+_OPTIONS = {
+    "config": {"metavar": "TOML", "help": "TorchTitan config of the model, where the checkpoint does not say it"},
+    "flavor": {"help": "name of the model's shape, where the checkpoint does not say it"},
+    "dtype": {"choices": _DTYPES, "help": "of the tensors written (default: as they are)"},
+    "shard_size": {"type": _bytes, "default": commands.SHARD_SIZE, "help": "of a safetensors file (default: 5GB)"},
+    "tokenizer": {"metavar": "FOLDER", "help": "instead of the one that the model was trained with"},
+    "qkv_order": {"choices": QKV_ORDERS, "help": "rows of attn.attn: per key head, or all q, all k, all v"},
+}
+
+
+def _parser():
+    parser = argparse.ArgumentParser("python -m gdn2_titan.convert", description=__doc__)
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, function, what, source, options in _COMMANDS:
+        command = subparsers.add_parser(name, help=what, description=what)
+        command.add_argument("source", metavar=source)
+        command.add_argument("out", metavar="OUT", help="a new name")
+        for option in options:
+            command.add_argument(f"--{option.replace('_', '-')}", **_OPTIONS[option])
+        command.set_defaults(function=function)
+    return parser
+
+
+def main(arguments=None):
+    """Returns the exit status: 0, or 1 after one sentence on stderr."""
+    options = vars(_parser().parse_args(arguments))
+    function, source, out = (options.pop(name) for name in ("function", "source", "out"))
+    if options.get("dtype"):
+        options["dtype"] = _DTYPES[options["dtype"]]
+    try:
+        function(source, out, **options)
+    except ConvertError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"Error: {out} was not written: {error.strerror or error}", file=sys.stderr)
+        return 1
+    print(f"Wrote {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""The layout of flash-linear-attention: its GatedDeltaNet2 layer inside a decoder named as that library's decoders are.
+
+As of its 0.6.0. It has the layer, not yet a decoder around it: names of the rest are those of its other decoders (KDA,
+Gated DeltaNet), which agree. Its gates are per channel, its output gate is a sigmoid.
+"""
+
+import dataclasses
+import math
+
+from gdn2_titan.models import GDN2ModelArgs
+
+from .errors import ConvertError
+from .layout import Part, tensors_of
+from .record import args_from_fields
+
+__all__ = ["args_from_fla", "config_for_fla", "from_fla_layout", "to_fla_layout"]
+
+_OUTSIDE = {"tok_embeddings.": "model.embeddings.", "norm.": "model.norm.", "lm_head.": "lm_head."}
+_BLOCK = {"mixer_norm.": "attn_norm.", "mixer.": "attn."}
+_MIXER = {
+    "decay_proj.": "f_proj.", "erase_proj.": "b_proj.", "write_proj.": "w_proj.", "gate_proj.": "g_proj.", "decay.": "",
+}  # fmt: skip
+# Fields of that library's configs that change the computation, and the one value with which it is the model here.
+_FIXED = {
+    "use_short_conv": True, "conv_bias": False, "tie_word_embeddings": False, "hidden_act": "swish",
+    "safe_gate": False, "attnres_block_size": None,
+}  # fmt: skip
+_SAME = (
+    "vocab_size", "hidden_size", "norm_eps", "num_heads", "head_dim", "num_v_heads", "expand_v", "conv_size",
+    "allow_neg_eigval",
+)  # fmt: skip
+
+
+def _replaced(name, prefixes):
+    for ours, theirs in prefixes.items():
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return name
+
+
+def _name(name):
+    if not name.startswith("layers."):
+        return _replaced(name, _OUTSIDE)
+    _, layer, rest = name.split(".", 2)
+    rest = _replaced(rest, _BLOCK)
+    if rest.startswith("attn."):
+        rest = "attn." + _replaced(rest.removeprefix("attn."), _MIXER)
+    return f"model.layers.{layer}.{rest}"
+
+
+def _shape(name, shape):
+    """That library's convolutions are nn.Conv1d's [channels, 1, width], its dt_bias is flat."""
+    if "_conv1d." in name:
+        return (shape[0], 1, shape[1])
+    return (math.prod(shape),) if name.endswith(".dt_bias") else tuple(shape)
+
+
+def _reshaped(theirs, shape):
+    def of(tensor):
+        if tuple(tensor.shape) != theirs:
+            raise RuntimeError(f"it must be {[*theirs]}")
+        return tensor.reshape(shape)
+
+    return of
+
+
+def from_fla_layout(args):
+    """{name here: Part of a flash-linear-attention checkpoint}."""
+    tensors = tensors_of(args)
+    return {n: Part(_name(n), _reshaped(_shape(n, t.shape), tuple(t.shape))) for n, t in tensors.items()}
+
+
+def to_fla_layout(args):
+    """{name there: Part of a checkpoint here}."""
+    tensors = tensors_of(args)
+    return {_name(n): Part(n, _reshaped(tuple(t.shape), _shape(n, t.shape))) for n, t in tensors.items()}
+
+
+def _softmax_layers(config, path):
+    """{layer: what its softmax attention is}, from the one description or the list of them that the config has."""
+    specs = config.get("attn") or []
+    found = {}
+    for spec in [specs] if isinstance(specs, dict) else specs:
+        if spec.get("qkv_bias"):
+            raise ConvertError(f"{path} has attn.qkv_bias {spec['qkv_bias']!r}; it must be false")
+        described = {
+            "attn_heads": spec["num_heads"],
+            "attn_kv_heads": spec.get("num_kv_heads"),
+            "rope_theta": spec.get("rope_theta", 10000.0),
+            "window": spec.get("window_size"),
+        }
+        found |= {layer: described for layer in spec["layers"]}
+    return found
+
+
+def _shortest_period(pattern):
+    for length in range(1, len(pattern) + 1):
+        if all(mixer == pattern[i % length] for i, mixer in enumerate(pattern)):
+            return tuple(pattern[:length])
+
+
+def args_from_fla(config, path):
+    """GDN2ModelArgs of the dict of a config.json at ``path``.
+
+    Raises:
+        ConvertError: a field is missing, or has a value with which it is not a model of ours.
+    """
+    for name, value in _FIXED.items():
+        if config.get(name, value) != value:
+            raise ConvertError(f"{path} has {name} {config[name]!r}; it must be {value!r}")
+    missing = [name for name in (*_SAME, "num_hidden_layers") if name not in config and name != "num_v_heads"]
+    if missing:
+        raise ConvertError(f"{path} has no field {missing[0]!r}")
+    size = config.get("intermediate_size")
+    if size is None:  # that library's rule: two thirds of the ratio, up to a multiple of 256
+        size = 256 * math.ceil(int(config["hidden_size"] * (config.get("hidden_ratio") or 4) * 2 / 3) / 256)
+    softmax = _softmax_layers(config, path)
+    windows = {spec["window"] for spec in softmax.values()} - {None}
+    described = [{k: v for k, v in spec.items() if k != "window"} for spec in softmax.values()]
+    if len(windows) > 1 or any(spec != described[0] for spec in described):
+        raise ConvertError(f"{path} has softmax layers that differ in more than having a window; they must not")
+    pattern = [
+        "gdn2" if i not in softmax else "attention" if softmax[i]["window"] is None else "swa"
+        for i in range(config["num_hidden_layers"])
+    ]
+    fields = {name: config.get(name) for name in _SAME} | {
+        "n_layers": config["num_hidden_layers"],
+        "mlp_size": size,
+        "layer_pattern": _shortest_period(pattern),
+        "output_gate": "sigmoid",
+        **(described[0] if described else {}),
+    }
+    if windows:
+        fields["window"] = windows.pop()
+    return args_from_fields(fields, path)
+
+
+def config_for_fla(args: GDN2ModelArgs):
+    """The dict of a config.json for that library; without "model_type", as it has no decoder of this kind yet.
+
+    Raises:
+        ConvertError: the model has what that library's layer does not.
+    """
+    for name, value in (
+        ("erase_gate", "channel"), ("write_gate", "channel"), ("tied_gates", False), ("decay", "channel"),
+        ("output_gate", "sigmoid"),
+    ):  # fmt: skip
+        if getattr(args, name) != value:
+            raise ConvertError(f"{name} is {getattr(args, name)!r}; flash-linear-attention's layer has {value!r}")
+    layers = {}
+    for layer in range(args.n_layers):
+        layers.setdefault(args.mixer(layer), []).append(layer)
+    specs = [
+        {
+            "layers": layers[kind],
+            "num_heads": args.attn_heads,
+            "num_kv_heads": args.attn_kv_heads,
+            "qkv_bias": False,
+            "window_size": args.window if kind == "swa" else None,
+            "rope_theta": args.rope_theta,
+        }
+        for kind in ("swa", "attention")
+        if kind in layers
+    ]
+    fields = dataclasses.asdict(args)
+    return {
+        **{name: fields[name] for name in _SAME},
+        "num_hidden_layers": args.n_layers,
+        "intermediate_size": args.mlp_size,
+        "attn": None if not specs else specs[0] if len(specs) == 1 else specs,
+        "use_short_conv": True,
+        "hidden_act": "swish",
+        "tie_word_embeddings": False,
+    }

@@ -1,0 +1,84 @@
+"""A checkpoint seen under other names, shapes and dtypes, and whether it fits a model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from gdn2_titan.models import GDN2Model, GDN2ModelArgs
+
+from .errors import ConvertError
+
+__all__ = ["Part", "Renamed", "check_fits", "tensors_of"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a tensor comes from: another one's name, and what to do with that (pick rows, reshape)."""
+
+    name: str
+    of: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
+
+
+class Renamed:
+    """The tensors that ``layout`` {name: Part} makes of a checkpoint's, in ``dtype`` if given.
+
+    A_log and dt_bias keep their dtype: the model computes decays in fp32, and rounding these to bf16 would move
+    half-lives by up to two percent.
+
+    Raises:
+        ConvertError: the checkpoint lacks a tensor that the layout wants, has one that it does not name, or one of a
+            shape that it cannot use.
+    """
+
+    def __init__(self, source, layout, dtype=None):
+        self.path, self._source, self._layout, self._dtype = source.path, source, layout, dtype
+        wanted = {part.name for part in layout.values()}
+        for name in sorted(wanted - source.tensors.keys()):
+            raise ConvertError(f"{source.path} has no tensor {name!r}, which the model's configuration calls for")
+        for name in sorted(source.tensors.keys() - wanted):
+            raise ConvertError(f"{source.path} has tensor {name!r}, which the model's configuration has no place for")
+        self.tensors = {name: self._make(name, source.tensors[part.name]) for name, part in layout.items()}
+
+    def _make(self, name, tensor):
+        try:
+            tensor = self._layout[name].of(tensor)
+        except RuntimeError as error:
+            raise ConvertError(
+                f"{self.path} has tensor {self._layout[name].name!r} of shape {[*tensor.shape]}, from which {name!r} "
+                "cannot be made"
+            ) from error
+        kept = self._dtype is None or name.endswith((".A_log", ".dt_bias"))
+        return tensor if kept else tensor.to(self._dtype)
+
+    def read(self, name):
+        return self._make(name, self._source.read(self._layout[name].name))
+
+
+def tensors_of(args: GDN2ModelArgs):
+    """{name: meta tensor} of the model's checkpoint.
+
+    Raises:
+        ConvertError: no model can be built from args.
+    """
+    try:
+        with torch.device("meta"):
+            return GDN2Model(args).state_dict()
+    except (ValueError, TypeError) as error:
+        raise ConvertError(f"no model can be built from the configuration: {error}") from error
+
+
+def check_fits(source, args):
+    """Raise ConvertError unless a checkpoint has exactly the model's tensors, by their names here, in its shapes."""
+    expected = tensors_of(args)
+    for name in expected:
+        if name not in source.tensors:
+            raise ConvertError(f"{source.path} has no tensor {name!r}, which the model's configuration calls for")
+    for name, tensor in source.tensors.items():
+        if name not in expected:
+            raise ConvertError(f"{source.path} has tensor {name!r}, which the model's configuration has no place for")
+        if tensor.shape != expected[name].shape:
+            raise ConvertError(
+                f"{source.path} has tensor {name!r} of shape {[*tensor.shape]}; the model's configuration makes it "
+                f"{[*expected[name].shape]}"
+            )

@@ -1,0 +1,147 @@
+"""Folders of safetensors files, tensor by tensor."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from .errors import ConvertError, reading
+
+__all__ = ["INDEX", "DTYPES", "SafetensorsFolder", "write_safetensors"]
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+def _without_repeats(pairs):
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise ConvertError(f"it names {twice!r} twice")
+    return found
+
+
+def _files_by_tensor(folder):
+    """{tensor: file name} of the index, or None where there is one file without an index."""
+    path = folder / INDEX
+    if not path.exists():
+        return None
+    with reading(path):
+        try:
+            index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+        except ConvertError as error:
+            raise ConvertError(f"{path} is damaged: {error}") from error
+        files = dict(index["weight_map"])
+        for name, file in files.items():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise ConvertError(f"{path} says that tensor {name!r} is in {file!r}, which is no file of its folder")
+    for file in sorted(set(files.values())):
+        if not (folder / file).is_file():
+            raise ConvertError(f"{folder / file} is not there; {INDEX} names it")
+    return files
+
+
+class SafetensorsFolder:
+    """The tensors of ``model.safetensors``, or of the files that ``model.safetensors.index.json`` names.
+
+    tensors: {name: meta tensor with shape and dtype}, in the order of the files.
+
+    Raises:
+        ConvertError: a file is missing or damaged, or index and files differ.
+    """
+
+    def __init__(self, folder):
+        self.path = Path(folder)
+        indexed = _files_by_tensor(self.path)
+        if indexed is None and not (self.path / SINGLE).is_file():
+            raise ConvertError(f"{self.path} has neither {SINGLE} nor {INDEX}")
+        files = [SINGLE] if indexed is None else sorted(set(indexed.values()))
+        self.tensors, self._files, self._open = {}, {}, (None, None)
+        for file in files:
+            with reading(self.path / file), safe_open(self.path / file, framework="pt") as opened:
+                for name in opened.keys():
+                    if indexed is not None and indexed.get(name) != file:
+                        where = f"in {indexed[name]}" if name in indexed else "nowhere"
+                        raise ConvertError(f"tensor {name!r} is in {self.path / file}; {INDEX} says it is {where}")
+                    part = opened.get_slice(name)
+                    if part.get_dtype() not in DTYPES:
+                        raise ConvertError(
+                            f"tensor {name!r} in {self.path / file} has dtype {part.get_dtype()}; it must be one of "
+                            f"{', '.join(DTYPES)}"
+                        )
+                    self.tensors[name] = torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
+                    self._files[name] = file
+        for name, file in (indexed or {}).items():
+            if name not in self.tensors:
+                raise ConvertError(f"{self.path / file} does not have tensor {name!r}; {INDEX} says it is there")
+
+    def read(self, name):
+        """One tensor, on the CPU. One file at a time is mapped into memory."""
+        file = self._files[name]
+        with reading(self.path / file):
+            if self._open[0] != file:
+                self._open = file, safe_open(self.path / file, framework="pt")
+            return self._open[1].get_tensor(name)
+
+
+def _nbytes(tensor):
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
+def _shards(tensors, limit):
+    """Lists of names, in order; each list's tensors take at most limit bytes, or it is one tensor."""
+    shards, room = [[]], limit
+    for name, tensor in tensors.items():
+        if shards[-1] and _nbytes(tensor) > room:
+            shards.append([])
+            room = limit
+        shards[-1].append(name)
+        room -= _nbytes(tensor)
+    return shards
+
+
+def _header(tensors):
+    entries, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _CODES:
+            raise ConvertError(f"tensor {name!r} has dtype {tensor.dtype}; safetensors files take {[*_CODES]}")
+        start, end = end, end + _nbytes(tensor)
+        entries[name] = {"dtype": _CODES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_safetensors(folder, tensors, read, shard_size):
+    """Writes files, and an index where there are several, into an existing folder.
+
+    safetensors' own writer wants a file's tensors in memory together; this one holds one.
+
+    Args:
+        tensors: {name: meta tensor}, in the order to write.
+        read: gives the tensor of a name, of that shape and dtype.
+        shard_size: bytes of tensors in a file.
+
+    Raises:
+        OSError: a write failed.
+    """
+    shards = _shards(tensors, shard_size)
+    files = {}
+    for number, names in enumerate(shards, 1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        with open(folder / file, "wb") as stream:
+            stream.write(_header({name: tensors[name] for name in names}))
+            for name in names:
+                # As bytes: NumPy has no bfloat16.
+                stream.write(read(name).contiguous().reshape(-1).view(torch.uint8).numpy())
+                files[name] = file
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(map(_nbytes, tensors.values()))}, "weight_map": files}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
