@@ -17,6 +17,7 @@ def config(**changes):
 
 def pair(**changes):
     """(GDN2ForCausalLM, GDN2Model) of the same weights, both in eval mode."""
+    torch.manual_seed(0)
     ours = sharpened(GDN2Model(config(**changes).model_args())).eval()
     theirs = GDN2ForCausalLM(config(**changes)).eval()
     names = {"model.embed_tokens.weight": "tok_embeddings.weight", "lm_head.weight": "lm_head.weight"}

@@ -18,6 +18,9 @@ from .padding_gdn2 import text_begins
 
 __all__ = ["GDN2Decoder", "GDN2DecoderLayer", "GDN2ForCausalLM", "GDN2PreTrainedModel"]
 
+# A decay that is rounded to bf16 is another decay.
+IN_FP32 = ("A_log", "dt_bias")
+
 
 class GDN2DecoderLayer(GradientCheckpointingLayer, Block):
     """Block, which transformers can checkpoint, and accelerate can keep on another device or on disk."""
@@ -41,8 +44,7 @@ class GDN2PreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["GDN2DecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    # A decay that is rounded to bf16 is another decay.
-    _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
+    _keep_in_fp32_modules_strict = IN_FP32
     _supports_sdpa = True
     _is_stateful = True
 
