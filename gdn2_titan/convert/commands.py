@@ -5,7 +5,6 @@ import math
 import shutil
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from .aside import check_free, new_path
@@ -19,7 +18,7 @@ from .names import to_hf_name
 from .nvlabs import from_nvlabs_layout
 from .record import Record, write_record
 from .safetensors_files import SafetensorsFolder, write_safetensors
-from .torch_file import TorchFile
+from .torch_file import TorchFile, save_to
 
 __all__ = ["SHARD_SIZE", "from_fla", "from_hf", "from_nvlabs", "to_fla", "to_hf", "to_torch"]
 
@@ -91,8 +90,8 @@ def to_torch(checkpoint, out, dtype=None, config=None, flavor=None):
     renamed = Renamed(opened.source, {name: Part(name) for name in opened.source.tensors}, dtype)
     with _Bar(renamed, f"reading {checkpoint}") as source:
         tensors = {name: source.read(name) for name in source.tensors}
-    with new_path(out, folder=False) as part:
-        torch.save(tensors, part)
+    with new_path(out, folder=False) as part, open(part, "wb") as stream:
+        save_to(stream, tensors)
 
 
 def from_fla(folder, out, dtype=None, shard_size=SHARD_SIZE):

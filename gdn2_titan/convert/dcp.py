@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from .dcp_metadata import read_metadata
 from .errors import ConvertError, reading
+from .torch_file import save_to
 
 __all__ = ["DistributedCheckpoint", "write_dcp"]
 
@@ -41,27 +42,34 @@ class DistributedCheckpoint:
                 for name, entry in self._metadata.state_dict_metadata.items()
                 if isinstance(entry, TensorStorageMetadata) and not name.startswith(_NOT_THE_MODEL)
             }
+            self._check_files()
             for name in self.tensors:
                 self._check_chunks(name)
         self._reader = FileSystemReader(self.path)
         self._reader.set_up_storage_reader(self._metadata, True)
 
+    def _check_files(self):
+        """Those of other states too: where they are damaged the checkpoint is, whatever the model's part looks like."""
+        sizes = {}
+        for index, info in self._metadata.storage_data.items():
+            file = self.path / info.relative_path
+            if file.name != info.relative_path:
+                raise ConvertError(f"{self.path}/.metadata names {info.relative_path!r}, outside of the checkpoint")
+            if file not in sizes:
+                if not file.is_file():
+                    raise ConvertError(f"{file} is not there; {index.fqn!r} is in it")
+                sizes[file] = file.stat().st_size
+            if sizes[file] < info.offset + info.length:
+                raise ConvertError(
+                    f"{file} is truncated: {index.fqn!r} ends at byte {info.offset + info.length}, the file at "
+                    f"{sizes[file]}"
+                )
+
     def _check_chunks(self, name):
         entry = self._metadata.state_dict_metadata[name]
         for chunk in entry.chunks:
-            info = self._metadata.storage_data.get(MetadataIndex(name, chunk.offsets))
-            if info is None:
+            if MetadataIndex(name, chunk.offsets) not in self._metadata.storage_data:
                 raise ConvertError(f"{self.path}/.metadata does not say where a part of tensor {name!r} is")
-            if Path(info.relative_path).name != info.relative_path:
-                raise ConvertError(f"{self.path}/.metadata names {info.relative_path!r}, outside of the checkpoint")
-            file = self.path / info.relative_path
-            if not file.is_file():
-                raise ConvertError(f"{file} is not there; tensor {name!r} is in it")
-            if file.stat().st_size < info.offset + info.length:
-                raise ConvertError(
-                    f"{file} is truncated: tensor {name!r} ends at byte {info.offset + info.length}, the file at "
-                    f"{file.stat().st_size}"
-                )
         if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
             raise ConvertError(f"{self.path} holds {name!r} in parts that do not add up to its shape {[*entry.size]}")
 
@@ -79,23 +87,6 @@ class DistributedCheckpoint:
         return tensor
 
 
-class _KeepsError:
-    """A stream that remembers why a write failed: torch.save reports only that one did."""
-
-    def __init__(self, stream):
-        self.stream, self.error = stream, None
-
-    def write(self, data):
-        try:
-            return self.stream.write(data)
-        except OSError as error:
-            self.error = self.error or error
-            raise
-
-    def flush(self):
-        self.stream.flush()
-
-
 def write_dcp(folder, names, tensors):
     """Writes a checkpoint of one file into an existing folder.
 
@@ -111,13 +102,8 @@ def write_dcp(folder, names, tensors):
     entries, storage, file = {}, {}, "__0_0.distcp"
     with open(Path(folder) / file, "wb") as stream:
         for name, tensor in zip(names, tensors, strict=True):
-            keeper, offset = _KeepsError(stream), stream.tell()
-            try:
-                torch.save(tensor, keeper)
-            except RuntimeError:
-                if keeper.error is not None:
-                    raise keeper.error from None
-                raise
+            offset = stream.tell()
+            save_to(stream, tensor)
             start = torch.Size([0] * tensor.dim())
             entries[name] = TensorStorageMetadata(
                 TensorProperties(dtype=tensor.dtype), tensor.shape, [ChunkStorageMetadata(start, tensor.shape)]

@@ -14,7 +14,7 @@ def reading(path):
     """Turns whatever a damaged file makes its reader raise into a ConvertError that names the file."""
     try:
         yield
-    except ConvertError:
+    except (ConvertError, MemoryError):
         raise
     except FileNotFoundError as error:
         raise ConvertError(f"{path} is not there") from error

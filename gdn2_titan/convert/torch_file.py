@@ -1,4 +1,4 @@
-"""One file of torch.save with a dict of tensors, loaded as weights only."""
+"""Files of torch.save, loaded as weights only."""
 
 from pathlib import Path
 
@@ -6,7 +6,35 @@ import torch
 
 from .errors import ConvertError, reading
 
-__all__ = ["TorchFile"]
+__all__ = ["TorchFile", "save_to"]
+
+
+class _KeepsError:
+    """A stream that remembers why a write failed: torch.save reports only that one did."""
+
+    def __init__(self, stream):
+        self.stream, self.error = stream, None
+
+    def write(self, data):
+        try:
+            return self.stream.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self):
+        self.stream.flush()
+
+
+def save_to(stream, content):
+    """torch.save that raises the OSError of a failed write."""
+    keeper = _KeepsError(stream)
+    try:
+        torch.save(content, keeper)
+    except RuntimeError:
+        if keeper.error is not None:
+            raise keeper.error from None
+        raise
 
 
 class TorchFile:

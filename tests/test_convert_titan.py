@@ -1,0 +1,145 @@
+"""What the TorchTitan plug leaves beside its checkpoints, and TorchTitan's own Hugging Face checkpoints."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file
+
+from gdn2_titan.convert.commands import from_hf, to_hf
+from gdn2_titan.convert.companions import write_companions
+from gdn2_titan.convert.names import to_hf_name
+from gdn2_titan.convert.record import RECORD, Record, find_record
+from gdn2_titan.convert.safetensors_files import write_safetensors
+from gdn2_titan.models import flavors
+from gdn2_titan.titan.checkpoint_files import write_checkpoint_files
+from gdn2_titan.titan.errors import ConfigError
+from gdn2_titan.titan.sections import JobConfig
+from gdn2_titan.titan.state_dict_adapter import GDN2StateDictAdapter
+from gdn2_titan.titan.validate_config import validate_config
+from tests.convert_cases import TOKENIZER, assert_equal, load_safetensors, load_step, weights
+from tests.training import SHORT, train
+
+DEBUG = flavors["debug"]
+HF = ("--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only")
+
+
+def job(folder, **checkpoint):
+    config = JobConfig()
+    config.job.dump_folder, config.training.steps, config.training.dataset = str(folder), 10, "stdlib"
+    for name, value in ({"enable": True, "interval": 4} | checkpoint).items():
+        setattr(config.checkpoint, name, value)
+    return config
+
+
+def test_the_record_is_written_with_a_checkpoint_and_not_before(tmp_path):
+    # TorchTitan does not load initial_load_path once the folder of checkpoints exists: a run that is killed before its
+    # first checkpoint and starts again must still do so.
+    config = job(tmp_path)
+    for step in (1, 2, 3):
+        write_checkpoint_files(config, DEBUG, step)
+    assert not any(tmp_path.iterdir())
+    write_checkpoint_files(config, DEBUG, 4)
+    assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == [RECORD]
+    record = find_record(tmp_path / "checkpoint" / "step-4")
+    assert record.model_args == DEBUG
+    assert record.job_config == json.loads(json.dumps(config.to_dict(), default=str))
+
+
+@pytest.mark.parametrize(
+    ("step", "changes", "written"),
+    [
+        (10, {}, True),
+        (1, {"enable_first_step_checkpoint": True}, True),
+        (4, {"enable": False}, False),
+        (4, {"load_only": True}, False),
+    ],
+)
+def test_it_is_written_where_torchtitan_saves(tmp_path, step, changes, written):
+    write_checkpoint_files(job(tmp_path, **changes), DEBUG, step)
+    assert (tmp_path / "checkpoint" / RECORD).exists() == written
+
+
+def test_the_last_steps_hugging_face_folder_gets_config_and_tokenizer(tmp_path):
+    config = job(tmp_path, last_save_in_hf=True, export_dtype="bfloat16")
+    write_checkpoint_files(config, DEBUG, 8)
+    assert not (tmp_path / "checkpoint" / "step-8").exists()
+    write_checkpoint_files(config, DEBUG, 10)
+    folder = tmp_path / "checkpoint" / "step-10"
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    assert (folder / "tokenizer.json").read_bytes() == (TOKENIZER / "tokenizer.json").read_bytes()
+    assert "Step: 10" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("last_save_in_hf", "last_save_model_only"), ("initial_load_in_hf", "initial_load_model_only")],
+)
+def test_what_torchtitan_would_find_out_too_late_is_refused_at_the_start(tmp_path, name, other):
+    with pytest.raises(ConfigError, match=f"checkpoint.{name} is true; then checkpoint.{other} must be true"):
+        validate_config(job(tmp_path, **{name: True, other: False}))
+    validate_config(job(tmp_path, **{name: True, other: True}))
+
+
+def test_quantized_weights_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="initial_load_in_hf_quantized"):
+        validate_config(job(tmp_path, initial_load_in_hf=True, initial_load_in_hf_quantized=True))
+
+
+def test_the_adapter_renames_both_ways_and_saves_one_file(tmp_path):
+    for assets in (None, str(tmp_path), str(TOKENIZER)):
+        adapter = GDN2StateDictAdapter(DEBUG, assets)
+        assert adapter.fqn_to_index_mapping is None
+    tensors = weights(DEBUG)
+    assert_equal(adapter.to_hf(tensors), {to_hf_name(name): tensor for name, tensor in tensors.items()})
+    assert_equal(adapter.from_hf(adapter.to_hf(tensors)), tensors)
+
+
+def test_the_adapter_keeps_the_files_of_this_models_weights_and_no_other_models(tmp_path):
+    tensors = {to_hf_name(name): tensor for name, tensor in weights(DEBUG).items()}
+    write_safetensors(tmp_path, tensors, tensors.__getitem__, 500_000)
+    numbers = GDN2StateDictAdapter(DEBUG, str(tmp_path)).fqn_to_index_mapping
+    for file in tmp_path.glob("*.safetensors"):
+        assert {numbers[name] for name in load_file(file)} == {int(file.name.split("-")[1])}
+    assert GDN2StateDictAdapter(flavors["debug_hybrid"], str(tmp_path)).fqn_to_index_mapping is None
+
+
+def test_a_tokenizer_that_the_model_has_no_room_for_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="bos_token_id 256; vocab_size is 100"):
+        write_companions(tmp_path, Record(dataclasses.replace(DEBUG, vocab_size=100)), TOKENIZER, "float32")
+
+
+@pytest.mark.slow
+def test_torchtitan_saves_and_loads_hugging_face_folders(tmp_path):
+    saved, loaded, resumed = (tmp_path / name for name in ("saved", "loaded", "resumed"))
+    for folder in (saved, loaded, resumed):
+        folder.mkdir()
+    train(2, saved, *SHORT, "--checkpoint.enable", "--training.steps=3", *HF)
+    step = saved / "checkpoint" / "step-3"
+    expected = load_safetensors(step)
+    assert expected.keys() == {to_hf_name(name) for name in weights(flavors["debug_hybrid"])}
+
+    # One step without learning writes what was loaded.
+    still = [*SHORT, "--checkpoint.enable", "--training.steps=1", "--optimizer.lr=0.0"]
+    train(1, loaded, *still, "--checkpoint.initial_load_in_hf", f"--checkpoint.initial_load_path={step}")
+    to_hf(loaded / "checkpoint", tmp_path / "hf")
+    assert_equal(load_safetensors(tmp_path / "hf"), expected)
+
+    from_hf(step, tmp_path / "dcp")
+    train(2, resumed, *still, f"--checkpoint.initial_load_path={tmp_path / 'dcp'}")
+    to_hf(resumed / "checkpoint", tmp_path / "again")
+    assert_equal(load_safetensors(tmp_path / "again"), expected)
+
+
+@pytest.mark.slow
+def test_torchtitan_saves_the_files_of_the_index_beside_the_tokenizer(tmp_path):
+    args, assets = flavors["debug_hybrid"], tmp_path / "assets"
+    shutil.copytree(TOKENIZER, assets)
+    tensors = {to_hf_name(name): tensor for name, tensor in weights(args).items()}
+    write_safetensors(assets, tensors, tensors.__getitem__, 1_000_000)
+    train(2, tmp_path, *SHORT, "--checkpoint.enable", "--training.steps=1", *HF, f"--model.hf_assets_path={assets}")
+    step = tmp_path / "checkpoint" / "step-1"
+    assert {f.name for f in step.glob("*.safetensors")} == {f.name for f in assets.glob("*.safetensors")}
+    from_hf(step, tmp_path / "dcp")
+    assert_equal({to_hf_name(n): t for n, t in load_step(tmp_path / "dcp", args).items()}, load_safetensors(step))
