@@ -10,8 +10,13 @@ import pytest
 import torch
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from gdn2_titan.convert.__main__ import main as convert
 from gdn2_titan.convert.hf import save_code
+from gdn2_titan.convert.hf.code import flattened
+from gdn2_titan.models import GDN2Model, GDN2ModelArgs
+from tests.convert_cases import save_step
 from tests.hf_cases import left_padded, pair
+from tests.test_models import SMALL
 
 GENERATE = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
 
@@ -113,6 +118,18 @@ def test_the_code_is_flat_parses_and_names_no_other_module_of_this_package(tmp_p
             elif isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
                 assert not any(imported.split(".")[0] in ("gdn2_titan", "triton") for imported in names), (name, names)
+
+
+def test_the_converter_puts_the_code_beside_the_model_where_it_is_asked_to(tmp_path):
+    args = GDN2ModelArgs(**SMALL)
+    save_step(tmp_path / "step-1", GDN2Model(args).state_dict(), args)
+    for out, options in (("without", []), ("with", ["--with-code"])):
+        assert convert(["to-hf", str(tmp_path / "step-1"), str(tmp_path / out), *options]) == 0
+    code = {path.stem for path in (tmp_path / "with").glob("*.py")}
+    assert code == set(flattened()) and not list((tmp_path / "without").glob("*.py"))
+    configs = [json.loads((tmp_path / out / "config.json").read_text()) for out in ("without", "with")]
+    assert configs[1].pop("auto_map")["AutoModelForCausalLM"] == "modeling_gdn2.GDN2ForCausalLM"
+    assert configs[0] == configs[1]
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"model_type": "llama"}'], ids=str)
