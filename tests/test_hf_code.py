@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -96,6 +97,13 @@ def test_two_copies_of_the_code_and_the_package_live_in_one_process(tmp_path, mo
         namespaces |= used
     assert len(namespaces) == 3 and "gdn2_titan" in namespaces
     torch.testing.assert_close(ours(ids), expected)
+    for model in models[1:]:
+        package = type(model).__module__.rpartition(".")[0]
+        dispatch = sys.modules[f"{package}.gdn2_ops_dispatch"]
+        on_gpu = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+        assert not dispatch.use_triton("q", on_gpu, "auto")
+        with pytest.raises(ValueError, match="backend is 'triton'; this copy of gdn2_titan has no Triton kernels"):
+            dispatch.use_triton("q", on_gpu, "triton")
 
 
 def test_the_code_is_flat_parses_and_names_no_other_module_of_this_package(tmp_path):
