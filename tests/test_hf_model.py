@@ -124,28 +124,34 @@ def test_a_window_of_any_size_continues(window):
     assert_equal(torch.cat(logits, 1), ours(ids))
 
 
-def seen(theirs, length, piece=1000):
+def cached(theirs, length, piece=1000):
+    """Bytes of the cache after ``length`` tokens in pieces, and after one more token."""
     cache = GDN2Cache(theirs.config.n_layers)
     for ids in tokens(1, length).split(piece, dim=1):
         theirs(ids, past_key_values=cache)
+    prefilled = storages(cache)
     theirs(tokens(1, 1), past_key_values=cache)
-    return storages(cache)
+    return prefilled, storages(cache)
+
+
+# Of each layer: 3 inputs of convolutions over 16 + 16 + 32 channels, and a memory of 4 heads of 8 x 8.
+GDN2_LAYER = 4 * (3 * 64 + 4 * 8 * 8)
 
 
 @torch.no_grad()
 def test_the_cache_of_10000_tokens_takes_the_bytes_of_100():
     recurrent, _ = pair(layer_pattern=RECURRENT)
-    # Of each of 3 layers: 3 inputs of convolutions over 16 + 16 + 32 channels, and a memory of 4 heads of 8 x 8.
-    assert seen(recurrent, 100) == seen(recurrent, 10_000) == 3 * 4 * (3 * 64 + 4 * 8 * 8)
+    assert cached(recurrent, 100) == cached(recurrent, 10_000) == (3 * GDN2_LAYER, 3 * GDN2_LAYER)
 
 
 @torch.no_grad()
 def test_the_cache_of_windowed_layers_is_bounded_by_the_window():
     windowed, _ = pair(layer_pattern=WINDOWED, window=32)
-    bound = 2 * 4 * (3 * 64 + 4 * 8 * 8) + 2 * 4 * 32 * 16  # keys and values of 2 heads of 8 for 32 tokens
-    assert seen(windowed, 100) == seen(windowed, 10_000) == bound
+    token = 4 * 2 * 2 * 8  # key and value of 2 heads of 8
+    bound = 2 * GDN2_LAYER + 31 * token, 2 * GDN2_LAYER + 32 * token
+    assert cached(windowed, 100) == cached(windowed, 10_000) == bound
     full, _ = pair(layer_pattern=HYBRID)
-    assert seen(full, 1100) - seen(full, 100) == 2 * 4 * 1000 * 16
+    assert cached(full, 1100)[1] - cached(full, 100)[1] == 1000 * token
 
 
 # ------------------------------------------------------------------------------------------------------------ generate
@@ -185,8 +191,10 @@ def test_beams_from_the_cache_are_those_of_full_recomputation(pattern):
 def test_generation_continues_from_a_returned_cache():
     theirs, ours = pair()
     text = tokens(1, 9)
-    first = theirs.generate(text, max_new_tokens=20, return_dict_in_generate=True, **GREEDY)
-    more = theirs.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=20, **GREEDY)
+    options = dict(max_new_tokens=20, **GREEDY)
+    first = theirs.generate(text, attention_mask=torch.ones_like(text), return_dict_in_generate=True, **options)
+    mask = torch.ones_like(first.sequences)
+    more = theirs.generate(first.sequences, attention_mask=mask, past_key_values=first.past_key_values, **options)
     assert torch.equal(more[0, 9:], greedy(ours, text[0], 40))
 
 
