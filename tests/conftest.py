@@ -8,6 +8,8 @@ import torch
 
 from tests.composability import Recorder
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers or datasets reads it: no test asks the network
+
 if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter, on CPU tensors. Triton reads this when it decorates a kernel.
     os.environ["TRITON_INTERPRET"] = "1"

@@ -26,7 +26,7 @@ def _bytes(text):
 _MODEL, _WEIGHTS = ("config", "flavor"), ("dtype", "shard_size")
 _COMMANDS = (
     ("to-hf", commands.to_hf, "TorchTitan checkpoint to Hugging Face folder", "CHECKPOINT",
-     (*_MODEL, *_WEIGHTS, "tokenizer")),
+     (*_MODEL, *_WEIGHTS, "tokenizer", "with_code")),
     ("from-hf", commands.from_hf, "Hugging Face folder to checkpoint.initial_load_path", "FOLDER", ()),
     ("to-torch", commands.to_torch, "checkpoint to one .pt file of tensors", "CHECKPOINT", (*_MODEL, "dtype")),
     ("from-fla", commands.from_fla, "flash-linear-attention folder to Hugging Face folder", "FOLDER", _WEIGHTS),
@@ -41,6 +41,7 @@ _OPTIONS = {
     "dtype": {"choices": _DTYPES, "help": "of the tensors written (default: as they are)"},
     "shard_size": {"type": _bytes, "default": commands.SHARD_SIZE, "help": "of a safetensors file (default: 5GB)"},
     "tokenizer": {"metavar": "FOLDER", "help": "instead of the one that the model was trained with"},
+    "with_code": {"action": "store_true", "help": "the model's code too, for trust_remote_code=True elsewhere"},
     "qkv_order": {"choices": QKV_ORDERS, "help": "rows of attn.attn: per key head, or all q, all k, all v"},
 }
 

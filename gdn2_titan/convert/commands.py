@@ -49,15 +49,27 @@ class _Bar:
         self._bar.close()
 
 
-def _write_hf(checkpoint: Checkpoint, out, dtype, shard_size):
+def _save_code(folder):
+    try:
+        from .hf import save_code  # not before it is wanted: all else is done without transformers
+    except ImportError as error:
+        raise ConvertError(f"--with-code needs transformers, which cannot be imported: {error}") from error
+    save_code(folder)
+
+
+def _write_hf(checkpoint: Checkpoint, out, dtype, shard_size, with_code=False):
     layout = {to_hf_name(name): Part(name) for name in tensors_of(checkpoint.record.model_args)}
     renamed = Renamed(checkpoint.source, layout, dtype)
     with new_path(out) as folder, _Bar(renamed, f"writing {out}") as source:
         write_companions(folder, checkpoint.record, checkpoint.tokenizer, _dtype(source.tensors), checkpoint.step)
+        if with_code:
+            _save_code(folder)
         write_safetensors(folder, source.tensors, source.read, shard_size)
 
 
-def to_hf(checkpoint, out, dtype=None, shard_size=SHARD_SIZE, config=None, flavor=None, tokenizer=None):
+def to_hf(
+    checkpoint, out, dtype=None, shard_size=SHARD_SIZE, config=None, flavor=None, tokenizer=None, with_code=False
+):
     """TorchTitan checkpoint -> Hugging Face folder.
 
     Args:
@@ -65,13 +77,14 @@ def to_hf(checkpoint, out, dtype=None, shard_size=SHARD_SIZE, config=None, flavo
         out: a new name.
         dtype: torch dtype of the tensors, except A_log and dt_bias; None keeps theirs.
         shard_size: bytes of tensors in a file.
+        with_code: put the model's code beside it, for ``trust_remote_code=True``.
 
     Raises:
         ConvertError: one sentence about what is wrong with checkpoint or out.
         OSError: a write failed.
     """
     check_free(out)
-    _write_hf(open_checkpoint(checkpoint, config, flavor, tokenizer), out, dtype, shard_size)
+    _write_hf(open_checkpoint(checkpoint, config, flavor, tokenizer), out, dtype, shard_size, with_code)
 
 
 def from_hf(folder, out):

@@ -1,6 +1,7 @@
 """Softmax attention with rotary positions and grouped key/value heads, full or in a sliding window."""
 
 import functools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from gdn2_titan.ops.exchange_tokens import gather_sequence, preceding
 from .init import fill_
 from .masks import reach
 
-__all__ = ["Attention", "rotary_angles"]
+__all__ = ["Attention", "AttentionState", "rotary_angles"]
 
 INIT_STD = 0.02
 
@@ -36,6 +37,13 @@ def _rotate(x, angles):
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
 
 
+class AttentionState(NamedTuple):
+    """What a layer carries from one segment of a sequence to the next: with a window W, the last W - 1 tokens."""
+
+    keys: torch.Tensor  # [B, S, kv_heads, head_dim], turned by their angles
+    values: torch.Tensor  # [B, S, kv_heads, head_dim]
+
+
 class Attention(nn.Module):
     """Causal softmax attention: x [B, T, D] -> [B, T, D]. Heads of size D / num_heads.
 
@@ -55,19 +63,43 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=False)
 
-    def forward(self, x, angles, mask):
-        """angles: of ``rotary_angles``; mask: of ``masks.attention_mask``, with shards of ``masks.context_mask``."""
+    def forward(self, x, angles, mask, *, state=None, return_state=False):
+        """x [B, T, D] -> [B, T, D], or ([B, T, D], AttentionState) with ``return_state``.
+
+        angles: of ``rotary_angles``; mask: of ``masks.attention_mask``, with shards of ``masks.context_mask``, with a
+        state of ``masks.continued_mask``. state: the AttentionState of the segment before.
+
+        Raises:
+            ValueError: a state is given or asked for where ranks share the sequence.
+        """
+        if self.shards is not None and (state is not None or return_state):
+            name = "return_state is True" if state is None else "state is given"
+            raise ValueError(f"{name}; with context parallelism states pass between ranks only, so it must be left out")
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = _rotate(q, angles), _rotate(k, angles)
         if self.shards is not None:
             q, k, v = self._with_keys_of_others(q, k, v)
+        if state is not None:
+            k, v = torch.cat((state.keys, k), 1), torch.cat((state.values, v), 1)
+        if return_state:
+            kept = AttentionState(*(self._kept(t, x.shape[1]) for t in (k, v)))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, heads, T, head_dim]
         if mask is None or isinstance(mask, torch.Tensor):
-            o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
+            # After a state, no mask means that the one token at hand sees all keys.
+            causal = mask is None and state is None
+            o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
         else:
             o = _compiled_flex_attention()(q, k, v, block_mask=mask, enable_gqa=self.grouped)
         o = o.transpose(1, 2).flatten(2)
-        return self.o_proj(o if self.shards is None else o.reshape(*x.shape[:2], -1))
+        y = self.o_proj(o if self.shards is None else o.reshape(*x.shape[:2], -1))
+        return (y, kept) if return_state else y
+
+    def _kept(self, x, length):
+        """What later segments can still see of keys or values x [B, S + length, heads, head_dim]."""
+        if self.window is None or x.shape[1] < self.window:
+            return x
+        x = x[:, x.shape[1] - self.window + 1 :]
+        return x if length == 1 else x.clone()  # a view would keep the whole segment in memory
 
     def _with_keys_of_others(self, q, k, v):
         """q, k, v [B, T_local, heads, head_dim] -> q as the mask's rows and k, v of all tokens that these may see."""

@@ -6,7 +6,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.attention.flex_attention import create_block_mask
 
-__all__ = ["attention_mask", "context_mask", "reach"]
+__all__ = ["attention_mask", "context_mask", "continued_mask", "reach"]
 
 
 def _visible(query, key, window):
@@ -52,6 +52,23 @@ def attention_mask(batch, length, window, resets, device):
             return None
         return _dense_mask(length, window, documents, device)
     return _block_mask(batch, length, window, documents, device, _compiled_block_mask())
+
+
+def continued_mask(length, seen, window, begins, device):
+    """The mask of one kind of softmax layer for ``length`` tokens after the ``seen`` ones that its state comes from.
+
+    begins: int64 [B], the position in each row where its document begins and forgets what lies before (padding), or
+    None. Returns a bool tensor [B or 1, 1, length, keys], on any device, whose keys are those of the state and then
+    those of the tokens themselves; None where that is plain causal attention without a state, or one token that sees
+    all keys.
+    """
+    if begins is None and (length == 1 or (seen == 0 and (window is None or length <= window))):
+        return None
+    kept = seen if window is None else min(seen, window - 1)
+    queries = torch.arange(seen, seen + length, device=device)[None]
+    keys = torch.arange(seen - kept, seen + length, device=device)[None]
+    documents = (None, None) if begins is None else (queries >= begins[:, None], keys >= begins[:, None])
+    return _dense_mask_of_rows(window, queries, keys, *documents)
 
 
 def reach(window, length, shards):

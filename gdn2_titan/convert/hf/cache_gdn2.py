@@ -1,0 +1,68 @@
+"""What ``generate`` carries from token to token: a state for every layer, most of them of a size that never changes."""
+
+from transformers.cache_utils import Cache
+
+__all__ = ["GDN2Cache"]
+
+
+class GDN2Cache(Cache):
+    """The layers' states, and where in their sequences they stand.
+
+    A "gdn2" layer has a GDN2State (the convolutions' last inputs and the memory), a "swa" layer the keys and values
+    of the last window, an "attention" layer those of all tokens.
+    """
+
+    def __init__(self, n_layers):
+        super().__init__(layers=[])
+        self.states = [None] * n_layers
+        self.seen = 0  # tokens so far, padding included
+        self.begins = None  # int64 [B], the first position of each row that is no padding, or None: no padding
+        self.settled = False  # whether in every row the padding is over, so that ``begins`` is final
+
+    def __len__(self):
+        return len(self.states)
+
+    def get_seq_length(self, layer_idx=0):
+        return self.seen
+
+    def get_max_length(self, layer_idx=None):
+        return -1  # none
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5
+
+    @property
+    def is_compileable(self):
+        return False
+
+    @property
+    def is_croppable(self):
+        return False
+
+    @property
+    def is_initialized(self):
+        return self.seen > 0
+
+    @property
+    def batch_size(self):
+        return self.states[0][0].shape[0] if self.seen else -1
+
+    def crop(self, *args):
+        """Raises ValueError: a recurrent state cannot be taken back to an earlier token."""
+        raise ValueError("a GDN2Cache cannot be cropped: a recurrent state does not hold the tokens it was made of")
+
+    def reset(self):
+        self.__init__(len(self))
+
+    def _map(self, change):
+        """Replace every tensor, all with a batch as first dimension, by ``change(tensor)``."""
+        self.states = [state and type(state)(*map(change, state)) for state in self.states]
+        if self.begins is not None:
+            self.begins = change(self.begins)
+
+    def reorder_cache(self, beam_idx):
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    batch_select_indices = reorder_cache
+
+    def batch_repeat_interleave(self, repeats):
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))

@@ -1,0 +1,33 @@
+"""A transformers model from any checkpoint that the converter reads, without a folder between them."""
+
+import torch
+
+from gdn2_titan.convert.names import to_hf_name
+from gdn2_titan.convert.record import args_to_fields
+
+from .configuration_gdn2 import GDN2Config
+from .modeling_gdn2 import IN_FP32, GDN2ForCausalLM
+
+__all__ = ["load_checkpoint"]
+
+
+def load_checkpoint(checkpoint, dtype=None, device="cpu"):
+    """GDN2ForCausalLM, in eval mode, of a ``convert.checkpoints.Checkpoint``. Reads one tensor at a time.
+
+    dtype: of the parameters, except the decay's; None for that of the checkpoint.
+
+    Raises:
+        ConvertError: the checkpoint is damaged.
+    """
+    source = checkpoint.source
+    with torch.device("meta"):
+        model = GDN2ForCausalLM(GDN2Config(**args_to_fields(checkpoint.record.model_args)))
+    model.to(dtype or source.tensors["lm_head.weight"].dtype)
+    for name, p in model.named_parameters():
+        if name.endswith(IN_FP32):
+            p.data = p.data.float()
+    model.to_empty(device=device)
+    places = model.state_dict()
+    for name in source.tensors:
+        places[to_hf_name(name)].copy_(source.read(name))
+    return model.eval()
