@@ -1,9 +1,9 @@
 """The key layout of the authors' trainer, as far as it is known here.
 
-Blocks are ``transformer.h.N`` with ``norm_1``, ``attn``, ``norm_2`` and ``mlp.w1`` to ``w3``; a softmax layer has q, k and
-v in one matrix, ``attn.attn``. Taken, not known: that the other keys of a GDN-2 layer are those of
-flash-linear-attention's, that a softmax layer's output is ``attn.proj`` and the last norm ``transformer.ln_f``. A key that
-is none of these, or is missing, ends the conversion with its name.
+Blocks are ``transformer.h.N`` with ``norm_1``, ``attn``, ``norm_2`` and ``mlp.w1`` to ``w3``; a softmax layer has q, k
+and v in one matrix, ``attn.attn``. Taken, not known: that the other keys of a GDN-2 layer are those of
+flash-linear-attention's, that a softmax layer's output is ``attn.proj`` and the last norm ``transformer.ln_f``. A key
+that is none of these, or is missing, ends the conversion with its name.
 """
 
 from .errors import ConvertError
