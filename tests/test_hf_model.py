@@ -4,6 +4,8 @@ The oracle of every comparison is GDN2Model on whole rows without padding, which
 """
 
 import copy
+import dataclasses
+import math
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from gdn2_titan.convert.hf import GDN2Cache, GDN2Config, GDN2ForCausalLM
-from gdn2_titan.models import GDN2ModelArgs
+from gdn2_titan.convert.names import to_hf_name
+from gdn2_titan.models import GatedDeltaNet2, GDN2Model, GDN2ModelArgs, flavors
 from tests.hf_cases import HYBRID, RECURRENT, WINDOWED, config, left_padded, pair, storages, tokens
 from tests.test_models import GATES, gate_structures
 
@@ -261,18 +264,37 @@ def test_decays_stay_in_fp32_in_a_model_loaded_in_bf16(tmp_path):
     assert generated.shape == again.shape == (2, 14)
 
 
-def test_a_tensor_that_a_file_lacks_starts_as_the_layer_does_and_the_others_stay(tmp_path):
+def test_a_new_model_starts_as_gdn2_model_does():
+    torch.manual_seed(0)
+    theirs = GDN2ForCausalLM(GDN2Config(**dataclasses.asdict(flavors["debug_hybrid"])))
+    ours = GDN2Model(flavors["debug_hybrid"])
+    ours.init_weights()
+    expected = {to_hf_name(name): p for name, p in ours.named_parameters()}
+    for name, p in theirs.named_parameters():
+        if p.numel() < 1000:
+            assert expected[name].min() * p.min() >= 0 and abs(p.mean() - expected[name].mean()) < 1.5, name
+        else:
+            assert abs(p.std() / expected[name].std() - 1) < 0.1, name
+    assert not any(module.statistics.any() for module in theirs.modules() if isinstance(module, GatedDeltaNet2))
+
+
+@pytest.mark.parametrize("lost", ["model.layers.0.mixer.decay.A_log", "model.layers.1.mixer.o_proj.weight"])
+def test_a_tensor_that_a_file_lacks_starts_as_the_layer_does_and_the_others_stay(tmp_path, lost):
     theirs, _ = pair()
-    lost = "model.layers.0.mixer.decay.A_log"
     weights = theirs.state_dict()
     theirs.save_pretrained(tmp_path, state_dict={k: v for k, v in weights.items() if k != lost})
-    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert set(report["missing_keys"]) == {lost}
-    for name, tensor in loaded.state_dict().items():
-        if name == lost:
-            assert 1 <= tensor.exp().min() and tensor.exp().max() <= 16
-        else:
-            assert torch.equal(tensor, weights[name]), name
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+        assert set(report["missing_keys"]) == {lost}
+        for name, tensor in loaded.state_dict().items():
+            if name != lost:
+                assert torch.equal(tensor, weights[name]), name
+            elif name.endswith("A_log"):
+                assert 0.999 < tensor.exp().min() and tensor.exp().max() < 16.001
+                assert not torch.equal(tensor, weights[name])
+            else:
+                assert tensor.std() == pytest.approx(0.02 / math.sqrt(6), rel=0.2)
 
 
 def test_layers_on_disk_give_the_same_logits_and_tokens(tmp_path):

@@ -49,20 +49,29 @@ class GDN2PreTrainedModel(PreTrainedModel):
     _is_stateful = True
 
     @torch.no_grad()
+    def initialize_weights(self):
+        """Give every parameter that no file gave a value the one that GDN2Model starts from.
+
+        By block and not by module, as transformers would: what a projection starts from depends on where it stands.
+        """
+        decoder = self.base_model
+        for module in (decoder.embed_tokens, *decoder.layers, decoder.norm, getattr(self, "lm_head", None)):
+            if module is not None and not getattr(module, "_is_hf_initialized", False):
+                self._init_weights(module)
+                module._is_hf_initialized = True
+        for module in decoder.layers.modules():
+            if isinstance(module, GatedDeltaNet2):
+                module.statistics.zero_()
+
     def _init_weights(self, module):
-        if isinstance(module, GatedDeltaNet2):
-            module.statistics.zero_()
-        # Loading calls this too, with what came from the file marked.
         loaded = [p for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
-        if len(loaded) == len(list(module.parameters())):
-            return
         values = [p.clone() for p in loaded]
         if isinstance(module, Block):
             module.init_weights()
-        elif isinstance(module, nn.Embedding) or module is self.get_output_embeddings():
-            nn.init.normal_(module.weight, std=INIT_STD)
         elif isinstance(module, nn.RMSNorm):
             nn.init.ones_(module.weight)
+        else:
+            nn.init.normal_(module.weight, std=INIT_STD)
         for p, value in zip(loaded, values, strict=True):
             p.copy_(value)
 
