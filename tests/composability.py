@@ -106,7 +106,7 @@ class Recorder:
         return "\n".join([
             "# What the mixer composes with", "",
             f"Written by the test suite: Python {platform.python_version()}, {with_us}, {platform.machine()}, by",
-            "`./run_tests.sh --composability docs/composability.md`. Which tests stand for which row:",
+            "`./run_tests.sh --composability=docs/composability.md`. Which tests stand for which row:",
             "[tests/composability.py](../tests/composability.py).", "",
             "| with | tests |", "| --- | --- |", *rows, "",
         ])  # fmt: skip

@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--composability", metavar="FILE", help="write a table of what the mixer composes with")
+    parser.addoption("--composability", metavar="FILE", help="=FILE: write a table of what the mixer composes with")
 
 
 def pytest_configure(config):
