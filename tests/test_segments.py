@@ -47,20 +47,21 @@ def through_the_map(**inputs):
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(case=cases(longest=140))
 def test_a_state_sent_through_the_map_is_what_the_definition_says_with_all_gradients(dtype, case):
-    inputs = make(**case | {"cu": None, "state": True})
+    inputs = make(**case | {"cu": None, "state": True}, dtype=dtype)
     grads = cotangents(inputs)
-    floor = 1e-12 if dtype is torch.float64 else 1e-6
-    assert_close(run(through_the_map, cast(inputs, dtype), grads), golden(inputs, grads), BOUNDS[dtype], floor)
+    # As in test_gdn2_op: where a gradient is a sum that cancels, rounding is measured by the largest tensor.
+    floor = 32 * torch.finfo(dtype).eps
+    assert_close(run(through_the_map, inputs, grads), golden(inputs, grads), BOUNDS[dtype], floor)
 
 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_the_map_is_exact_to_rounding_for_every_strength_of_decay(decay):
-    inputs = make(B=2, T=150, H=2, groups=2, K=16, V=8, decay=decay)
+    inputs = make(B=2, T=150, H=2, groups=2, K=16, V=8, decay=decay, dtype=torch.float32)
     grads = cotangents(inputs)
-    assert_close(run(through_the_map, cast(inputs, torch.float32), grads), golden(inputs, grads), 1e-5, 1e-6)
+    assert_close(run(through_the_map, inputs, grads), golden(inputs, grads), 1e-5, 1e-6)
 
 
 def test_bf16_errs_at_most_twice_what_rounding_the_inputs_alone_does():
