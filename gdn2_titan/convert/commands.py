@@ -2,14 +2,13 @@
 
 import json
 import math
-import shutil
 from pathlib import Path
 
 from tqdm import tqdm
 
 from .aside import check_free, new_path
 from .checkpoints import Checkpoint, chosen_record, open_checkpoint, open_hf, read_config
-from .companions import TOKENIZER_FILES, write_companions
+from .companions import copy_tokenizer, write_companions
 from .dcp import write_dcp
 from .errors import ConvertError, reading
 from .fla import args_from_fla, config_for_fla, from_fla_layout, to_fla_layout
@@ -127,9 +126,7 @@ def to_fla(checkpoint, out, dtype=None, shard_size=SHARD_SIZE, config=None, flav
     with new_path(out) as part, _Bar(renamed, f"writing {out}") as source:
         fields["dtype"] = _dtype(source.tensors)
         (part / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-        for name in TOKENIZER_FILES:
-            if opened.tokenizer is not None and (opened.tokenizer / name).is_file():
-                shutil.copyfile(opened.tokenizer / name, part / name)
+        copy_tokenizer(opened.tokenizer, part)
         write_safetensors(part, source.tensors, source.read, shard_size)
 
 

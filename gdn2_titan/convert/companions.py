@@ -10,7 +10,7 @@ from .errors import ConvertError, reading
 from .layout import tensors_of
 from .record import Record, args_to_fields
 
-__all__ = ["MODEL_TYPE", "TOKENIZER_FILES", "write_companions"]
+__all__ = ["MODEL_TYPE", "copy_tokenizer", "write_companions"]
 
 MODEL_TYPE = "gdn2"
 TOKENIZER_FILES = (
@@ -33,6 +33,13 @@ def _special_ids(tokenizer):
         token = config.get(name.removesuffix("_id"))
         found[name] = ids.get(token["content"] if isinstance(token, dict) else token)
     return found
+
+
+def copy_tokenizer(tokenizer, folder):
+    """Copies a tokenizer's files; None: there is none."""
+    for name in TOKENIZER_FILES:
+        if tokenizer is not None and (tokenizer / name).is_file():
+            shutil.copyfile(tokenizer / name, folder / name)
 
 
 def _card(record, step, dtype):
@@ -87,7 +94,5 @@ def write_companions(folder, record: Record, tokenizer, dtype, step=None):
     generation = {"_from_model_config": True} | {name: number for name, number in ids.items() if number is not None}
     for name, content in (("config.json", config), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    for name in TOKENIZER_FILES:
-        if tokenizer is not None and (tokenizer / name).is_file():
-            shutil.copyfile(tokenizer / name, folder / name)
+    copy_tokenizer(tokenizer, folder)
     (folder / "README.md").write_text(_card(record, step, dtype), encoding="utf-8")

@@ -20,6 +20,13 @@ class Part:
     of: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
 
 
+def _check_names(source, wanted):
+    for name in sorted(wanted - source.tensors.keys()):
+        raise ConvertError(f"{source.path} has no tensor {name!r}, which the model's configuration calls for")
+    for name in sorted(source.tensors.keys() - wanted):
+        raise ConvertError(f"{source.path} has tensor {name!r}, which the model's configuration has no place for")
+
+
 class Renamed:
     """The tensors that ``layout`` {name: Part} makes of a checkpoint's, in ``dtype`` if given.
 
@@ -33,11 +40,7 @@ class Renamed:
 
     def __init__(self, source, layout, dtype=None):
         self.path, self._source, self._layout, self._dtype = source.path, source, layout, dtype
-        wanted = {part.name for part in layout.values()}
-        for name in sorted(wanted - source.tensors.keys()):
-            raise ConvertError(f"{source.path} has no tensor {name!r}, which the model's configuration calls for")
-        for name in sorted(source.tensors.keys() - wanted):
-            raise ConvertError(f"{source.path} has tensor {name!r}, which the model's configuration has no place for")
+        _check_names(source, {part.name for part in layout.values()})
         self.tensors = {name: self._make(name, source.tensors[part.name]) for name, part in layout.items()}
 
     def _make(self, name, tensor):
@@ -71,12 +74,8 @@ def tensors_of(args: GDN2ModelArgs):
 def check_fits(source, args):
     """Raise ConvertError unless a checkpoint has exactly the model's tensors, by their names here, in its shapes."""
     expected = tensors_of(args)
-    for name in expected:
-        if name not in source.tensors:
-            raise ConvertError(f"{source.path} has no tensor {name!r}, which the model's configuration calls for")
+    _check_names(source, expected.keys())
     for name, tensor in source.tensors.items():
-        if name not in expected:
-            raise ConvertError(f"{source.path} has tensor {name!r}, which the model's configuration has no place for")
         if tensor.shape != expected[name].shape:
             raise ConvertError(
                 f"{source.path} has tensor {name!r} of shape {[*tensor.shape]}; the model's configuration makes it "

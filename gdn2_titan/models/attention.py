@@ -72,9 +72,8 @@ class Attention(nn.Module):
         Raises:
             ValueError: a state is given or asked for where ranks share the sequence.
         """
-        if self.shards is not None and (state is not None or return_state):
-            name = "return_state is True" if state is None else "state is given"
-            raise ValueError(f"{name}; with context parallelism states pass between ranks only, so it must be left out")
+        if self.shards is not None:
+            self.shards.refuse_states(state, return_state)
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = _rotate(q, angles), _rotate(k, angles)
         if self.shards is not None:

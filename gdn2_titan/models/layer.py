@@ -169,11 +169,9 @@ class GatedDeltaNet2(nn.Module):
             q, q_conv = self.q_conv1d(q, resets, q_conv, return_state)
             k, k_conv = self.k_conv1d(k, resets, k_conv, return_state)
             v, v_conv = self.v_conv1d(v, resets, v_conv, return_state)
-        elif state is None and not return_state:
-            q, k, v = self._convolved_over_shards(q, k, v, resets)
         else:
-            name = "return_state is True" if state is None else "state is given"
-            raise ValueError(f"{name}; with context parallelism states pass between ranks only, so it must be left out")
+            self.shards.refuse_states(state, return_state)
+            q, k, v = self._convolved_over_shards(q, k, v, resets)
         # Heads are counted from the tensors: under tensor parallelism a rank holds some of them.
         q, k, v = (t.unflatten(-1, (-1, size)) for t, size in ((q, K), (k, K), (v, V)))
         g = self.decay_proj(x).unflatten(-1, (q.shape[2], -1))

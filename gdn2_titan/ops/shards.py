@@ -58,6 +58,12 @@ class SequenceShards:
         """x [B, T, ...] of this rank, or None -> its S segments as rows of the batch [B * S, T / S, ...]; a view."""
         return None if x is None else x.unflatten(1, (self.per_rank, self.segment_size(x.shape[1]))).flatten(0, 1)
 
+    def refuse_states(self, state, return_state):
+        """Raise ValueError for a layer that is given a state, or asked for one."""
+        if state is not None or return_state:
+            name = "return_state is True" if state is None else "state is given"
+            raise ValueError(f"{name}; with context parallelism states pass between ranks only, so it must be left out")
+
     def positions(self, length, device=None):
         """The places in the whole sequence of this rank's ``length`` tokens, int64 [length]."""
         size = length // self.per_rank

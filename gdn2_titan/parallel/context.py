@@ -3,14 +3,14 @@
 from torch.distributed.device_mesh import DeviceMesh
 
 from gdn2_titan.ops.shards import LAYOUTS, SequenceShards
+from gdn2_titan.ops.validation import check_choice
 
 __all__ = ["apply_context_parallel", "check_context_parallel"]
 
 
 def check_context_parallel(length: int, degree: int, layout: str = "contiguous"):
     """Raise ValueError, one sentence with both numbers, unless ``degree`` ranks can share sequences of ``length``."""
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout is {layout!r}; it must be one of {', '.join(map(repr, LAYOUTS))}")
+    check_choice("layout", layout, LAYOUTS)
     segments = degree if layout == "contiguous" else 2 * degree
     if length % segments:
         raise ValueError(

@@ -11,9 +11,10 @@ import importlib
 import importlib.util
 import inspect
 import json
-import os
 import re
 from pathlib import Path
+
+from gdn2_titan.convert.aside import write_text
 
 __all__ = ["save_code"]
 
@@ -53,9 +54,7 @@ def save_code(folder):
     for name, source in flattened().items():
         (Path(folder) / f"{name}.py").write_text(source, encoding="utf-8")
     text = json.dumps(config | {"auto_map": AUTO_MAP}, indent=2, sort_keys=True) + "\n"
-    aside = config_file.with_suffix(".json.part")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, config_file)  # last: until it names the code, the folder is what it was
+    write_text(config_file, text)  # last: until it names the code, the folder is what it was
 
 
 def flattened():
