@@ -23,6 +23,7 @@ class GDN2ModelArgs:
     layer_pattern: tuple[str, ...] = ("gdn2",)
     mlp_size: int = 6208
     norm_eps: float = 1e-5
+    init_std: float = 0.02  # of embeddings, head, MLPs and softmax layers; for narrow models about hidden_size**-0.5
     # GDN-2 layers
     num_heads: int = 16
     head_dim: int = 128
@@ -75,8 +76,9 @@ class GDN2ModelArgs:
             raise ValueError(
                 f"expand_v is {self.expand_v}; times head_dim = {self.head_dim} it must be a whole number of at least 1"
             )
-        if self.norm_eps <= 0:
-            raise ValueError(f"norm_eps is {self.norm_eps}; it must be greater than 0")
+        for field in ("norm_eps", "init_std"):
+            if getattr(self, field) <= 0:
+                raise ValueError(f"{field} is {getattr(self, field)}; it must be greater than 0")
         if self.mixers() - {"gdn2"}:
             if self.hidden_size % self.attn_heads or self.hidden_size // self.attn_heads % 2:
                 raise ValueError(

@@ -15,8 +15,6 @@ from .masks import reach
 
 __all__ = ["Attention", "AttentionState", "rotary_angles"]
 
-INIT_STD = 0.02
-
 
 @functools.cache
 def _compiled_flex_attention():
@@ -110,7 +108,7 @@ class Attention(nn.Module):
             kv = torch.cat((preceding(kv, self.shards, past), own), 1) if past else own
         return q, *kv.chunk(2, 2)
 
-    def init_weights(self, output_scale=1.0):
+    def init_weights(self, output_scale=1.0, std=0.02):
         for projection in (self.q_proj, self.k_proj, self.v_proj):
-            fill_(projection.weight, lambda x: nn.init.normal_(x, std=INIT_STD))
-        fill_(self.o_proj.weight, lambda x: nn.init.normal_(x, std=INIT_STD * output_scale))
+            fill_(projection.weight, lambda x: nn.init.normal_(x, std=std))
+        fill_(self.o_proj.weight, lambda x: nn.init.normal_(x, std=std * output_scale))

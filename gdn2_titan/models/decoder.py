@@ -7,7 +7,7 @@ from torch import nn
 from gdn2_titan.ops.exchange_tokens import gather_sequence
 
 from .args import GDN2ModelArgs
-from .attention import INIT_STD, Attention, rotary_angles
+from .attention import Attention, rotary_angles
 from .init import depth_scale, fill_
 from .layer import GatedDeltaNet2
 from .masks import attention_mask, context_mask
@@ -27,10 +27,10 @@ class SwiGLU(nn.Module):
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
-    def init_weights(self, output_scale=1.0):
+    def init_weights(self, output_scale, std):
         for projection in (self.gate_proj, self.up_proj):
-            fill_(projection.weight, lambda x: nn.init.normal_(x, std=INIT_STD))
-        fill_(self.down_proj.weight, lambda x: nn.init.normal_(x, std=INIT_STD * output_scale))
+            fill_(projection.weight, lambda x: nn.init.normal_(x, std=std))
+        fill_(self.down_proj.weight, lambda x: nn.init.normal_(x, std=std * output_scale))
 
 
 class Block(nn.Module):
@@ -39,7 +39,7 @@ class Block(nn.Module):
     def __init__(self, args: GDN2ModelArgs, layer: int):
         super().__init__()
         self.kind = args.mixer(layer)
-        self.output_scale = depth_scale(args.n_layers)
+        self.output_scale, self.init_std = depth_scale(args.n_layers), args.init_std
         self.mixer_norm = nn.RMSNorm(args.hidden_size, eps=args.norm_eps)
         if self.kind == "gdn2":
             self.mixer = GatedDeltaNet2(
@@ -81,8 +81,9 @@ class Block(nn.Module):
     def init_weights(self):
         nn.init.ones_(self.mixer_norm.weight)
         nn.init.ones_(self.mlp_norm.weight)
-        self.mixer.init_weights(self.output_scale)
-        self.mlp.init_weights(self.output_scale)
+        own_std = {} if self.kind == "gdn2" else {"std": self.init_std}
+        self.mixer.init_weights(self.output_scale, **own_std)
+        self.mlp.init_weights(self.output_scale, self.init_std)
 
 
 class GDN2Model(nn.Module):
@@ -147,13 +148,13 @@ class GDN2Model(nn.Module):
         if not beside the parameters (TorchTitan's CPU offload).
         """
         if self.tok_embeddings is not None:
-            fill_(self.tok_embeddings.weight, lambda x: nn.init.normal_(x, std=INIT_STD))
+            fill_(self.tok_embeddings.weight, lambda x: nn.init.normal_(x, std=self.args.init_std))
         for block in self.layers.values():
             block.init_weights()
         if self.norm is not None:
             nn.init.ones_(self.norm.weight)
         if self.lm_head is not None:
-            fill_(self.lm_head.weight, lambda x: nn.init.normal_(x, std=INIT_STD))
+            fill_(self.lm_head.weight, lambda x: nn.init.normal_(x, std=self.args.init_std))
         if buffer_device is not None:
             for module in self.modules():
                 if isinstance(module, GatedDeltaNet2):

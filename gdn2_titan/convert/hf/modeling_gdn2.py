@@ -7,7 +7,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from gdn2_titan.models.attention import INIT_STD, rotary_angles
+from gdn2_titan.models.attention import rotary_angles
 from gdn2_titan.models.decoder import Block
 from gdn2_titan.models.layer import GatedDeltaNet2
 from gdn2_titan.models.masks import continued_mask
@@ -71,7 +71,7 @@ class GDN2PreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.RMSNorm):
             nn.init.ones_(module.weight)
         else:
-            nn.init.normal_(module.weight, std=INIT_STD)
+            nn.init.normal_(module.weight, std=self.config.init_std)
         for p, value in zip(loaded, values, strict=True):
             p.copy_(value)
 
