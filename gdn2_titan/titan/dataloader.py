@@ -12,7 +12,7 @@ from gdn2_titan.titan.corpus import load_source
 from gdn2_titan.titan.errors import ConfigError
 from gdn2_titan.titan.packing import PackedText
 from gdn2_titan.titan.sections import section
-from gdn2_titan.titan.tasks import Condition, TaskDataset, task_of
+from gdn2_titan.titan.tasks import Condition, TaskDataset, training_condition
 
 
 class ReshardingDataloader(ParallelAwareDataloader):
@@ -47,10 +47,9 @@ def build_dataloader(
     Raises:
         ConfigError: if the source of documents cannot be used.
     """
-    task = task_of(job_config)
+    task = training_condition(job_config)
     if task is not None:
-        sequences = Condition(task, job_config.training.seq_len)
-        return _build_task("training", sequences, dp_world_size, dp_rank, job_config)
+        return _build_task("training", task, dp_world_size, dp_rank, tokenizer, job_config)
     return _build("training", dp_world_size, dp_rank, tokenizer, job_config, infinite)
 
 
@@ -72,19 +71,31 @@ def build_task_dataloader(
     condition: Condition, dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig
 ) -> ReshardingDataloader:
     """The loader of held-out sequences of a recall task under one condition, in batches of
-    ``validation.local_batch_size``, without end and without resets; the same ones at each ``iter()``."""
-    return _build_task("validation", condition, dp_world_size, dp_rank, job_config)
+    ``validation.local_batch_size``, without end and without resets; the same ones at each ``iter()``.
+
+    Raises:
+        ConfigError: if with this tokenizer the length is too short.
+    """
+    return _build_task("validation", condition, dp_world_size, dp_rank, tokenizer, job_config)
 
 
 def _build_task(
-    part: str, condition: Condition, dp_world_size: int, dp_rank: int, job_config: JobConfig
+    part: str,
+    condition: Condition,
+    dp_world_size: int,
+    dp_rank: int,
+    tokenizer: BaseTokenizer,
+    job_config: JobConfig,
 ) -> ReshardingDataloader:
     settings = getattr(job_config, part)
+    held_out = part == "validation"
+    condition.task.prepare(_of_plain_text(tokenizer), held_out)
+    condition.check_length()
     sequences = TaskDataset(
         condition.task,
         condition.length,
         section(job_config, "task").seed or 0,
-        held_out=part == "validation",
+        held_out=held_out,
         batch_size=settings.local_batch_size,
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
@@ -113,12 +124,9 @@ def _build(
             f"{part}.dataset = {settings.dataset!r} is a stream, which {dp_world_size} data-parallel ranks cannot "
             "read once to the end in step; allowed: reading it without end, for validation with validation.steps > 0."
         )
-    if isinstance(tokenizer, HuggingFaceTokenizer):
-        # What a document says is text: one that contains "<|eos|>" must not end there.
-        tokenizer.tokenizer.encode_special_tokens = True
     packed = PackedText(
         source,
-        tokenizer,
+        _of_plain_text(tokenizer),
         settings.seq_len,
         batch_size=settings.local_batch_size,
         dp_rank=dp_rank,
@@ -131,3 +139,10 @@ def _build(
     # An incomplete batch would change the shapes that compiled and pipelined models were built for.
     loader_settings = asdict(settings.dataloader) | {"batch_size": settings.local_batch_size, "drop_last": True}
     return ReshardingDataloader(packed, dp_rank=dp_rank, dp_world_size=dp_world_size, **loader_settings)
+
+
+def _of_plain_text(tokenizer: BaseTokenizer) -> BaseTokenizer:
+    """What a document says is text: one that contains "<|eos|>" must not end there."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        tokenizer.tokenizer.encode_special_tokens = True
+    return tokenizer

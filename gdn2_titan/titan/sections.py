@@ -100,6 +100,10 @@ class Task:
     """overwrite: how often each key is written"""
     erased: float | None = None
     """selective_erase: share of the keys that are forgotten"""
+    variant: str | None = None
+    """needle: "s1", "s2", "s3" or "mk1" """
+    needles: int | None = None
+    """needle: codes that are told in variant "mk1" """
     generators: str | None = None
     """permutations: "swaps" or "all" """
     symbols: list[int] | None = None

@@ -75,7 +75,10 @@ class GDN2Validator(Validator):
         self.pp_has_first_stage = pp_has_first_stage
         self.pp_has_last_stage = pp_has_last_stage
         self._dataloader_arguments = dp_world_size, dp_rank, tokenizer, job_config
-        self._conditions = conditions(job_config)
+        self._conditions = [
+            (condition, build_task_dataloader(condition, *self._dataloader_arguments))
+            for condition in conditions(job_config)
+        ]
         self.results = []
 
     def post_dataloading_process(self, input_dict, labels, model_parts):
@@ -102,8 +105,7 @@ class GDN2Validator(Validator):
     def _validate_task(self, model_parts, step):
         processor, kept = self.metrics_processor, _KeepsTheLoss()
         losses, results = [], []
-        for condition in self._conditions:
-            self.validation_dataloader = build_task_dataloader(condition, *self._dataloader_arguments)
+        for condition, self.validation_dataloader in self._conditions:
             accuracy = Accuracy(self._cp_mesh, self._dp_mesh)
             self.metrics_processor, self.loss_fn.watcher = kept, accuracy
             try:

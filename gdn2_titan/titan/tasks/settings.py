@@ -7,16 +7,17 @@ from gdn2_titan.titan.sections import section
 
 from .copying import Copying
 from .mqar import MQAR
+from .needle import Needle
 from .overwrite import Overwrite
 from .parity import Parity
 from .permutations import Permutations
 from .selective_erase import SelectiveErase
 from .task import Task
 
-__all__ = ["TASKS", "Condition", "check_task", "conditions", "task_of", "validation_lengths"]
+__all__ = ["TASKS", "Condition", "check_task", "conditions", "task_of", "training_condition", "validation_lengths"]
 
 TASKS: dict[str, type[Task]] = {
-    cls.name: cls for cls in (MQAR, Overwrite, SelectiveErase, Parity, Permutations, Copying)
+    cls.name: cls for cls in (MQAR, Overwrite, SelectiveErase, Needle, Parity, Permutations, Copying)
 }
 
 # With fewer different contents one of the splits might have none.
@@ -25,10 +26,14 @@ FEWEST_CONTENTS = 256
 
 @dataclasses.dataclass
 class Condition:
-    """A task with one size and one length."""
+    """A task and the length of its sequences; in validation the task has one size."""
 
     task: Task
     length: int
+    length_field: str
+    """The field that says so, for messages"""
+    size_field: str | None = None
+    """The field that says how much is to be remembered"""
 
     @property
     def settings(self):
@@ -38,6 +43,22 @@ class Condition:
 
     def __str__(self):
         return ",".join(f"{name}={value}" for name, value in self.settings.items())
+
+    def check_length(self):
+        """Raise ConfigError if the length is too short, or leaves too little variety for two splits."""
+        task, settings = self.task, f"training.dataset = {self.task.name!r}"
+        if self.size_field:
+            settings += f" and {self.size_field} = {getattr(task, task.sizes)}"
+        if self.length < task.shortest():
+            raise ConfigError(
+                f"{self.length_field} is {self.length}; with {settings} it must be at least {task.shortest()}"
+            )
+        contents = task.contents(self.length)
+        if contents < FEWEST_CONTENTS:
+            raise ConfigError(
+                f"{self.length_field} is {self.length}; with {settings} there are {contents} different things to "
+                f"remember, which must be at least {FEWEST_CONTENTS} to have some for training, others for validation"
+            )
 
 
 def _fields(cls):
@@ -60,25 +81,38 @@ def task_of(job_config):
     return cls(**{name: value for name, value in _set(job_config).items() if name in own})
 
 
+def training_condition(job_config):
+    """The Condition that training.dataset is trained under, or None where it is no task."""
+    task = task_of(job_config)
+    if task is None:
+        return None
+    return Condition(task, job_config.training.seq_len, "training.seq_len", task.sizes and f"task.{task.sizes}")
+
+
 def conditions(job_config):
     """The Conditions that training.dataset is validated under; none unless validation.dataset is the same task."""
     task, settings = task_of(job_config), section(job_config, "task")
     validation = job_config.validation
     if task is None or not validation.enable or validation.dataset != task.name:
         return []
-    sizes = getattr(settings, f"validation_{task.sizes}") if task.sizes else None
-    if sizes:
-        task = dataclasses.replace(task, **{task.sizes: sizes})
-    lengths = settings.validation_lengths or [validation.seq_len]
-    return [Condition(one, length) for one in task.each_size() for length in lengths]
+    size_field = task.sizes and f"task.{task.sizes}"
+    if task.sizes and (sizes := getattr(settings, f"validation_{task.sizes}")):
+        task, size_field = dataclasses.replace(task, **{task.sizes: sizes}), f"task.validation_{task.sizes}"
+    return [
+        Condition(one, length, field, size_field)
+        for one in task.each_size()
+        for field, length in validation_lengths(job_config)
+    ]
 
 
 def validation_lengths(job_config):
     """[(name of the field, length)] of all lengths that sequences have in validation."""
-    settings, validation = section(job_config, "task"), job_config.validation
-    if conditions(job_config) and settings.validation_lengths:
-        return [("task.validation_lengths", length) for length in settings.validation_lengths]
-    return [("validation.seq_len", validation.seq_len)] if validation.enable else []
+    validation, lengths = job_config.validation, section(job_config, "task").validation_lengths
+    if not validation.enable:
+        return []
+    if lengths and validation.dataset in TASKS:
+        return [("task.validation_lengths", length) for length in lengths]
+    return [("validation.seq_len", validation.seq_len)]
 
 
 def check_task(job_config, vocab_size):
@@ -103,7 +137,7 @@ def check_task(job_config, vocab_size):
     if settings.seed is not None and settings.seed < 0:
         raise ConfigError(f"task.seed is {settings.seed}; it must be 0 or more")
     _check(task, vocab_size)
-    _check_length(task, training.seq_len, "training.seq_len")
+    training_condition(job_config).check_length()
     if not validation.enable or validation.dataset != dataset:
         return
     if validation.steps == -1:
@@ -118,12 +152,7 @@ def check_task(job_config, vocab_size):
     if own_sizes:
         _check(dataclasses.replace(task, **{task.sizes: own_sizes}), vocab_size, "validation_")
     for condition in conditions(job_config):
-        _check_length(
-            condition.task,
-            condition.length,
-            "task.validation_lengths" if lengths else "validation.seq_len",
-            "validation_" if own_sizes else "",
-        )
+        condition.check_length()
 
 
 def _takers(name):
@@ -137,18 +166,3 @@ def _check(task, vocab_size, prefix=""):
         # The sentence begins with a field; sizes that are only validated have another name.
         prefix = prefix if task.sizes and str(error).startswith(f"{task.sizes} ") else ""
         raise ConfigError(f"task.{prefix}{error}") from error
-
-
-def _check_length(task, length, field, prefix=""):
-    """Refuse lengths that are too short, and settings with too little variety for two splits."""
-    settings = f"training.dataset = {task.name!r}"
-    if task.sizes:
-        settings += f" and task.{prefix}{task.sizes} = {max(getattr(task, task.sizes))}"
-    if length < task.shortest():
-        raise ConfigError(f"{field} is {length}; with {settings} it must be at least {task.shortest()}")
-    contents = task.contents(length)
-    if contents < FEWEST_CONTENTS:
-        raise ConfigError(
-            f"{field} is {length}; with {settings} there are {contents} different sequences to remember, and there "
-            f"must be at least {FEWEST_CONTENTS} to have some for training and others for validation"
-        )

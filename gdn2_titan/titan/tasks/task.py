@@ -43,6 +43,9 @@ class Task:
             what = " and ".join(f"{field} is {getattr(self, field)}" for field in fields) or f"dataset is {self.name!r}"
             raise ValueError(f"{what}; that makes {symbols} symbols, which must be at most vocab_size = {vocab_size}")
 
+    def prepare(self, tokenizer, held_out):
+        """Called before sequences of one of the splits are made, for tasks that are made of text."""
+
     def each_size(self):
         """This task with one size, for each of its sizes."""
         if self.sizes is None:
