@@ -88,7 +88,8 @@ def validator_of(config):
 def test_results_are_those_of_the_models_answers_under_each_condition(tmp_path, compiled):
     changes = {
         "task.validation_pairs": [2, 5], "task.validation_lengths": [32, 64], "validation.local_batch_size": 4,
-        "validation.steps": 5, "compile.enable": compiled, "compile.components": ["loss"], "compile.backend": "aot_eager",
+        "validation.steps": 5, "compile.enable": compiled, "compile.components": ["loss"],
+        "compile.backend": "aot_eager",
     }  # fmt: skip
     validator = validator_of(check(write_toml(tmp_path / "x.toml", VALIDATED | changes)))
     expected, tokens = [], 0
