@@ -34,7 +34,15 @@ def test_only_answers_count_and_a_sequence_is_right_if_all_its_answers_are():
     accuracy = Accuracy(None, None)
     accuracy(logits_for(said)[:3], labels[:3])
     accuracy(logits_for(said)[3:], labels[3:])  # another batch
-    assert accuracy.shares() == (8 / 10, 2 / 4)
+    assert accuracy.shares() == {"accuracy": 8 / 10, "exact": 2 / 4}
+
+
+def test_a_symbol_apart_has_an_accuracy_of_its_own():
+    labels = torch.tensor([[1, IGNORED, 9, 3], [9, 9, 4, IGNORED]])
+    said = torch.tensor([[1, 9, 9, 3], [0, 9, 4, 9]])
+    accuracy = Accuracy(None, None, (9, "forgotten", "kept"))
+    accuracy(logits_for(said), labels)
+    assert accuracy.shares() == {"accuracy": 5 / 6, "exact": 1 / 2, "forgotten": 2 / 3, "kept": 1.0}
 
 
 def test_a_rank_that_saw_no_logits_has_no_shares():

@@ -44,7 +44,7 @@ class GDN2Validator(Validator):
     A recall task is validated under each of its conditions. ``results`` has those of the last validation, a dictionary
     each, such as ``{"pairs": 16, "length": 256, "loss": 0.1, "accuracy": 0.98, "exact": 0.9}``; it is empty on ranks
     whose pipeline stage has no loss. ``accuracy``: share of answers that are right; ``exact``: share of sequences with
-    every answer right.
+    every answer right; selective erase also has ``kept`` and ``forgotten``, the accuracy for such keys.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class GDN2Validator(Validator):
         processor, kept = self.metrics_processor, _KeepsTheLoss()
         losses, results = [], []
         for condition, self.validation_dataloader in self._conditions:
-            accuracy = Accuracy(self._cp_mesh, self._dp_mesh)
+            accuracy = Accuracy(self._cp_mesh, self._dp_mesh, condition.task.apart)
             self.metrics_processor, self.loss_fn.watcher = kept, accuracy
             try:
                 super().validate(model_parts, step)
@@ -114,17 +114,13 @@ class GDN2Validator(Validator):
                 self.metrics_processor, self.loss_fn.watcher = processor, None
             losses.append(kept.loss)
             if (shares := accuracy.shares()) is not None:
-                result = condition.settings | {"loss": kept.loss, "accuracy": shares[0], "exact": shares[1]}
-                results.append((condition, result))
-        self.results = [result for _, result in results]
+                results.append((condition, shares | {"loss": kept.loss}))
+        self.results = [condition.settings | shares for condition, shares in results]
         metrics = {}
-        for condition, result in results:
-            logger.info(
-                f"validate step: {step:2}  {condition}: accuracy {result['accuracy']:.4f}, "
-                f"exact {result['exact']:.4f}, loss {result['loss']:.4f}"
-            )
-            for name in ("accuracy", "exact", "loss"):
-                metrics[f"validation_metrics/{name}/{condition}"] = result[name]
+        for condition, shares in results:
+            said = ", ".join(f"{name} {value:.4f}" for name, value in shares.items())
+            logger.info(f"validate step: {step:2}  {condition}: {said}")
+            metrics |= {f"validation_metrics/{name}/{condition}": value for name, value in shares.items()}
         if results:
             metrics["validation_metrics/accuracy"] = sum(r["accuracy"] for r in self.results) / len(results)
         processor.ntokens_since_last_log += kept.ntokens_since_last_log

@@ -36,6 +36,10 @@ class SelectiveErase(PairsTask):
     def none(self):
         return 2 + self.keys + self.values
 
+    @property
+    def apart(self):
+        return self.none, "forgotten", "kept"
+
     def shortest(self):
         return max(3 * pairs + 2 * round(self.erased * pairs) for pairs in self.pairs)
 

@@ -23,6 +23,9 @@ class Task:
     sizes: ClassVar[str | None] = None
     """The field that says how much is to be remembered, a list of which each sequence has one; None: its length does"""
 
+    apart: ClassVar[tuple[int, str, str] | None] = None
+    """A symbol, a name for answers that are this symbol, and a name for all others, where both accuracies are of use"""
+
     def check(self, vocab_size):
         """Raise ValueError, one sentence with field, value and what is allowed, unless sequences can be made of the
         ``vocab_size`` symbols of a model."""
