@@ -19,11 +19,12 @@ from torchtitan.config.job_config import DataLoader as DataLoaderSettings
 
 from gdn2_titan.titan import corpus
 from gdn2_titan.titan.byte_tokenizer import BYTE_TOKENIZER_DIR
-from gdn2_titan.titan.corpus import check_source, load_source, stdlib_documents
+from gdn2_titan.titan.corpus import check_source, load_source
 from gdn2_titan.titan.dataloader import build_dataloader, build_validation_dataloader
 from gdn2_titan.titan.documents import epoch_order
 from gdn2_titan.titan.errors import ConfigError
 from gdn2_titan.titan.packing import PackedText
+from gdn2_titan.titan.stdlib import is_held_out, stdlib_documents
 
 TOKENIZER = HuggingFaceTokenizer(str(BYTE_TOKENIZER_DIR))
 # Lengths chosen so that with T = 8 documents end inside, at the end of, and one token beyond a window.
@@ -346,7 +347,7 @@ def test_stdlib_splits_are_disjoint_stable_and_about_one_in_twenty():
     assert not [name for name in train if {"test", "tests", "site-packages"} & set(name.split("/")[:-1])]
     # The split of a file is its name's alone: these must never move.
     assert [name for name in ("abc.py", "os.py", "ast.py", "heapq.py", "bisect.py", "cmd.py") if name in held_out] == []
-    assert corpus.is_held_out("asyncio/events.py") is False
+    assert is_held_out("asyncio/events.py") is False
     assert load_source("training", "stdlib", None, held_out=False)["text"] == list(train.values())
     assert load_source("validation", "stdlib", None, held_out=True)["text"] == list(held_out.values())
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gdn2_titan.convert.__main__ import main as convert
-from gdn2_titan.titan.corpus import stdlib_documents
+from gdn2_titan.titan.stdlib import stdlib_documents
 from tests.training import scalars, train
 
 STEPS, LENGTH, WINDOWS = 300, 128, 40

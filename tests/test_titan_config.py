@@ -249,7 +249,7 @@ def test_a_missing_text_column_ends_the_process_with_the_sentence(tmp_path, monk
         )
 
 
-@pytest.mark.parametrize("config", sorted((ROOT / "train_configs").glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", sorted((ROOT / "train_configs").rglob("*.toml")), ids=lambda path: path.stem)
 def test_every_shipped_config_fits(config, monkeypatch, tmp_path):
     # The large ones name a tokenizer that the user brings.
     folder = tmp_path / "assets" / "tokenizer"

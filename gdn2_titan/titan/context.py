@@ -7,6 +7,7 @@ import torch
 from torchtitan.distributed import context_parallel
 
 from .errors import ConfigError
+from .tasks import validation_lengths
 
 __all__ = ["check_lengths", "deal_out_resets", "layout_of"]
 
@@ -42,14 +43,9 @@ def check_lengths(job_config):
             reasons.append("parallelism.context_parallel_load_balancer = 'headtail' (two segments a rank)")
     if tensor > 1:
         reasons.append(f"parallelism.tensor_parallel_degree = {tensor}")
-    lengths = {"training": job_config.training.seq_len}
-    if job_config.validation.enable:
-        lengths["validation"] = job_config.validation.seq_len
-    for name, length in lengths.items():
+    for name, length in (("training.seq_len", job_config.training.seq_len), *validation_lengths(job_config)):
         if length % divisor:
-            raise ConfigError(
-                f"{name}.seq_len is {length}; with {' and '.join(reasons)} it must be a multiple of {divisor}"
-            )
+            raise ConfigError(f"{name} is {length}; with {' and '.join(reasons)} it must be a multiple of {divisor}")
 
 
 def deal_out_resets():

@@ -1,9 +1,7 @@
 """Where documents come from: the standard library's own source, local files, or a Hugging Face repository."""
 
 import glob
-import hashlib
 import re
-import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +9,25 @@ import datasets.config
 from datasets import Dataset, IterableDataset, load_dataset
 
 from gdn2_titan.titan.errors import ConfigError
+from gdn2_titan.titan.stdlib import stdlib_documents
+from gdn2_titan.titan.tasks import TASKS
 
-_ALLOWED = '"stdlib", "files" (with dataset_path), or a Hugging Face repository such as "owner/name"'
+_ALLOWED = (
+    '"stdlib", "files" (with dataset_path), a Hugging Face repository such as "owner/name", or a recall task: '
+    + ", ".join(f'"{name}"' for name in TASKS)
+)
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 _FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _ALLOWED_FILES = "a .txt, .jsonl, .json or .parquet file, a folder with files of one of these kinds, or a glob of them"
 
-# Tests are more than half of the library's bytes and much of them is data (code point tables, certificates, damaged
-# source on purpose); without them the corpus is code that people wrote to be read.
-_EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-_VALIDATION_ONE_IN = 20
-
 
 def check_source(section: str, dataset: str, dataset_path: str | None) -> None:
-    """Refuse a source of documents that cannot be used, without loading anything.
+    """Refuse a source of data that cannot be used, without loading anything.
 
     Args:
         section: ``"training"`` or ``"validation"``, to name the field in the message.
-        dataset: ``"stdlib"``, ``"files"`` or the name of a Hugging Face repository.
+        dataset: ``"stdlib"``, ``"files"``, the name of a Hugging Face repository or of a recall task.
         dataset_path: file, folder or glob, for ``"files"`` and only for it.
 
     Raises:
@@ -37,7 +35,7 @@ def check_source(section: str, dataset: str, dataset_path: str | None) -> None:
     """
     if dataset == "files":
         _find_files(section, dataset_path)
-    elif dataset != "stdlib" and not (isinstance(dataset, str) and _REPOSITORY.fullmatch(dataset)):
+    elif dataset not in ("stdlib", *TASKS) and not (isinstance(dataset, str) and _REPOSITORY.fullmatch(dataset)):
         raise ConfigError(f"{section}.dataset = {dataset!r} is not a known source; allowed: {_ALLOWED}.")
     elif dataset_path is not None:
         raise ConfigError(
@@ -77,40 +75,6 @@ def load_source(
     if dataset == "files":
         return _load_files(*_find_files(section, dataset_path), text_column)
     return load_dataset(dataset, hf_subset, split=hf_split, streaming=True)
-
-
-def stdlib_documents(*, held_out: bool) -> dict[str, str]:
-    """Source text of the running Python's standard library, without its tests.
-
-    Whether a file is held out depends on a hash of its path alone (about one in twenty is), so no other file and no
-    machine moves it from one split to the other.
-
-    Returns:
-        Text by path relative to the library's folder (with ``/``), sorted by that path. Empty files and files that
-        are not UTF-8 are left out.
-
-    Raises:
-        ConfigError: if this Python comes without the source of its library.
-    """
-    root = Path(sysconfig.get_path("stdlib"))
-    documents = {}
-    for name in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
-        if _EXCLUDED_FOLDERS.intersection(name.split("/")[:-1]) or is_held_out(name) != held_out:
-            continue
-        try:
-            text = (root / name).read_bytes().decode("utf-8")
-        except (UnicodeDecodeError, OSError):  # OSError: a link to nowhere, as some distributions leave behind
-            continue
-        if text:
-            documents[name] = text
-    if not documents:
-        raise ConfigError(f'dataset = "stdlib" needs the source files of the standard library; {root} has none.')
-    return documents
-
-
-def is_held_out(name: str) -> bool:
-    """Whether the standard library's file of that relative path belongs to the validation split."""
-    return int.from_bytes(hashlib.sha256(name.encode("utf-8")).digest()[:8], "big") % _VALIDATION_ONE_IN == 0
 
 
 def _find_files(section: str, dataset_path: str | None) -> tuple[str, list[str]]:

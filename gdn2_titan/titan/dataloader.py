@@ -1,4 +1,4 @@
-"""TorchTitan's data loaders over packed text."""
+"""TorchTitan's data loaders over packed text and recall tasks."""
 
 from dataclasses import asdict
 from typing import Any
@@ -12,16 +12,18 @@ from gdn2_titan.titan.corpus import load_source
 from gdn2_titan.titan.errors import ConfigError
 from gdn2_titan.titan.packing import PackedText
 from gdn2_titan.titan.sections import section
+from gdn2_titan.titan.tasks import Condition, TaskDataset, training_condition
 
 
-class PackedTextDataloader(ParallelAwareDataloader):
+class ReshardingDataloader(ParallelAwareDataloader):
     """TorchTitan's loader, which can also resume with another number of data-parallel ranks where that is exact.
 
-    Without loader workers, the state of a map-style source is the same on every rank (see :class:`PackedText`): it is
-    saved once, and any number of ranks continues from it. Otherwise TorchTitan's rule stands: the same number of ranks.
+    Without loader workers, the state of a map-style source, or of a task, is the same on every rank (see
+    :class:`PackedText` and :class:`TaskDataset`): it is saved once, and any number of ranks continues from it.
+    Otherwise TorchTitan's rule stands: the same number of ranks.
     """
 
-    def __init__(self, dataset: PackedText, dp_rank: int, dp_world_size: int, **kwargs: Any) -> None:
+    def __init__(self, dataset: PackedText | TaskDataset, dp_rank: int, dp_world_size: int, **kwargs: Any) -> None:
         super().__init__(dataset, dp_rank, dp_world_size, **kwargs)
         self._one_state = dataset.same_state_on_all_ranks and self.num_workers == 0
         if self._one_state:
@@ -35,22 +37,25 @@ class PackedTextDataloader(ParallelAwareDataloader):
 
 def build_dataloader(
     dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig, infinite: bool = True
-) -> PackedTextDataloader:
+) -> ReshardingDataloader:
     """The loader of training batches: ``training.*``, ``data.*`` and ``gdn2.document_resets`` of the configuration.
 
     Yields ``({"input": int64 [B, T], "resets": bool [B, T]}, labels int64 [B, T])``, B = ``training.local_batch_size``,
-    T = ``training.seq_len``; without ``"resets"`` if ``gdn2.document_resets`` is false. A last incomplete batch is
-    dropped.
+    T = ``training.seq_len``; without ``"resets"`` if ``gdn2.document_resets`` is false, and for a recall task. A last
+    incomplete batch is dropped.
 
     Raises:
         ConfigError: if the source of documents cannot be used.
     """
+    task = training_condition(job_config)
+    if task is not None:
+        return _build_task("training", task, dp_world_size, dp_rank, tokenizer, job_config)
     return _build("training", dp_world_size, dp_rank, tokenizer, job_config, infinite)
 
 
 def build_validation_dataloader(
     dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig, infinite: bool = False
-) -> PackedTextDataloader:
+) -> ReshardingDataloader:
     """The loader of validation batches: like :func:`build_dataloader`, from ``validation.*``.
 
     Each ``iter()`` of it gives the same batches from the first on, so that losses of different steps compare.
@@ -62,9 +67,46 @@ def build_validation_dataloader(
     return _build("validation", dp_world_size, dp_rank, tokenizer, job_config, infinite)
 
 
+def build_task_dataloader(
+    condition: Condition, dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig
+) -> ReshardingDataloader:
+    """The loader of held-out sequences of a recall task under one condition, in batches of
+    ``validation.local_batch_size``, without end and without resets; the same ones at each ``iter()``.
+
+    Raises:
+        ConfigError: if with this tokenizer the length is too short.
+    """
+    return _build_task("validation", condition, dp_world_size, dp_rank, tokenizer, job_config)
+
+
+def _build_task(
+    part: str,
+    condition: Condition,
+    dp_world_size: int,
+    dp_rank: int,
+    tokenizer: BaseTokenizer,
+    job_config: JobConfig,
+) -> ReshardingDataloader:
+    settings = getattr(job_config, part)
+    held_out = part == "validation"
+    condition.task.prepare(_of_plain_text(tokenizer), held_out)
+    condition.check_length()
+    sequences = TaskDataset(
+        condition.task,
+        condition.length,
+        section(job_config, "task").seed or 0,
+        held_out=held_out,
+        batch_size=settings.local_batch_size,
+        dp_rank=dp_rank,
+        dp_world_size=dp_world_size,
+    )
+    loader_settings = asdict(settings.dataloader) | {"batch_size": settings.local_batch_size}
+    return ReshardingDataloader(sequences, dp_rank=dp_rank, dp_world_size=dp_world_size, **loader_settings)
+
+
 def _build(
     part: str, dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig, infinite: bool
-) -> PackedTextDataloader:
+) -> ReshardingDataloader:
     settings, data = getattr(job_config, part), section(job_config, "data")
     held_out = part == "validation"
     source = load_source(
@@ -82,12 +124,9 @@ def _build(
             f"{part}.dataset = {settings.dataset!r} is a stream, which {dp_world_size} data-parallel ranks cannot "
             "read once to the end in step; allowed: reading it without end, for validation with validation.steps > 0."
         )
-    if isinstance(tokenizer, HuggingFaceTokenizer):
-        # What a document says is text: one that contains "<|eos|>" must not end there.
-        tokenizer.tokenizer.encode_special_tokens = True
     packed = PackedText(
         source,
-        tokenizer,
+        _of_plain_text(tokenizer),
         settings.seq_len,
         batch_size=settings.local_batch_size,
         dp_rank=dp_rank,
@@ -99,4 +138,11 @@ def _build(
     )
     # An incomplete batch would change the shapes that compiled and pipelined models were built for.
     loader_settings = asdict(settings.dataloader) | {"batch_size": settings.local_batch_size, "drop_last": True}
-    return PackedTextDataloader(packed, dp_rank=dp_rank, dp_world_size=dp_world_size, **loader_settings)
+    return ReshardingDataloader(packed, dp_rank=dp_rank, dp_world_size=dp_world_size, **loader_settings)
+
+
+def _of_plain_text(tokenizer: BaseTokenizer) -> BaseTokenizer:
+    """What a document says is text: one that contains "<|eos|>" must not end there."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        tokenizer.tokenizer.encode_special_tokens = True
+    return tokenizer

@@ -16,6 +16,7 @@ from torchtitan.distributed.pipeline_parallel import generate_llm_fqn_per_model_
 
 from .errors import ConfigError
 from .sections import compiles
+from .tasks import task_of, validation_lengths
 
 __all__ = ["check_pipeline", "pipeline", "rank_with_loss"]
 
@@ -110,12 +111,20 @@ def check_pipeline(job_config, n_layers):
             "torch runs that schedule's backward in a validation too"
         )
     if validation.enable:  # the stages' buffers have the shape of a training batch
-        for field in ("local_batch_size", "seq_len"):
-            if getattr(validation, field) != getattr(training, field):
+        wanted = [("local_batch_size", "validation.local_batch_size", validation.local_batch_size)]
+        wanted += [("seq_len", name, length) for name, length in validation_lengths(job_config)]
+        for field, name, value in wanted:
+            if value != getattr(training, field):
                 raise ConfigError(
-                    f"validation.{field} is {getattr(validation, field)}; under pipeline parallelism it must be "
-                    f"training.{field} = {getattr(training, field)}"
+                    f"{name} is {value}; under pipeline parallelism it must be training.{field} = "
+                    f"{getattr(training, field)}"
                 )
+    task = task_of(job_config)
+    if task is not None and task.answers(training.seq_len) is None:
+        raise ConfigError(
+            f"parallelism.pipeline_parallel_degree is {degree}; with training.dataset = {task.name!r} it must be 1 "
+            "unless all sequences have the same number of answers, by which a pipeline's gradient is divided"
+        )
 
 
 def _per_token(loss_fn, tokens):
@@ -131,12 +140,14 @@ def _per_token(loss_fn, tokens):
 
 
 def pipeline(model, parallel_dims, job_config, device, model_args, parallelize_fn, loss_fn):
-    """TorchTitan's ``pipelining_fn``. Counts every position of the global batch as a token that is learnt, as this
-    package's data has it."""
+    """TorchTitan's ``pipelining_fn``. Counts the tokens of the global batch that are learnt: with text every position,
+    with a recall task its answers."""
     training = job_config.training
     sequences = training.global_batch_size
     if sequences < 0:
         sequences = training.local_batch_size * parallel_dims.dp_replicate * parallel_dims.dp_shard
+    task = task_of(job_config)
+    learnt = training.seq_len if task is None else task.answers(training.seq_len)
     stages = _modules_of_stages(job_config.parallelism, model_args.n_layers)
     named = dataclasses.replace(job_config.parallelism, module_fqns_per_model_part=stages)
     return pipeline_llm(
@@ -146,5 +157,5 @@ def pipeline(model, parallel_dims, job_config, device, model_args, parallelize_f
         device,
         model_args,
         parallelize_fn,
-        _per_token(loss_fn, sequences * training.seq_len),
+        _per_token(loss_fn, sequences * learnt),
     )

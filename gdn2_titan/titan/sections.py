@@ -16,7 +16,7 @@ from gdn2_titan.parallel.float8 import EXCLUDE, MXFP8_RECIPES, SMALLEST_SIDE
 
 from .byte_tokenizer import BYTE_TOKENIZER_DIR
 
-__all__ = ["Data", "Float8Linear", "GDN2", "JobConfig", "MXLinear", "Parallelism", "compiles", "section"]
+__all__ = ["Data", "Float8Linear", "GDN2", "JobConfig", "MXLinear", "Parallelism", "Task", "compiles", "section"]
 
 
 @dataclass
@@ -25,6 +25,8 @@ class GDN2:
 
     layer_pattern: list[str] | None = None
     """Mixers of the layers, repeated: "gdn2", "swa", "attention" """
+    mlp_size: int | None = None
+    """Inner size of the MLPs, for models of equal parameter counts"""
     num_heads: int | None = None
     """Key heads of the GDN-2 layers"""
     num_v_heads: int | None = None
@@ -80,6 +82,42 @@ class Data:
     """Split to validate on"""
     shuffle_seed: int = 0
     """Seed of the order of documents; each epoch has its own"""
+
+
+@dataclass
+class Task:
+    """[task]: changes to the recall task that training.dataset names (None keeps what the task says)."""
+
+    pairs: list[int] | None = None
+    """Pairs of a key and a value to remember; each training sequence has one of these numbers"""
+    keys: int | None = None
+    """Symbols that are keys"""
+    values: int | None = None
+    """Symbols that are values"""
+    interference: float | None = None
+    """mqar: share of the gap before the questions that other pairs take, at least 0 and less than 1"""
+    writes: int | None = None
+    """overwrite: how often each key is written"""
+    erased: float | None = None
+    """selective_erase: share of the keys that are forgotten"""
+    variant: str | None = None
+    """needle: "s1", "s2", "s3" or "mk1" """
+    needles: int | None = None
+    """needle: codes that are told in variant "mk1" """
+    generators: str | None = None
+    """permutations: "swaps" or "all" """
+    symbols: list[int] | None = None
+    """copying: length of the string; each training sequence has one of these"""
+    alphabet: int | None = None
+    """copying: symbols that a string is made of"""
+    seed: int | None = None
+    """Seed of all sequences; 0 if unset"""
+    validation_pairs: list[int] | None = None
+    """Numbers of pairs to validate with, each with each length; those of training if unset"""
+    validation_symbols: list[int] | None = None
+    """copying: the same, of symbols"""
+    validation_lengths: list[int] | None = None
+    """Lengths to validate with; validation.seq_len if unset"""
 
 
 @dataclass
@@ -144,11 +182,12 @@ class JobConfig(StockJobConfig):
     quantize: Quantize = field(default_factory=Quantize)
     gdn2: GDN2 = field(default_factory=GDN2)
     data: Data = field(default_factory=Data)
+    task: Task = field(default_factory=Task)
 
 
 def section(job_config, name):
     """A section of ours, or its defaults where the job config is a fork's own and does not have it."""
-    return getattr(job_config, name, None) or {"gdn2": GDN2, "data": Data}[name]()
+    return getattr(job_config, name, None) or {"gdn2": GDN2, "data": Data, "task": Task}[name]()
 
 
 def compiles(job_config, component):

@@ -65,7 +65,7 @@ def get_train_spec():
         build_dataloader_fn=_refusing(build_dataloader),
         build_tokenizer_fn=_build_tokenizer,
         build_loss_fn=build_loss,
-        build_validator_fn=build_validator,
+        build_validator_fn=_refusing(build_validator),
         build_metrics_processor_fn=build_metrics_processor,
         state_dict_adapter=GDN2StateDictAdapter,
     )

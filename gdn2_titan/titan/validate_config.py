@@ -16,6 +16,7 @@ from .errors import ConfigError
 from .float8 import check_float8
 from .pipeline import check_pipeline
 from .sections import GDN2, compiles, section
+from .tasks import check_task
 
 __all__ = ["validate_config"]
 
@@ -188,6 +189,8 @@ def _check_rest(job_config):
     check_source("training", job_config.training.dataset, job_config.training.dataset_path)
     if job_config.validation.enable:
         check_source("validation", job_config.validation.dataset, job_config.validation.dataset_path)
+    if job_config.model.name == "gdn2":
+        check_task(job_config, _model_args(job_config).vocab_size)
 
 
 def validate_config(job_config):

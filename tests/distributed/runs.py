@@ -57,6 +57,7 @@ class Curves(NamedTuple):
     tokens: list  # seen until each step
     validation: list  # losses
     statistics: list  # names of the gates' statistics that were logged
+    recall: list  # of validations: accuracy, exact and loss by condition
 
 
 def train(world, folder, *runs):
@@ -135,7 +136,7 @@ def _train_once(run):
     from gdn2_titan.titan import job_config  # noqa: F401, settles the device, registers the model
     from gdn2_titan.titan.metrics import GDN2MetricsProcessor
 
-    curves = Curves([], [], [], [], [])
+    curves = Curves([], [], [], [], [], [])
 
     class Recorder(BaseLogger):
         def log(self, metrics, step):
@@ -145,6 +146,7 @@ def _train_once(run):
                 curves.tokens.append(metrics["n_tokens_seen"])
             elif "validation_metrics/loss" in metrics:
                 curves.validation.append(metrics["validation_metrics/loss"])
+                curves.recall.append({name: value for name, value in metrics.items() if "length=" in name})
             else:
                 curves.statistics.extend(metrics)
 

@@ -1,0 +1,15 @@
+"""Recall tasks: datasets whose sequences say something and ask for it, with exactly one right answer."""
+
+from .dataset import TaskDataset
+from .settings import TASKS, Condition, check_task, conditions, task_of, training_condition, validation_lengths
+
+__all__ = [
+    "TASKS",
+    "Condition",
+    "TaskDataset",
+    "check_task",
+    "conditions",
+    "task_of",
+    "training_condition",
+    "validation_lengths",
+]

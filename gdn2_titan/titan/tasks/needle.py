@@ -1,0 +1,156 @@
+"""A needle in a haystack, in the manner of RULER (arXiv 2404.06654): a code is told somewhere in a long text and asked
+for at its end."""
+
+import dataclasses
+import functools
+from typing import ClassVar
+
+import numpy as np
+
+from gdn2_titan.titan.stdlib import stdlib_documents
+
+from .task import Task, blank
+
+__all__ = ["VARIANTS", "Needle"]
+
+VARIANTS = ("s1", "s2", "s3", "mk1")
+
+# A key is one word of each; words of different sound and length, as names would be.
+FIRST = (
+    "amber", "bitter", "copper", "distant", "early", "faded", "gentle", "hollow", "idle", "jagged", "kindly", "lunar",
+    "mossy", "narrow", "olive", "patient", "quiet", "rusty", "silver", "tidal", "upper", "velvet", "winter", "young",
+)  # fmt: skip
+SECOND = (
+    "anchor", "barrel", "canyon", "dragonfly", "engine", "falcon", "garden", "harbor", "island", "jacket", "kettle",
+    "lantern", "meadow", "needle", "orchard", "piano", "quarry", "ribbon", "saddle", "tunnel", "umbrella", "violin",
+    "window", "zebra",
+)  # fmt: skip
+KEYS = len(FIRST) * len(SECOND)
+DIGITS, HEX_DIGITS = 7, 32
+
+NOISE = "The tide comes in and the tide goes out. Gulls wait on the wall. Nothing else happens here. "
+INTRODUCTION = "A code is told somewhere below. It is asked for at the end.\n"
+NEEDLE = ("\nThe code of the {key} is ", ".\n")
+QUESTION = "\nWhich code was told? The code of the {key} is "
+
+
+@functools.cache
+def _text(held_out):
+    return "\n".join(stdlib_documents(held_out=held_out).values())
+
+
+@dataclasses.dataclass
+class Needle(Task):
+    """Text of the run's tokenizer; the answers are the tokens of the code that is asked for.
+
+    ``variant``: "s1": a sentence said over and over, one code, a number; "s2": the standard library's source, one code,
+    a number; "s3": the same with a UUID; "mk1": the source, ``needles`` codes (4 if unset) of different keys, numbers,
+    one of them asked for. Training and validation read different files.
+    """
+
+    name: ClassVar[str] = "needle"
+    variant: str = "s1"
+    needles: int | None = None
+
+    def check(self, vocab_size):
+        if self.variant not in VARIANTS:
+            raise ValueError(f"variant is {self.variant!r}; it must be one of {', '.join(VARIANTS)}")
+        if self.needles is not None:
+            if self.variant != "mk1":
+                raise ValueError(f"needles is {self.needles}; it must be left out unless variant is 'mk1'")
+            if not 2 <= self.needles <= KEYS:
+                raise ValueError(f"needles is {self.needles}; it must be at least 2 and at most {KEYS}")
+
+    def prepare(self, tokenizer, held_out):
+        self._tokenizer = tokenizer
+        if self.variant == "s1":
+            self._haystack = NOISE
+        else:
+            self._haystack = _text(held_out)
+        sample = self._haystack[:10_000]
+        self._characters = len(sample) / len(self._encode(sample))  # per token
+
+    def shortest(self):
+        """1 before ``prepare``: it depends on the tokenizer."""
+        if not hasattr(self, "_tokenizer"):
+            return 1
+        # Words may have different numbers of tokens: the longest of each.
+        pieces = [FIRST, SECOND, "0123456789abcdef-"]
+        word, other, digit = (max((len(self._encode(x)), x) for x in some)[1] for some in pieces)
+        code = digit * (HEX_DIGITS + 4 if self.variant == "s3" else DIGITS)
+        key = f"{word} {other}"
+        needle, question = self._needle(key, code), self._question(key, code)
+        return len(self._encode(INTRODUCTION)) + (self.needles or self._default) * len(needle) + len(question) - 1
+
+    @property
+    def _default(self):
+        return 4 if self.variant == "mk1" else 1
+
+    def contents(self, length):
+        return KEYS * (16**HEX_DIGITS if self.variant == "s3" else 9 * 10 ** (DIGITS - 1))
+
+    def answers(self, length):
+        return None  # the tokens of a code
+
+    def remember(self, draw, length):
+        """The key that is asked for and the digits of its code."""
+        return np.concatenate((draw.below(KEYS, 1), self._code(draw)))
+
+    def write(self, draw, content, length):
+        count = self.needles or self._default
+        others = (content[0] + 1 + draw.order(KEYS - 1)[: count - 1]) % KEYS
+        codes = [content[1:]] + [self._code(draw) for _ in others]
+        told = [(_key(key), self._spell(code)) for key, code in zip((content[0], *others), codes, strict=True)]
+        needles = [self._needle(*told[i]) for i in draw.order(count)]
+        introduction, question = self._encode(INTRODUCTION), self._question(*told[0])
+        answer = self._encode(told[0][1])
+        hay = self._hay(draw, length - len(introduction) - sum(map(len, needles)) - len(question) + 1)
+        text = list(introduction)
+        begin = 0
+        for end, needle in zip(np.sort(draw.below(len(hay) + 1, count)).tolist(), needles, strict=True):
+            text += hay[begin:end] + needle
+            begin = end
+        text += hay[begin:] + question
+        tokens, labels = blank(length)
+        tokens[:] = text[:-1]
+        labels[-len(answer) :] = answer
+        return tokens, labels
+
+    def _encode(self, text):
+        return self._tokenizer.encode(text, add_bos=False, add_eos=False)
+
+    def _code(self, draw):
+        if self.variant == "s3":
+            return draw.below(16, HEX_DIGITS)
+        return np.concatenate((1 + draw.below(9, 1), draw.below(10, DIGITS - 1)))
+
+    def _spell(self, code):
+        digits = "".join("0123456789abcdef"[digit] for digit in code)
+        if self.variant != "s3":
+            return digits
+        return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+
+    def _needle(self, key, code):
+        # The code by itself, so that it has the same tokens here and in the answer.
+        before, after = NEEDLE
+        return self._encode(before.format(key=key)) + self._encode(code) + self._encode(after)
+
+    def _question(self, key, code):
+        return self._encode(QUESTION.format(key=key)) + self._encode(code)
+
+    def _hay(self, draw, count):
+        """Tokens of as much of the haystack, from a random place on and round its end."""
+        start = draw.one(len(self._haystack))
+        wanted = int(count * self._characters) + 16
+        while True:
+            text = self._haystack[start : start + wanted]
+            while len(text) < wanted:
+                text += self._haystack[: wanted - len(text)]
+            tokens = self._encode(text)
+            if len(tokens) >= count:
+                return tokens[:count]
+            wanted *= 2
+
+
+def _key(number):
+    return f"{FIRST[number // len(SECOND)]} {SECOND[number % len(SECOND)]}"

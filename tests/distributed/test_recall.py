@@ -1,0 +1,78 @@
+"""Every layout of processes trains on a recall task, and finds its accuracy, as one process does."""
+
+import pytest
+
+from tests.training import ROOT
+
+from .runs import train
+
+pytestmark = pytest.mark.slow
+
+GLOBAL_BATCH = 4
+TP2 = ("--parallelism.tensor_parallel_degree=2",)
+LAYOUTS = {  # processes, data parallel degree, overrides
+    "fsdp2": (2, 2, ()),
+    "hsdp2x2": (4, 4, ("--parallelism.data_parallel_replicate_degree=2",)),
+    "tp2": (2, 1, TP2),
+    "tp2-whole-logits": (2, 1, (*TP2, "--parallelism.disable_loss_parallel")),
+    "cp2": (2, 1, ("--parallelism.context_parallel_degree=2",)),
+    "fsdp2-cp2": (4, 2, ("--parallelism.context_parallel_degree=2",)),
+    "pp2": (2, 1, ("--parallelism.pipeline_parallel_degree=2",)),
+    "compiled": (1, 1, ("--compile.enable", "--compile.backend=aot_eager")),
+}  # fmt: skip
+
+
+def run(folder, batch=GLOBAL_BATCH, *extra):
+    # Two values only: after a few steps about half of the answers are right, and some sequences as a whole.
+    return [
+        f"--job.config_file={ROOT / 'train_configs' / 'recall' / 'mqar.toml'}", f"--job.dump_folder={folder}",
+        "--training.steps=20", "--training.seq_len=32", f"--training.local_batch_size={batch}",
+        "--lr_scheduler.warmup_steps=2", "--optimizer.eps=1e-4", "--metrics.log_freq=1",
+        "--metrics.no-enable_tensorboard", "--checkpoint.interval=1000", "--validation.freq=10", "--validation.steps=8",
+        f"--validation.local_batch_size={batch}", "--gdn2.layer_pattern=gdn2,swa", "--gdn2.attn_kv_heads=2",
+        "--task.pairs", "3", "--task.values=2", "--task.keys=128", "--task.validation_pairs", "1", "3",
+        "--task.validation_lengths", "32", *extra,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def seed(tmp_path_factory):
+    """Overrides to start from the same weights: the stages of a pipeline would draw their own."""
+    folder = tmp_path_factory.mktemp("seed")
+    train(1, folder / "out", run(folder, GLOBAL_BATCH, "--checkpoint.create_seed_checkpoint"))
+    return (
+        f"--checkpoint.initial_load_path={folder / 'checkpoint' / 'step-0'}",
+        "--checkpoint.no-initial_load_model_only",
+    )
+
+
+@pytest.fixture(scope="module")
+def one_process(seed, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    [curves] = train(1, folder / "out", run(folder, GLOBAL_BATCH, *seed))
+    return curves
+
+
+def test_the_task_tells_right_from_wrong_for_the_comparison(one_process):
+    *_, last = one_process.recall
+    assert set(last) == {
+        f"validation_metrics/{name}/pairs={pairs},length=32"
+        for name in ("accuracy", "exact", "loss")
+        for pairs in (1, 3)
+    }
+    accuracy, exact = (last[f"validation_metrics/{name}/pairs=3,length=32"] for name in ("accuracy", "exact"))
+    assert 0 < exact < accuracy < 1
+    single = [last[f"validation_metrics/{name}/pairs=1,length=32"] for name in ("accuracy", "exact")]
+    assert single[0] == single[1]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_has_the_losses_and_the_accuracy_of_one_process(seed, one_process, tmp_path, name):
+    world, data_parallel, extra = LAYOUTS[name]
+    [found] = train(world, tmp_path / "out", run(tmp_path, GLOBAL_BATCH // data_parallel, *seed, *extra))
+    for now, then in zip(found.training, one_process.training, strict=True):
+        assert now == pytest.approx(then, rel=1e-4)
+    for now, then in zip(found.recall, one_process.recall, strict=True):
+        assert now.keys() == then.keys()
+        for tag, value in now.items():
+            assert value == pytest.approx(then[tag], rel=1e-4 if "loss" in tag else 1e-12), tag

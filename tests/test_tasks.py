@@ -1,0 +1,495 @@
+"""Recall tasks: every label is what the sequence says, the splits are apart, the order is the same for all layouts."""
+
+import dataclasses
+import functools
+import hashlib
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("torchtitan")
+import torch.distributed.checkpoint as dcp
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from torchtitan.config.job_config import DataLoader as DataLoaderSettings
+from torchtitan.config.job_config import Training, Validation
+
+from gdn2_titan.titan import sections
+from gdn2_titan.titan.byte_tokenizer import BYTE_TOKENIZER_DIR
+from gdn2_titan.titan.dataloader import build_dataloader, build_task_dataloader
+from gdn2_titan.titan.errors import ConfigError
+from gdn2_titan.titan.stdlib import stdlib_documents
+from gdn2_titan.titan.tasks import TASKS, TaskDataset, conditions
+from gdn2_titan.titan.tasks.permutations import ELEMENTS
+from gdn2_titan.titan.validate_config import validate_config
+from tests.test_data import check_resume_everywhere, plain, take
+from tests.test_titan_config import assert_refused, check, write_toml
+
+TOKENIZER = HuggingFaceTokenizer(str(BYTE_TOKENIZER_DIR))
+
+
+def dataset(name, length=128, seed=0, held_out=False, **settings):
+    task = TASKS[name](**{field: value for field, value in settings.items() if field in fields_of(name)})
+    task.check(264)
+    task.prepare(TOKENIZER, held_out)
+    loader = {field: value for field, value in settings.items() if field not in fields_of(name)}
+    return TaskDataset(task, length, seed, held_out=held_out, **loader)
+
+
+def fields_of(name):
+    return {field.name for field in dataclasses.fields(TASKS[name])}
+
+
+# ---------------------------------------------------------------------------------------------------------- readers
+# Each reads a sequence from left to right as its description says, with nothing of the code that wrote it, and gives
+# {position: answer} and what was to be remembered.
+
+
+def read_pairs(tokens, keys, values, command=None):
+    """Of mqar, overwrite and selective erase. The first key without a value after it begins the questions."""
+    none = values + keys + 2
+    memory, first, last, history, answers, i = {}, {}, {}, [], {}, 0
+    while i < len(tokens):
+        token, following = tokens[i], tokens[i + 1] if i + 1 < len(tokens) else 0
+        if token == 0:
+            i += 1
+        elif command is not None and token == command:
+            memory[following] = none
+            i += 2
+        elif 1 <= token <= keys and keys < following <= keys + values:
+            memory[token] = last[token] = following
+            first.setdefault(token, following)
+            history.append((token, following))
+            i += 2
+        else:
+            assert 1 <= token <= keys, "not a question"
+            answers[i] = memory[token]
+            i += 1
+    return answers, memory, last, history
+
+
+def read_mqar(tokens, s):
+    answers, memory, last, history = read_pairs(tokens, s.keys, s.values)
+    asked = [tokens[i] for i in answers]
+    assert len(set(asked)) == len(asked) in s.pairs
+    written = [key for key, _ in history]
+    assert all(written.count(key) == 1 for key in asked), "an asked key is written twice"
+    assert written[: len(asked)] and set(written[: len(asked)]) == set(asked), "others come before the pairs"
+    return answers, sorted((key, last[key]) for key in asked)
+
+
+def read_overwrite(tokens, s):
+    answers, memory, last, history = read_pairs(tokens, s.keys, s.values)
+    assert len(answers) in s.pairs and {tokens[i] for i in answers} == set(memory)
+    for key in memory:
+        values = [value for other, value in history if other == key]
+        assert len(values) == s.writes and all(a != b for a, b in zip(values, values[1:]))
+    return answers, sorted(last.items())
+
+
+def read_selective_erase(tokens, s):
+    command = s.keys + s.values + 1
+    answers, memory, last, _ = read_pairs(tokens, s.keys, s.values, command)
+    assert len(answers) in s.pairs and {tokens[i] for i in answers} == set(memory)
+    assert list(memory.values()).count(command + 1) == tokens.count(command) == round(s.erased * len(memory))
+    return answers, sorted(last.items())
+
+
+def read_parity(tokens, s):
+    assert tokens[0] == 2 and set(tokens[1:]) <= {0, 1}
+    return {i: tokens[1 : i + 1].count(1) % 2 for i in range(1, len(tokens))}, tokens[1:]
+
+
+def read_permutations(tokens, s):
+    assert tokens[0] == 120
+    state, answers = list("abcde"), {}
+    for i, token in enumerate(tokens[1:], 1):
+        permutation = ELEMENTS[token]
+        if s.generators == "swaps":
+            assert sum(a != b for a, b in enumerate(permutation)) == 2
+        moved = [None] * 5
+        for place, thing in enumerate(state):
+            moved[permutation[place]] = thing
+        state = moved
+        whole = tuple(state.index(thing) for thing in "abcde")
+        answers[i] = ELEMENTS.index(whole)
+    return answers, tokens[1:]
+
+
+def read_copying(tokens, s):
+    separator = tokens.index(s.alphabet + 1)
+    string = [token for token in tokens[:separator] if token]
+    begin = tokens.index(string[0])
+    assert tokens[begin : begin + len(string)] == string and len(string) in s.symbols
+    assert tokens[separator + 1 :] == string[:-1]
+    return dict(enumerate(string, separator)), string
+
+
+def read_needle(tokens, s):
+    text = bytes(tokens).decode("utf-8", "replace")
+    assert text.startswith("A code is told somewhere below.")
+    *_, question = text.splitlines()
+    key = question.split("The code of the ")[1].split(" is ")[0]
+    [code] = [line for line in text.splitlines()[:-1] if line.startswith(f"The code of the {key} is ")]
+    code = code.removesuffix(".").split(" is ")[1]
+    assert (len(code), code.count("-")) == ((36, 4) if s.variant == "s3" else (7, 0))
+    assert text.count("The code of the ") - 1 == (s.needles or (4 if s.variant == "mk1" else 1))
+    # The last digit is only an answer; what stands before the first one is the input at its place.
+    return dict(enumerate(code.encode(), len(tokens) - len(code))), [key, code]
+
+
+CASES = {
+    "mqar": ("mqar", 128, {}),
+    "mqar-sizes": ("mqar", 97, {"pairs": [1, 5, 32], "keys": 33, "values": 3}),
+    "mqar-full": ("mqar", 48, {"pairs": [16], "keys": 16, "values": 5}),
+    "mqar-interference": ("mqar", 256, {"pairs": [4, 8], "interference": 0.6}),
+    "overwrite": ("overwrite", 128, {}),
+    "overwrite-often": ("overwrite", 90, {"pairs": [2, 9, 10], "writes": 4, "values": 2, "keys": 12}),
+    "overwrite-once": ("overwrite", 40, {"writes": 1}),
+    "selective_erase": ("selective_erase", 128, {}),
+    "selective_erase-tight": ("selective_erase", 56, {"pairs": [3, 16], "erased": 0.25}),
+    "parity": ("parity", 65, {}),
+    "permutations": ("permutations", 64, {}),
+    "permutations-all": ("permutations", 33, {"generators": "all"}),
+    "copying": ("copying", 64, {}),
+    "copying-tight": ("copying", 32, {"symbols": [16, 7], "alphabet": 3}),
+    "needle-s1": ("needle", 512, {}),
+    "needle-s2": ("needle", 700, {"variant": "s2"}),
+    "needle-s3": ("needle", 600, {"variant": "s3"}),
+    "needle-mk1": ("needle", 700, {"variant": "mk1"}),
+    "needle-mk1-two": ("needle", 700, {"variant": "mk1", "needles": 2}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("held_out", [False, True], ids=["training", "held-out"])
+def test_every_label_is_what_a_reader_of_the_sequence_answers_and_there_are_no_others(case, held_out):
+    name, length, settings = CASES[case]
+    task = TASKS[name](**settings)
+    read = globals()[f"read_{name}"]
+    for inputs, labels in take(dataset(name, length, held_out=held_out, **settings), 60):
+        assert set(inputs) == {"input"} and inputs["input"].dtype == labels.dtype == torch.int64
+        assert inputs["input"].shape == labels.shape == (length,)
+        answers, _ = read(inputs["input"].tolist(), task)
+        assert {i: label for i, label in enumerate(labels.tolist()) if label != -100} == answers
+        if (count := task.answers(length)) is not None:
+            assert len(answers) == count
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_shortest_length_is_just_long_enough(case):
+    name, _, settings = CASES[case]
+    task, read, full = TASKS[name](**settings), globals()[f"read_{name}"], 0
+    task.prepare(TOKENIZER, False)
+    for inputs, labels in take(dataset(name, task.shortest(), **settings), 100):
+        tokens = inputs["input"].tolist()
+        answers, _ = read(tokens, task)
+        assert {i: label for i, label in enumerate(labels.tolist()) if label != -100} == answers
+        full += 0 not in tokens
+    assert full or name in ("parity", "permutations", "needle")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_content_is_in_both_splits(case):
+    name, length, settings = CASES[case]
+    task, read = TASKS[name](**settings), globals()[f"read_{name}"]
+    count = 300 if name == "needle" else 1500
+    seen = {}
+    for held_out in (False, True):
+        sequences = [
+            inputs["input"].tolist() for inputs, _ in take(dataset(name, length, held_out=held_out, **settings), count)
+        ]
+        seen[held_out] = {repr(read(tokens, task)[1]) for tokens in sequences}
+    assert seen[False] and seen[True] and not seen[False] & seen[True]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "numbers"),
+    [
+        ("mqar", {"pairs": [2], "interference": 0.5}, lambda content: [n for pair in content for n in pair]),
+        ("overwrite", {"pairs": [2]}, lambda content: [n for pair in content for n in pair]),
+        ("selective_erase", {"pairs": [2]}, lambda content: [n for pair in content for n in pair]),
+        ("parity", {}, list),
+        ("permutations", {}, list),
+        ("copying", {}, list),
+    ],
+)
+def test_one_in_eight_contents_is_held_out_by_the_rule_written_here_anew(name, settings, numbers):
+    task, read = TASKS[name](**settings), globals()[f"read_{name}"]
+    for held_out in (False, True):
+        for inputs, _ in take(dataset(name, 64, held_out=held_out, **settings), 200):
+            content = numbers(read(inputs["input"].tolist(), task)[1])
+            data = b"".join(number.to_bytes(8, "little") for number in content)
+            number = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+            assert (number % 8 == 0) == held_out
+
+
+def test_the_smallest_content_that_is_allowed_has_both_splits_and_they_share_nothing():
+    # 16 keys, one pair, 16 values: 256 contents, all of which are seen in 6,000 draws.
+    settings = {"pairs": [1], "keys": 16, "values": 16}
+    seen = [
+        {
+            tuple(inputs["input"][inputs["input"] > 0].tolist())
+            for inputs, _ in take(dataset("mqar", 8, held_out=h, **settings), 3000)
+        }
+        for h in (False, True)
+    ]
+    assert len(seen[0]) + len(seen[1]) == 256 and not seen[0] & seen[1]
+    assert 15 < len(seen[1]) < 60
+
+
+def test_training_draws_all_sizes_alike_and_the_codes_depth_and_places_vary():
+    sizes = [int((labels != -100).sum()) for _, labels in take(dataset("mqar", pairs=[2, 5, 9]), 3000)]
+    assert all(0.27 < sizes.count(size) / 3000 < 0.4 for size in (2, 5, 9))
+    texts = [bytes(inputs["input"].tolist()).decode() for inputs, _ in take(dataset("needle", 512), 200)]
+    depths = [text.index("The code of the ") for text in texts]
+    assert (
+        min(depths) < 90 and max(depths) > 350 and len({text.split("The code of the ")[1][:10] for text in texts}) > 50
+    )
+    first = [int((labels != -100).nonzero()[0]) for _, labels in take(dataset("mqar"), 200)]
+    assert len(set(first)) > 20
+
+
+def test_interference_takes_its_share_of_the_gap():
+    for interference in (0.0, 0.5, 0.9):
+        filler = [
+            (inputs["input"] == 0).sum().item()
+            for inputs, _ in take(dataset("mqar", 256, pairs=[8], interference=interference), 20)
+        ]
+        gap = (256 - 24) // 2
+        assert set(filler) == {256 - 24 - 2 * (int(interference * gap) // 2)}
+
+
+def test_the_haystack_of_validation_is_text_of_files_that_are_held_out():
+    for held_out in (False, True):
+        text = "\n".join(stdlib_documents(held_out=held_out).values()).encode()
+        for inputs, _ in take(dataset("needle", 900, held_out=held_out, variant="s2"), 5):
+            hay = bytes(inputs["input"].tolist()).split(b"\n", 1)[1]
+            before, rest = hay.split(b"\nThe code of the ", 1)
+            after = rest.split(b".\n", 1)[1].split(b"\nWhich code was told?")[0]
+            pieces = [piece for piece in (before, after) if len(piece) > 20]
+            assert pieces and all(piece in text for piece in pieces)
+
+
+# ------------------------------------------------------------------------------------------------------------- order
+
+
+def test_a_sequence_is_the_same_whenever_it_is_made_and_differs_by_number_seed_and_split():
+    for name in TASKS:
+        length = 512 if name == "needle" else 64
+        first = plain(take(dataset(name, length), 5))
+        assert plain(take(dataset(name, length), 5)) == first
+        others = [take(dataset(name, length, seed=1), 5), take(dataset(name, length, held_out=True), 5)]
+        rows = first + [row for other in others for row in plain(other)]
+        assert len({repr(row) for row in rows}) == 15
+
+
+def test_sequences_are_the_same_on_every_machine_and_in_every_release():
+    tokens, labels = dataset("mqar", 12, pairs=[2]).sequence(7)
+    assert tokens.tolist() == [0, 45, 104, 0, 54, 118, 0, 0, 0, 0, 45, 54]
+    assert labels.tolist() == [-100, -100, -100, -100, -100, -100, -100, -100, -100, -100, 104, 118]
+
+
+def config(section="training", *, workers=0, batch=2, length=24, name="mqar", **task):
+    settings = {"training": Training(), "validation": Validation()}
+    for part in settings.values():
+        part.dataset, part.local_batch_size, part.seq_len = name, batch, length
+        part.dataloader = DataLoaderSettings(num_workers=workers)
+    settings["validation"].enable = section == "validation"
+    return SimpleNamespace(**settings, task=sections.Task(**task), gdn2=sections.GDN2(), data=sections.Data())
+
+
+def rows(batches):
+    """[(tokens, labels)] of a list of batches, row by row."""
+    return [row for inputs, labels in batches for row in zip(inputs["input"].tolist(), labels.tolist())]
+
+
+@pytest.mark.parametrize("workers", [0, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_the_kth_batches_of_all_ranks_are_the_kth_batch_of_one_whatever_the_number_of_workers(workers, ranks):
+    alone = [
+        (tokens.tolist(), labels.tolist())
+        for tokens, labels in map(dataset("mqar", 24, pairs=[2, 8]).sequence, range(60))
+    ]
+    for rank in range(ranks):
+        loader = build_dataloader(ranks, rank, TOKENIZER, config(workers=workers, pairs=[2, 8]))
+        assert rows(take(loader, 5)) == alone[rank::ranks][:10]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_validation_sees_the_same_held_out_sequences_each_time_from_the_first_on(workers):
+    settings = config(
+        "validation", workers=workers, pairs=[2], validation_pairs=[3, 4], validation_lengths=[24, 32], seed=5
+    )
+    for condition, (pairs, length) in zip(conditions(settings), [(3, 24), (3, 32), (4, 24), (4, 32)], strict=True):
+        assert (
+            condition.settings == {"pairs": pairs, "length": length}
+            and str(condition) == f"pairs={pairs},length={length}"
+        )
+        loader = build_task_dataloader(condition, 1, 0, TOKENIZER, settings)
+        expected = dataset("mqar", length, 5, held_out=True, pairs=[pairs])
+        expected = [(tokens.tolist(), labels.tolist()) for tokens, labels in map(expected.sequence, range(8))]
+        assert rows(take(loader, 4)) == rows(take(loader, 4)) == expected
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_is_exact_at_every_batch(workers):
+    check_resume_everywhere(
+        lambda: build_dataloader(2, 1, TOKENIZER, config(workers=workers)), 8 if workers == 0 else 5
+    )
+
+
+def test_resume_is_exact_at_a_random_place_far_in():
+    place = random.randrange(1000, 100_000)
+    resumed = dataset("parity", 32, dp_rank=1, dp_world_size=2)
+    resumed.load_state_dict({"task": "parity", "sequences": 2 * place})
+    [(inputs, labels)] = take(resumed, 1)
+    tokens, expected = dataset("parity", 32).sequence(2 * place + 1)
+    assert inputs["input"].tolist() == tokens.tolist() and labels.tolist() == expected.tolist(), place
+    assert resumed.state_dict() == {"task": "parity", "sequences": 2 * place + 2}
+
+
+def test_a_checkpoint_written_by_two_ranks_continues_on_one_and_on_three(tmp_path):
+    def loaders(ranks):
+        return [build_dataloader(ranks, rank, TOKENIZER, config(batch=1)) for rank in range(ranks)]
+
+    def sequences(running, count):
+        return [row for step in zip(*(rows(take(loader, count)) for loader in running)) for row in step]
+
+    whole = sequences(loaders(1), 24)
+    before = loaders(2)
+    assert sequences(before, 3) == whole[:6]
+    dcp.save({"dataloader": before[1]}, checkpoint_id=tmp_path / "checkpoint")
+    for ranks in (1, 2, 3):
+        after = loaders(ranks)
+        for loader in after:
+            dcp.load({"dataloader": loader}, checkpoint_id=tmp_path / "checkpoint")
+        assert sequences(after, 18 // ranks) == whole[6:]
+
+
+def test_a_state_of_other_data_is_refused():
+    for state in ({"task": "mqar", "sequences": 4}, {"mark": {}, "offset": 0, "windows": 0}):
+        with pytest.raises(ConfigError, match="not written with training.dataset = 'parity'"):
+            dataset("parity", 32).load_state_dict(state)
+
+
+# ---------------------------------------------------------------------------------------------------------- refusals
+
+RECALL = {"model.flavor": "recall", "training.dataset": "mqar", "training.seq_len": 128}
+VALIDATED = RECALL | {
+    "validation.enable": True, "validation.dataset": "mqar", "validation.seq_len": 128, "validation.steps": 2,
+}  # fmt: skip
+
+
+def of(name, **changes):
+    return RECALL | {"training.dataset": name} | {f"task.{field}": value for field, value in changes.items()}
+
+
+def validated(name="mqar", **changes):
+    return VALIDATED | {"validation.dataset": name} | of(name, **changes)
+
+
+REFUSALS = [
+    ({"task.pairs": [4]}, ["task.pairs is [4]", "'stdlib'", "ignore", "'mqar', 'overwrite', 'selective_erase'"]),
+    ({"task.seed": 3}, ["task.seed is 3", "'stdlib'"]),
+    (of("parity", interference=0.5),
+     ["task.interference is 0.5; dataset 'parity' would ignore it; it takes: seed, validation_lengths"]),
+    (of("mqar", writes=3), ["task.writes is 3", "'mqar'", "pairs, keys, values, interference, seed, validation_pairs"]),
+    (of("mqar", validation_symbols=[3]), ["task.validation_symbols is [3]", "'mqar'"]),
+    (of("mqar", pairs=4), ["task.pairs is 4", "a list of a whole number"]),
+    (of("mqar", pairs=[]), ["task.pairs is []", "at least 1"]),
+    (of("mqar", pairs=[0, 4]), ["task.pairs is [0, 4]", "at least 1"]),
+    (of("mqar", pairs=[4, 4]), ["task.pairs is [4, 4]", "different"]),
+    (of("mqar", pairs=[8, 20], keys=16), ["task.pairs is [8, 20]", "at most keys = 16"]),
+    (of("mqar", pairs=[43]), ["training.seq_len is 128", "task.pairs = [43]", "at least 129"]),
+    (of("mqar", keys=0), ["task.keys is 0", "at least 1"]),
+    (of("mqar", values=0), ["task.values is 0", "at least 1"]),
+    (of("mqar", values=300), ["task.keys is 64 and values is 300", "365 symbols", "at most vocab_size = 264"]),
+    (of("mqar", interference=1.0), ["task.interference is 1.0", "less than 1"]),
+    (of("mqar", interference=-0.1), ["task.interference is -0.1", "at least 0"]),
+    (of("mqar", interference=0.5, pairs=[16], keys=16), ["task.interference is 0.5", "keys = 16 more"]),
+    (of("mqar", pairs=[1], keys=5, values=51), ["255 different", "at least 256"]),
+    (of("mqar", seed=-1), ["task.seed is -1", "0 or more"]),
+    (of("overwrite", writes=0), ["task.writes is 0", "at least 1"]),
+    (of("overwrite", values=1), ["task.values is 1", "writes = 2", "at least 2"]),
+    (of("overwrite", pairs=[26]), ["training.seq_len is 128", "[26]", "at least 130"]),
+    (of("selective_erase", erased=1.0), ["task.erased is 1.0", "less than 1"]),
+    (of("selective_erase", erased=0.1, pairs=[3]), ["task.erased is 0.1", "pairs = 3", "at least one"]),
+    (of("selective_erase", values=198), ["264"]),
+    (of("selective_erase", pairs=[33]), ["training.seq_len is 128", "[33]", "at least 131"]),
+    (of("needle", variant="s4"), ["task.variant is 's4'", "s1, s2, s3, mk1"]),
+    (of("needle", needles=3), ["task.needles is 3", "unless variant is 'mk1'"]),
+    (of("needle", variant="mk1", needles=1), ["task.needles is 1", "at least 2"]),
+    (of("parity") | {"training.seq_len": 1}, ["training.seq_len is 1", "at least 2"]),
+    (of("parity") | {"training.seq_len": 8}, ["training.seq_len is 8", "128 different", "at least 256"]),
+    (of("permutations", generators="some"), ["task.generators is 'some'", "'swaps' or 'all'"]),
+    (of("permutations") | {"training.seq_len": 3}, ["training.seq_len is 3", "100 different"]),
+    (of("copying", symbols=[65]), ["training.seq_len is 128", "task.symbols = [65]", "at least 130"]),
+    (of("copying", symbols=[0]), ["task.symbols is [0]", "at least 1"]),
+    (of("copying", alphabet=263), ["task.alphabet is 263", "265 symbols", "264"]),
+    (of("copying", alphabet=2, symbols=[7, 9]), ["128 different", "at least 256"]),
+    (of("mqar") | {"training.dataset_path": "x.txt"}, ["training.dataset_path", "ignored"]),
+    ({"training.dataset": "recall"}, ["training.dataset", "'recall'", '"mqar"', '"needle"']),
+    ({"validation.enable": True, "validation.dataset": "mqar"}, ["validation.dataset is 'mqar'", "'stdlib'"]),
+    (VALIDATED | {"validation.dataset": "parity"}, ["validation.dataset is 'parity'", "'mqar'"]),
+    (VALIDATED | {"validation.steps": -1}, ["validation.steps is -1", "at least 1"]),
+    (validated(validation_pairs=[8, 65]), ["task.validation_pairs is [8, 65]", "keys = 64"]),
+    (validated(validation_pairs=[4, 43]), ["validation.seq_len is 128", "task.validation_pairs = [43]", "129"]),
+    (validated(validation_pairs=[4, 60], validation_lengths=[256, 128]),
+     ["task.validation_lengths is 128", "task.validation_pairs = [60]", "at least 180"]),
+    (validated(validation_lengths=[0]), ["task.validation_lengths is [0]", "at least 1"]),
+    (validated(validation_lengths=[64, 64]), ["task.validation_lengths is [64, 64]", "different"]),
+    (validated(pairs=[16], validation_lengths=[32]), ["task.validation_lengths is 32", "task.pairs = [16]", "48"]),
+    (validated("parity", validation_lengths=[8]), ["task.validation_lengths is 8", "128 different"]),
+    ({"gdn2.mlp_size": 0}, ["gdn2.mlp_size", "0", "at least 1"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "parts"), REFUSALS, ids=[str(i) for i in range(len(REFUSALS))])
+def test_a_task_that_cannot_be_made_is_refused_in_one_sentence(tmp_path, monkeypatch, changes, parts):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("NGPU", raising=False)
+    assert_refused(write_toml(tmp_path / "x.toml", changes), parts)
+
+
+LAYOUTS = [
+    ({"parallelism.context_parallel_degree": 4}, {"task.validation_lengths": [128, 100]}, ["100", "multiple of 8"]),
+    ({"parallelism.pipeline_parallel_degree": 2}, {"task.validation_lengths": [128, 256]},
+     ["task.validation_lengths is 256", "training.seq_len = 128"]),
+    ({"parallelism.pipeline_parallel_degree": 2}, {"task.pairs": [4, 8]}, ["pipeline_parallel_degree is 2", "answers"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("layout", "task", "parts"), LAYOUTS)
+def test_a_layout_that_the_sequences_do_not_fit_is_refused_in_one_sentence(tmp_path, monkeypatch, layout, task, parts):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert_refused(write_toml(tmp_path / "x.toml", VALIDATED | layout | task), parts)
+    check(write_toml(tmp_path / "x.toml", VALIDATED | layout))
+
+
+def test_needles_too_long_for_the_sequence_are_refused_when_the_tokenizer_is_known(tmp_path):
+    loader = functools.partial(build_dataloader, 1, 0, TOKENIZER)
+    with pytest.raises(
+        ConfigError, match="training.seq_len is 100; with training.dataset = 'needle' it must be at least"
+    ):
+        loader(config(name="needle", length=100))
+    settings = config("validation", name="needle", length=300, validation_lengths=[300, 150])
+    loader(settings)
+    with pytest.raises(ConfigError, match="task.validation_lengths is 150; "):
+        for condition in conditions(settings):
+            build_task_dataloader(condition, 1, 0, TOKENIZER, settings)
+
+
+def test_the_section_has_what_the_tasks_take_and_nothing_else(tmp_path):
+    taken = set().union(*map(fields_of, TASKS)) | {f"validation_{cls.sizes}" for cls in TASKS.values() if cls.sizes}
+    found = {field.name for field in dataclasses.fields(sections.Task)}
+    assert found == taken | {"seed", "validation_lengths"}
+    settings = check(write_toml(tmp_path / "x.toml", of("mqar", pairs=[2, 3])), "--task.pairs", "4", "5")
+    assert settings.task.pairs == [4, 5]
+    validate_config(settings)
+
+
+def test_a_task_may_be_trained_on_and_text_be_validated_with(tmp_path):
+    settings = check(write_toml(tmp_path / "x.toml", VALIDATED | {"validation.dataset": "stdlib"}))
+    assert conditions(settings) == []
