@@ -91,7 +91,8 @@ def run(options):
     about = about.encode("utf-8", "replace").decode()  # names of files may be no text
     try:
         with new_path(options.out) as folder:
-            pictures = draw_figures(folder, about, tokens, traces, options.head)
+            with tqdm(desc="drawing", unit="picture", disable=None, leave=False) as bar:
+                pictures = draw_figures(folder, about, tokens, traces, options.head, bar.update)
             write_page(folder, about, tokens, traces, options.head, pictures)
     except OSError as error:
         raise ConvertError(f"{options.out} was not written: {error.strerror or error}") from error

@@ -21,7 +21,7 @@ LEFT, RIGHT = 1.15, 0.35
 HEAD_ROW, TALLEST_STRIP, LEAST_STRIP = 0.15, 3.2, 0.32
 BAR_WIDTH, BAR_ROW = 3.2, 0.72
 TITLE, GAP, GROUP_GAP, BETWEEN_LINES, NUMBERS = 0.72, 0.09, 0.2, 0.3, 0.22
-ABOVE_EXTRA, BELOW_EXTRA = 0.2, 0.55
+ABOVE_EXTRA, DISTRIBUTION, BELOW_EXTRA = 0.2, 3.0, 0.55
 SUBTITLE_CHARACTER = 0.08
 LONGEST_LABEL = 12
 # Taller pictures of all layers are one picture per layer.
@@ -92,7 +92,7 @@ class _Layout:
         self.bars_top = self.extra_top + extra + BELOW_EXTRA if extra else TITLE
         self.lines_top = self.bars_top + bar_rows * BAR_ROW
         self.line = NUMBERS + sum(map(_height, strips)) + sum(_gaps(strips)) + self.label_height + BETWEEN_LINES
-        self.starts = range(0, len(tokens), self.columns)
+        self.starts = range(0, len(tokens), self.columns) if strips else range(0)
         self.height = self.lines_top + self.line * len(self.starts)
 
 
@@ -183,9 +183,8 @@ def _gate_strips(trace):
     ]
 
 
-def _half_life_strips(traces):
-    norm = _log_norm(np.concatenate([trace.half_life.ravel() for trace in traces]))
-    return [_layer_strip(t, "half_life", norm, "half-life in tokens, median over key channels") for t in traces]
+def _half_life_strips(norm, trace):
+    return [_layer_strip(trace, "half_life", norm, "half-life in tokens, median over key channels")]
 
 
 def _memory_strips(trace):
@@ -234,34 +233,37 @@ def _channel_strips(channels, reach):
     ]
 
 
-def draw_figures(folder, subtitle, tokens, traces, head):
+def draw_figures(folder, subtitle, tokens, traces, head, progress=lambda: None):
     """Write the PNG files of a study and return their names.
 
     Args:
         tokens: [gates_tokens.Token], T of them; traces: [gates_trace.LayerTrace], one of which has channels.
         subtitle: a line that says of which model and text they are.
         head: the value head of the channels.
+        progress: called after each picture.
     """
     names = []
 
     def draw(name, title, strips, **options):
         _draw(folder / name, title, subtitle, tokens, strips, **options)
         names.append(name)
+        progress()
 
-    for name, title, strips_of in (
-        ("gates", "Erase and write gates", _gate_strips),
-        ("memory", "What each token erases, writes and lets decay", _memory_strips),
+    distribution = dict(extra=DISTRIBUTION, draw_extra=functools.partial(_draw_half_lives, traces))
+    norm = _log_norm(np.concatenate([trace.half_life.ravel() for trace in traces]))
+    for name, title, strips_of, above in (
+        ("gates", "Erase and write gates", _gate_strips, {}),
+        ("memory", "What each token erases, writes and lets decay", _memory_strips, {}),
+        ("half_life", "Half-lives of the decay", functools.partial(_half_life_strips, norm), distribution),
     ):
         strips = [strip for trace in traces for strip in strips_of(trace)]
-        if _Layout(tokens, strips, 0).height <= TALLEST or len(traces) == 1:
-            draw(f"{name}.png", title, strips)
-        else:
-            for trace in traces:
-                draw(f"{name}_layer_{trace.layer}.png", f"{title}, layer {trace.layer}", strips_of(trace))
-    draw(
-        "half_life.png", "Half-lives of the decay", _half_life_strips(traces),
-        extra=3.0, draw_extra=functools.partial(_draw_half_lives, traces),
-    )  # fmt: skip
+        if _Layout(tokens, strips, DISTRIBUTION if above else 0).height <= TALLEST or len(traces) == 1:
+            draw(f"{name}.png", title, strips, **above)
+            continue
+        if above:
+            draw(f"{name}.png", title, [], **above)
+        for trace in traces:
+            draw(f"{name}_layer_{trace.layer}.png", f"{title}, layer {trace.layer}", strips_of(trace))
     trace = next(trace for trace in traces if trace.channels is not None)
     title = f"Channels of layer {trace.layer}, value head {head}"
     draw("channels.png", title, _channel_strips(trace.channels, trace.erase_scale))

@@ -1,13 +1,10 @@
 """A text as the tokens that a model reads, each with the piece of text that it stands for."""
 
-import re
 from typing import NamedTuple
 
 __all__ = ["Token", "tokens_of"]
 
-# What cannot be seen is shown by a sign.
-_VISIBLE = {" ": "·", "\n": "⏎", "\r": "␍", "\t": "⇥", "\x7f": "␡", "\N{NO-BREAK SPACE}": "⍽"}
-_INVISIBLE = re.compile(r"[\x00-\x20\x7f\xa0]")
+_SIGNS = {" ": "·", "\n": "⏎", "\t": "⇥"}
 
 
 class Token(NamedTuple):
@@ -17,7 +14,8 @@ class Token(NamedTuple):
 
 
 def _label(text):
-    return _INVISIBLE.sub(lambda found: _VISIBLE.get(found[0]) or chr(0x2400 + ord(found[0])), text)
+    """The text with everything to be seen: signs for white space, and \\x00 for what no font has a glyph for."""
+    return "".join(_SIGNS.get(c) or (c if c.isprintable() else repr(c)[1:-1]) for c in text)
 
 
 def tokens_of(tokenizer, text, encoding, ids):
