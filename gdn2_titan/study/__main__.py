@@ -1,0 +1,30 @@
+"""The command line: ``python -m gdn2_titan.study gates --model FOLDER --text FILE``."""
+
+import argparse
+import sys
+
+from gdn2_titan.convert.errors import ConvertError
+
+from . import gates
+
+# Each adds its parser with ``add_parser(subparsers)``, which names the function that runs it by ``set_defaults(run=)``.
+_COMMANDS = (gates,)
+
+
+def main(arguments=None):
+    """Returns the exit status: 0, or 1 after one sentence on stderr."""
+    parser = argparse.ArgumentParser("python -m gdn2_titan.study", description="Studies of what a model does.")
+    subparsers = parser.add_subparsers(required=True, metavar="STUDY")
+    for command in _COMMANDS:
+        command.add_parser(subparsers)
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except ConvertError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""gates.html: one page with the text, every quantity of every head as JSON, and the pictures. It loads nothing else."""
+
+import base64
+import html
+import json
+import re
+from importlib import resources
+
+import matplotlib
+from matplotlib.colors import to_hex
+
+from .gates_quantities import QUANTITIES, colours_of
+
+__all__ = ["write_page"]
+
+SHADES = 64
+DIGITS = 4
+
+
+def _rounded(values):
+    """Nested lists of floats with as many digits as a reader wants."""
+    return [[float(f"{x:.{DIGITS}g}") for x in row] for row in values.tolist()]
+
+
+def _shades(name):
+    colours = matplotlib.colormaps[name]
+    return [to_hex(colours(i / (SHADES - 1))) for i in range(SHADES)]
+
+
+def _content(about, tokens, traces, head):
+    """All that the page's script reads."""
+    layers = []
+    for trace in traces:
+        reach = {"erase": trace.erase_scale, "write": 1.0}
+        layers.append(
+            {
+                "layer": trace.layer,
+                "reach": reach,
+                "colours": {name: colours_of(q.scale, reach.get(name, 1.0)) for name, q in QUANTITIES.items()},
+                "deviation": float(f"{trace.deviation:.1e}"),
+                "values": {name: _rounded(getattr(trace, name)) for name in QUANTITIES},
+            }
+        )
+    return {
+        "about": about,
+        "tokens": [token._asdict() for token in tokens],
+        "quantities": {name: quantity._asdict() for name, quantity in QUANTITIES.items()},
+        "shades": {name: _shades(name) for layer in layers for name in layer["colours"].values()},
+        "layers": layers,
+        "chosen": {"layer": next(trace.layer for trace in traces if trace.channels is not None), "head": head},
+    }
+
+
+def _as_script(content):
+    """JSON that no text can end the script element of: without <, > and &, which are \\u escapes in JSON."""
+    text = json.dumps(content, allow_nan=False, separators=(",", ":"))
+    return re.sub("[<>&]", lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def _picture(folder, name):
+    data = base64.b64encode((folder / name).read_bytes()).decode()
+    return (
+        f'<details open><summary>{html.escape(name)}</summary><div class="picture">'
+        f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}"></div></details>'
+    )
+
+
+def write_page(folder, about, tokens, traces, head, pictures):
+    """Write gates.html beside the PNG files ``pictures`` in ``folder``. The rest as for ``draw_figures``."""
+    assets = resources.files(__package__) / "assets"
+    parts = {
+        "about": html.escape(about),
+        "style": (assets / "gates.css").read_text(encoding="utf-8"),
+        "script": (assets / "gates.js").read_text(encoding="utf-8"),
+        "content": _as_script(_content(about, tokens, traces, head)),
+        "pictures": "\n".join(_picture(folder, name) for name in pictures),
+    }
+    template = (assets / "gates.html").read_text(encoding="utf-8")
+    # In one pass: what is put in is not looked through for more.
+    page = re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
+    (folder / "gates.html").write_text(page, encoding="utf-8")
