@@ -23,7 +23,9 @@ class GDN2ModelArgs:
     layer_pattern: tuple[str, ...] = ("gdn2",)
     mlp_size: int = 6208
     norm_eps: float = 1e-5
-    init_std: float = 0.02  # of embeddings, head, MLPs and softmax layers; for narrow models about hidden_size**-0.5
+    # Initial weights; the defaults are for models about as wide as the paper's.
+    init_std: float = 0.02  # of embeddings, head, MLPs and softmax layers
+    mixer_gain: float = 2**-2.5  # of Xavier, for the projections of GDN-2 layers
     # GDN-2 layers
     num_heads: int = 16
     head_dim: int = 128
@@ -76,7 +78,7 @@ class GDN2ModelArgs:
             raise ValueError(
                 f"expand_v is {self.expand_v}; times head_dim = {self.head_dim} it must be a whole number of at least 1"
             )
-        for field in ("norm_eps", "init_std"):
+        for field in ("norm_eps", "init_std", "mixer_gain"):
             if getattr(self, field) <= 0:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be greater than 0")
         if self.mixers() - {"gdn2"}:

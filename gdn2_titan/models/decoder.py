@@ -39,7 +39,7 @@ class Block(nn.Module):
     def __init__(self, args: GDN2ModelArgs, layer: int):
         super().__init__()
         self.kind = args.mixer(layer)
-        self.output_scale, self.init_std = depth_scale(args.n_layers), args.init_std
+        self.output_scale, self.init_std, self.mixer_gain = depth_scale(args.n_layers), args.init_std, args.mixer_gain
         self.mixer_norm = nn.RMSNorm(args.hidden_size, eps=args.norm_eps)
         if self.kind == "gdn2":
             self.mixer = GatedDeltaNet2(
@@ -81,8 +81,7 @@ class Block(nn.Module):
     def init_weights(self):
         nn.init.ones_(self.mixer_norm.weight)
         nn.init.ones_(self.mlp_norm.weight)
-        own_std = {} if self.kind == "gdn2" else {"std": self.init_std}
-        self.mixer.init_weights(self.output_scale, **own_std)
+        self.mixer.init_weights(self.output_scale, self.mixer_gain if self.kind == "gdn2" else self.init_std)
         self.mlp.init_weights(self.output_scale, self.init_std)
 
 

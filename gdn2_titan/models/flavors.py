@@ -18,7 +18,8 @@ flavors: dict[str, GDN2ModelArgs] = {
     "debug_hybrid": GDN2ModelArgs(**_debug, layer_pattern=("gdn2", "swa")),
     "recall": GDN2ModelArgs(
         vocab_size=_BYTES, hidden_size=64, n_layers=2, mlp_size=128,
-        num_heads=2, head_dim=16, attn_heads=4, attn_kv_heads=1, window=16, init_std=0.1,
+        num_heads=2, head_dim=16, attn_heads=4, attn_kv_heads=1, window=16,
+        init_std=0.1, mixer_gain=0.7,
     ),
     "150M": GDN2ModelArgs(
         hidden_size=768, n_layers=12, mlp_size=2048, num_heads=6, attn_heads=12,

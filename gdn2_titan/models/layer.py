@@ -19,7 +19,6 @@ from .init import fill_, xavier_
 
 __all__ = ["GDN2State", "GatedDeltaNet2", "STATISTICS"]
 
-XAVIER_GAIN = 2**-2.5
 STATISTICS = (
     "erase_gate_mean", "erase_gate_std", "write_gate_mean", "write_gate_std",
     "half_life_mean", "half_life_std", "state_norm",
@@ -230,11 +229,11 @@ class GatedDeltaNet2(nn.Module):
         pairs = [erase.mean(), erase.std(), write.mean(), write.std(), half_life.mean(), half_life.std(correction=0)]
         self.statistics.copy_(torch.stack([*pairs, state_norm.float()]))
 
-    def init_weights(self, output_scale=1.0):
-        """Xavier-uniform with gain 2^-2.5 for every projection, the output projection scaled by depth on top."""
+    def init_weights(self, output_scale=1.0, gain=2**-2.5):
+        """Xavier-uniform with ``gain`` for every projection, the output projection scaled by depth on top."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                xavier_(module.weight, XAVIER_GAIN * (output_scale if module is self.o_proj else 1.0))
+                xavier_(module.weight, gain * (output_scale if module is self.o_proj else 1.0))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, (ShortConvolution, DecayParameters)):

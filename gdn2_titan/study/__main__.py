@@ -1,14 +1,14 @@
-"""The command line: ``python -m gdn2_titan.study gates --model FOLDER --text FILE``."""
+"""The command line: ``python -m gdn2_titan.study recall --out DIR`` and ``gates --model FOLDER --text FILE``."""
 
 import argparse
 import sys
 
 from gdn2_titan.convert.errors import ConvertError
 
-from . import gates
+from . import gates, recall
 
 # Each adds its parser with ``add_parser(subparsers)``, which names the function that runs it by ``set_defaults(run=)``.
-_COMMANDS = (gates,)
+_COMMANDS = (recall, gates)
 
 
 def main(arguments=None):

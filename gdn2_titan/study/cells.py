@@ -3,12 +3,17 @@
 What is trained how long is fixed here, so that a study of the same seed is the same study.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from .mixers import FLAVOR, MIXERS, matched
+from .mixers import FLAVOR, matched
 from .toml_text import toml_text
 
-__all__ = ["RECALL", "TRACKING", "Cell", "Experiment", "grid"]
+__all__ = ["RECALL_TASKS", "TRACKING_TASKS", "Cell", "Experiment", "grid"]
+
+
+GATES = ("GDN-2", "erase only", "write only", "KDA", "Gated DeltaNet", "GDN-2 + window", "softmax")
+REFLECTING = ("GDN-2", "GDN-2, erase up to 2")
+RECALL_TASKS, TRACKING_TASKS = ("mqar", "overwrite"), ("parity", "permutations")
 
 
 @dataclass(frozen=True)
@@ -16,11 +21,13 @@ class Experiment:
     """A task, how it is trained and under which conditions it is tested."""
 
     task: str
-    steps: int
-    seq_len: int
     mixers: tuple[str, ...]
     task_fields: dict
-    learning_rate: float = 4e-3
+    steps: int
+    seq_len: int
+    batch: int
+    learning_rate: float
+    model_fields: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,11 @@ class Cell:
     experiment: Experiment
     mixer: str
     seed: int
+
+    @property
+    def model_fields(self):
+        """The fields of [gdn2] that make its model."""
+        return matched(self.mixer, self.experiment.model_fields)
 
     @property
     def name(self):
@@ -49,7 +61,7 @@ class Cell:
                 "model": {"name": "gdn2", "flavor": FLAVOR},
                 "training": {
                     "dataset": what.task,
-                    "local_batch_size": 16,
+                    "local_batch_size": what.batch,
                     "seq_len": what.seq_len,
                     "steps": what.steps,
                     "mixed_precision_param": "float32",
@@ -58,7 +70,7 @@ class Cell:
                 "optimizer": {"lr": what.learning_rate, "weight_decay": 0.1},
                 "lr_scheduler": {"warmup_steps": 50, "decay_type": "cosine", "min_lr_factor": 0.1},
                 "metrics": {"log_freq": 100, "enable_tensorboard": True},
-                "gdn2": matched(self.mixer) | {"statistics_freq": 0},
+                "gdn2": self.model_fields | {"statistics_freq": 0},
                 "validation": {
                     "enable": True,
                     "dataset": what.task,
@@ -74,23 +86,18 @@ class Cell:
         )
 
 
-GATES = ("GDN-2", "erase only", "write only", "KDA", "Gated DeltaNet", "GDN-2 + window", "softmax")
-RECALL_TASKS, TRACKING_TASKS = ("mqar", "overwrite"), ("parity", "permutations")
-
-
 def _experiments(quick):
-    """RECALL: up to 16 pairs are trained on; more of them, and longer sequences, are only tested."""
-    pairs = {"pairs": [2, 4, 8, 16], "keys": 32, "values": 32}
-    tested = {"validation_pairs": [4, 8, 12, 16, 20], "validation_lengths": [64, 128, 256]}
-    rewritten = {"pairs": [2, 4, 8], "keys": 32, "values": 32, "writes": 3}
-    tested_rewritten = {"validation_pairs": [2, 4, 6, 8], "validation_lengths": [64, 128, 256]}
-    steps = 1500 if quick else 3500
-    bent = ("GDN-2", "GDN-2, erase up to 2")
+    steps = 1200 if quick else 2500
+    recall, symbols = {"steps": steps, "seq_len": 64, "batch": 16, "learning_rate": 4e-3}, {"keys": 32, "values": 32}
+    tracking = {"seq_len": 16, "batch": 96, "learning_rate": 2e-3, "model_fields": {"num_heads": 4}}
+    lengths, far = {"validation_lengths": [64, 128, 256]}, {"validation_lengths": [16, 32, 64, 128]}
+    pairs = {"pairs": [2, 4, 8, 16], "validation_pairs": [4, 8, 12, 16, 20]}
+    rewritten = {"writes": 2, "pairs": [2, 4, 8, 12], "validation_pairs": [4, 6, 8, 10, 12]}
     return [
-        Experiment("mqar", steps, 64, GATES, pairs | tested),
-        Experiment("overwrite", steps, 64, GATES, rewritten | tested_rewritten),
-        Experiment("parity", steps // 4, 64, bent, {"validation_lengths": [64, 128, 256, 512]}),
-        Experiment("permutations", steps, 64, bent, {"generators": "swaps", "validation_lengths": [64, 128, 256]}),
+        Experiment("mqar", GATES, symbols | pairs | lengths, **recall),
+        Experiment("overwrite", GATES, symbols | rewritten | lengths, **recall),
+        Experiment("permutations", REFLECTING, {"generators": "swaps"} | far, steps=1500, **tracking),
+        Experiment("parity", REFLECTING, far, steps=500, **tracking),
     ]
 
 

@@ -36,10 +36,11 @@ def parameters(args):
         return sum(p.numel() for p in GDN2Model(args).parameters())
 
 
-def matched(mixer):
-    """The fields of [gdn2] for a mixer: its own, with the MLP's size that brings its parameters closest to those of
-    GDN-2, and the window that keeps as much as a GDN-2 layer does (keys and values of full attention grow instead)."""
-    fields, like = dict(MIXERS[mixer]), model_args({})
+def matched(mixer, shape):
+    """The fields of [gdn2] for a mixer: those of ``shape``, its own, the MLP's size that brings its parameters closest
+    to those of GDN-2 in that shape, and the window that keeps as much as a GDN-2 layer does (what full attention keeps
+    grows instead)."""
+    fields, like = shape | MIXERS[mixer], model_args(shape)
     if "swa" in fields.get("layer_pattern", ()):
         layer = state_bytes(dataclasses.replace(like, n_layers=1), 1)
         window = dataclasses.replace(like, n_layers=1, layer_pattern=("swa",), window=2)

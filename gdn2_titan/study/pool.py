@@ -50,4 +50,6 @@ def train_all(folders, jobs):
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
     if failed:
-        raise ConvertError(f"{len(failed)} of {len(folders)} trainings failed; {failed[0] / LOG} says why the first did")
+        raise ConvertError(
+            f"{len(failed)} of {len(folders)} trainings failed; {failed[0] / LOG} says why the first did"
+        )

@@ -1,31 +1,21 @@
-"""``python -m gdn2_titan.study recall --out DIR``: trains a grid of small models on recall tasks and reports on them."""
+"""``python -m gdn2_titan.study recall --out DIR``: trains a grid of small models on recall tasks, and reports."""
 
-import argparse
 from pathlib import Path
 
 from gdn2_titan.convert.errors import ConvertError
+from gdn2_titan.model_options import number
 
 __all__ = ["add_parser"]
-
-
-def _count(text):
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"is {text!r}; it must be a whole number of at least 1")
-    return value
 
 
 def add_parser(subparsers):
     """Adds the command; its options are in its --help."""
     parser = subparsers.add_parser("recall", help="train a grid of small models on recall tasks", description=__doc__)
-    add = parser.add_argument
+    add, count = parser.add_argument, number(int, "a whole number of at least 1", lambda x: x >= 1)
     add("--out", required=True, metavar="DIR", help="for results, plots and trainings; an unfinished study goes on")
     add("--quick", action="store_true", help="one seed, fewer steps: minutes instead of an hour and more")
-    add("--seeds", type=_count, metavar="N", help="of each model (default: 3; with --quick 1)")
-    add("--jobs", type=_count, metavar="N", help="trainings at a time (default: one a core)")
+    add("--seeds", type=count, metavar="N", help="of each model (default: 3; with --quick 1)")
+    add("--jobs", type=count, metavar="N", help="trainings at a time (default: one a core)")
     parser.set_defaults(run=run)
 
 

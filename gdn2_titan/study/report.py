@@ -35,7 +35,7 @@ def write_report(out, cells, folders):
     if tracked:
         length = trained[tracked[0].task].seq_len
         parts.append(
-            f"## State tracking\n\nAccuracy of the state after every token, trained on sequences of {length} tokens:\n\n"
+            f"## State tracking\n\nAccuracy of every answer, after training on sequences of {length} tokens:\n\n"
             f"{tracking_table(tracked)}"
         )
     if by_pairs:

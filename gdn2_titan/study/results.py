@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from gdn2_titan.models.state_size import state_bytes
 
-from .mixers import matched, model_args
+from .mixers import model_args
 from .train_cell import RESULT
 
 __all__ = ["Row", "capacity", "csv_text", "read_rows", "spread"]
@@ -37,7 +37,7 @@ def read_rows(cells, folders):
     rows = []
     for cell, folder in zip(cells, folders, strict=True):
         found = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-        args = model_args(matched(cell.mixer))
+        args = model_args(cell.model_fields)
         for result in found["results"]:
             rows.append(
                 Row(
