@@ -119,7 +119,7 @@ def test_results_are_those_of_the_models_answers_under_each_condition(tmp_path, 
     for step in (7, 8):  # the second time the same sequences
         model = Reader()
         validator.validate([model], step)
-        assert model.training
+        assert model.training and validator.loss_fn.watcher is None
         found = [{name: value for name, value in result.items() if name != "loss"} for result in validator.results]
         assert found == expected
         processor = validator.metrics_processor

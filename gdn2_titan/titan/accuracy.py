@@ -39,8 +39,8 @@ class Accuracy:
         counts = torch.cat(self._counts, 1)
         if self._cp_mesh is not None:  # a sequence is right if every rank's part of it is
             dist.all_reduce(counts, group=self._cp_mesh.get_group())
-        asked = counts[0] > 0
-        sums = torch.cat((counts.sum(1), torch.stack((asked.sum(), (asked & (counts[1] == 0)).sum()))))
+        right = counts[1] == 0
+        sums = torch.cat((counts.sum(1), right.new_tensor([right.numel(), right.sum()], dtype=torch.int64)))
         if self._dp_mesh is not None:
             dist.all_reduce(sums, group=self._dp_mesh.get_group())
         answers, wrong, apart, wrong_apart, sequences, exact = sums.tolist()
