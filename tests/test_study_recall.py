@@ -108,7 +108,9 @@ def _row(mixer, seed, pairs, accuracy, length=64):
 
 
 def test_tables_have_the_mean_and_the_range_of_the_seeds():
-    rows = [_row("A", seed, pairs, x) for pairs, xs in {4: (1.0, 0.9), 8: (0.5, 0.7)}.items() for seed, x in enumerate(xs)]
+    rows = [
+        _row("A", seed, pairs, x) for pairs, xs in {4: (1.0, 0.9), 8: (0.5, 0.7)}.items() for seed, x in enumerate(xs)
+    ]
     table = accuracy_table(rows, "pairs").splitlines()
     assert table[0] == "| mixer | 4 pairs | 8 pairs |"
     assert table[2] == "| A | 95.0% (90% to 100%) | 60.0% (50% to 70%) |"
@@ -190,7 +192,9 @@ def test_a_study_leaves_a_row_for_every_model_and_condition_and_tables_and_plots
 
 
 def _name(row):
-    (cell,) = [c for c in CELLS if (c.experiment.task, c.mixer, str(c.seed)) == (row["task"], row["mixer"], row["seed"])]
+    (cell,) = [
+        c for c in CELLS if (c.experiment.task, c.mixer, str(c.seed)) == (row["task"], row["mixer"], row["seed"])
+    ]
     return cell.name
 
 
@@ -240,5 +244,3 @@ def test_counts_below_one_are_refused(option, value, capsys):
     with pytest.raises(SystemExit):
         main(["recall", "--out", "x", option, value])
     assert f"is '{value}'; it must be a whole number of at least 1" in capsys.readouterr().err
-
-

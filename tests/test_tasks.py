@@ -102,9 +102,9 @@ def read_parity(tokens, s):
 
 
 def read_permutations(tokens, s):
-    assert tokens[0] == 120
+    assert tokens[:5] == [120, 121, 122, 123, 124]
     state, answers = list("abcde"), {}
-    for i, token in enumerate(tokens[1:], 1):
+    for i, token in enumerate(tokens[5:], 5):
         permutation = ELEMENTS[token]
         if s.generators == "swaps":
             assert sum(a != b for a, b in enumerate(permutation)) == 2
@@ -114,7 +114,7 @@ def read_permutations(tokens, s):
         state = moved
         whole = tuple(state.index(thing) for thing in "abcde")
         answers[i] = ELEMENTS.index(whole)
-    return answers, tokens[1:]
+    return answers, tokens[5:]
 
 
 def read_copying(tokens, s):
@@ -424,7 +424,8 @@ REFUSALS = [
     (of("parity") | {"training.seq_len": 1}, ["training.seq_len is 1", "at least 2"]),
     (of("parity") | {"training.seq_len": 8}, ["training.seq_len is 8", "128 different", "at least 256"]),
     (of("permutations", generators="some"), ["task.generators is 'some'", "'swaps' or 'all'"]),
-    (of("permutations") | {"training.seq_len": 3}, ["training.seq_len is 3", "100 different"]),
+    (of("permutations") | {"training.seq_len": 5}, ["training.seq_len is 5", "at least 6"]),
+    (of("permutations") | {"training.seq_len": 7}, ["training.seq_len is 7", "100 different"]),
     (of("copying", symbols=[65]), ["training.seq_len is 128", "task.symbols = [65]", "at least 130"]),
     (of("copying", symbols=[0]), ["task.symbols is [0]", "at least 1"]),
     (of("copying", alphabet=263), ["task.alphabet is 263", "265 symbols", "264"]),

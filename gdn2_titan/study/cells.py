@@ -87,8 +87,8 @@ class Cell:
 
 
 def _experiments(quick):
-    steps = 1200 if quick else 2500
-    recall, symbols = {"steps": steps, "seq_len": 64, "batch": 16, "learning_rate": 4e-3}, {"keys": 32, "values": 32}
+    steps = 1000 if quick else 2400
+    recall, symbols = {"steps": steps, "seq_len": 64, "batch": 16, "learning_rate": 3e-3}, {"keys": 32, "values": 8}
     tracking = {"seq_len": 16, "batch": 96, "learning_rate": 2e-3, "model_fields": {"num_heads": 4}}
     lengths, far = {"validation_lengths": [64, 128, 256]}, {"validation_lengths": [16, 32, 64, 128]}
     pairs = {"pairs": [2, 4, 8, 16], "validation_pairs": [4, 8, 12, 16, 20]}

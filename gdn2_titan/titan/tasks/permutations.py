@@ -12,7 +12,7 @@ from .task import Task, blank
 __all__ = ["Permutations"]
 
 ELEMENTS = list(itertools.permutations(range(5)))  # in the order of their symbols
-BEGIN = len(ELEMENTS)
+THINGS = len(ELEMENTS) + np.arange(5)  # symbols
 SWAPS = np.array([i for i, p in enumerate(ELEMENTS) if sum(p[x] != x for x in range(5)) == 2])
 
 
@@ -25,7 +25,9 @@ def _products():
 
 @dataclasses.dataclass
 class Permutations(Task):
-    """A begin symbol, then permutations of five things; the answer at each is the product of all up to it.
+    """Five things in order, a symbol each, then permutations; the answer at each is the product of all up to it.
+
+    A memory that is edited one key at a time needs the things: it stores each under its place and exchanges places.
 
     ``generators``: "swaps", the 10 that exchange two things, or "all", the 120.
     """
@@ -36,25 +38,26 @@ class Permutations(Task):
     def check(self, vocab_size):
         if self.generators not in ("swaps", "all"):
             raise ValueError(f"generators is {self.generators!r}; it must be 'swaps' or 'all'")
-        self.fits(BEGIN + 1, vocab_size)
+        self.fits(len(ELEMENTS) + len(THINGS), vocab_size)
 
     def shortest(self):
-        return 2
+        return len(THINGS) + 1
 
     def contents(self, length):
-        return (len(SWAPS) if self.generators == "swaps" else len(ELEMENTS)) ** (length - 1)
+        return (len(SWAPS) if self.generators == "swaps" else len(ELEMENTS)) ** (length - len(THINGS))
 
     def answers(self, length):
-        return length - 1
+        return length - len(THINGS)
 
     def remember(self, draw, length):
         if self.generators == "swaps":
-            return SWAPS[draw.below(len(SWAPS), length - 1)]
-        return draw.below(len(ELEMENTS), length - 1)
+            return SWAPS[draw.below(len(SWAPS), length - len(THINGS))]
+        return draw.below(len(ELEMENTS), length - len(THINGS))
 
     def write(self, draw, content, length):
         tokens, labels = blank(length)
         products = _products()
-        tokens[0], tokens[1:] = BEGIN, content
-        labels[1:] = list(itertools.accumulate(content.tolist(), lambda product, next: products[product][next]))
+        tokens[: len(THINGS)], tokens[len(THINGS) :] = THINGS, content
+        answers = itertools.accumulate(content.tolist(), lambda product, next: products[product][next])
+        labels[len(THINGS) :] = list(answers)
         return tokens, labels
