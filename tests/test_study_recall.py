@@ -1,4 +1,4 @@
-"""The recall study: equal budgets, a report that the trainings' numbers make, and the same numbers again after a kill."""
+"""The recall study: equal budgets, a report made of what trainings measured, the same numbers again after a kill."""
 
 import csv
 import dataclasses
@@ -26,7 +26,6 @@ from gdn2_titan.study.toml_text import toml_text
 from gdn2_titan.study.train_cell import LOG, RESULT
 
 from .training import ROOT
-
 
 # ---- budgets
 

@@ -23,9 +23,11 @@ class GDN2ModelArgs:
     layer_pattern: tuple[str, ...] = ("gdn2",)
     mlp_size: int = 6208
     norm_eps: float = 1e-5
-    # Initial weights; the defaults are for models about as wide as the paper's.
+    # What training starts from; the defaults are for models as wide, and texts as long, as the paper's.
     init_std: float = 0.02  # of embeddings, head, MLPs and softmax layers
     mixer_gain: float = 2**-2.5  # of Xavier, for the projections of GDN-2 layers
+    dt_min: float = 1e-3  # softplus(dt_bias) is log-uniform from here
+    dt_max: float = 1e-1  # to here; times A, up to 16, it is the decay in nats per token
     # GDN-2 layers
     num_heads: int = 16
     head_dim: int = 128
@@ -78,9 +80,11 @@ class GDN2ModelArgs:
             raise ValueError(
                 f"expand_v is {self.expand_v}; times head_dim = {self.head_dim} it must be a whole number of at least 1"
             )
-        for field in ("norm_eps", "init_std", "mixer_gain"):
+        for field in ("norm_eps", "init_std", "mixer_gain", "dt_min"):
             if getattr(self, field) <= 0:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be greater than 0")
+        if self.dt_max < self.dt_min:
+            raise ValueError(f"dt_max is {self.dt_max}; it must be at least dt_min = {self.dt_min}")
         if self.mixers() - {"gdn2"}:
             if self.hidden_size % self.attn_heads or self.hidden_size // self.attn_heads % 2:
                 raise ValueError(

@@ -39,7 +39,8 @@ class Block(nn.Module):
     def __init__(self, args: GDN2ModelArgs, layer: int):
         super().__init__()
         self.kind = args.mixer(layer)
-        self.output_scale, self.init_std, self.mixer_gain = depth_scale(args.n_layers), args.init_std, args.mixer_gain
+        self.output_scale, self.init_std = depth_scale(args.n_layers), args.init_std
+        self.mixer_init = (args.mixer_gain, args.dt_min, args.dt_max) if self.kind == "gdn2" else (args.init_std,)
         self.mixer_norm = nn.RMSNorm(args.hidden_size, eps=args.norm_eps)
         if self.kind == "gdn2":
             self.mixer = GatedDeltaNet2(
@@ -81,7 +82,7 @@ class Block(nn.Module):
     def init_weights(self):
         nn.init.ones_(self.mixer_norm.weight)
         nn.init.ones_(self.mlp_norm.weight)
-        self.mixer.init_weights(self.output_scale, self.mixer_gain if self.kind == "gdn2" else self.init_std)
+        self.mixer.init_weights(self.output_scale, *self.mixer_init)
         self.mlp.init_weights(self.output_scale, self.init_std)
 
 

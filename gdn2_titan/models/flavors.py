@@ -19,7 +19,7 @@ flavors: dict[str, GDN2ModelArgs] = {
     "recall": GDN2ModelArgs(
         vocab_size=_BYTES, hidden_size=64, n_layers=2, mlp_size=128,
         num_heads=2, head_dim=16, attn_heads=4, attn_kv_heads=1, window=16,
-        init_std=0.1, mixer_gain=0.7,
+        init_std=0.1, mixer_gain=0.7, dt_min=1e-4, dt_max=1e-2,
     ),
     "150M": GDN2ModelArgs(
         hidden_size=768, n_layers=12, mlp_size=2048, num_heads=6, attn_heads=12,

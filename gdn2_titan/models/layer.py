@@ -68,11 +68,11 @@ class DecayParameters(nn.Module):
         self.A_log = nn.Parameter(torch.empty(num_heads))
         self.dt_bias = nn.Parameter(torch.empty(num_heads, channels))
 
-    def init_weights(self):
-        """A ~ U(1, 16); softplus(dt_bias) log-uniform in [1e-3, 1e-1]: half-lives of a token to hundreds of tokens."""
+    def init_weights(self, dt_min=1e-3, dt_max=1e-1):
+        """A ~ U(1, 16); softplus(dt_bias) log-uniform in [dt_min, dt_max]: by default half-lives of a token to hundreds."""
 
         def draw_dt_bias(x):
-            dt = torch.rand_like(x).mul_(math.log(100)).add_(math.log(1e-3)).exp_()
+            dt = torch.rand_like(x).mul_(math.log(dt_max / dt_min)).add_(math.log(dt_min)).exp_()
             x.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
         fill_(self.A_log, lambda x: x.uniform_(1, 16).log_())
@@ -229,14 +229,16 @@ class GatedDeltaNet2(nn.Module):
         pairs = [erase.mean(), erase.std(), write.mean(), write.std(), half_life.mean(), half_life.std(correction=0)]
         self.statistics.copy_(torch.stack([*pairs, state_norm.float()]))
 
-    def init_weights(self, output_scale=1.0, gain=2**-2.5):
+    def init_weights(self, output_scale=1.0, gain=2**-2.5, dt_min=1e-3, dt_max=1e-1):
         """Xavier-uniform with ``gain`` for every projection, the output projection scaled by depth on top."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 xavier_(module.weight, gain * (output_scale if module is self.o_proj else 1.0))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, (ShortConvolution, DecayParameters)):
+            elif isinstance(module, ShortConvolution):
                 module.init_weights()
+            elif isinstance(module, DecayParameters):
+                module.init_weights(dt_min, dt_max)
         nn.init.ones_(self.o_norm.weight)
         self.statistics.zero_()

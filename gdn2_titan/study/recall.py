@@ -25,10 +25,13 @@ def run(options):
     Raises:
         ConvertError: the folder has another study, or trainings failed.
     """
-    from .cells import grid
-    from .pool import default_jobs, train_all
-    from .report import write_report
-    from .train_cell import CONFIG
+    try:
+        from .cells import grid
+        from .pool import default_jobs, train_all
+        from .report import write_report
+        from .train_cell import CONFIG
+    except ImportError as error:
+        raise ConvertError(f"{error}; this study needs the extra 'study': pip install 'gdn2_titan[study]'") from error
 
     out = Path(options.out).absolute()
     cells = grid(options.quick, options.seeds)
