@@ -20,7 +20,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if path := config.getoption("--composability"):
+    # Workers of pytest-xdist report to the process that has them, and it writes.
+    if (path := config.getoption("--composability")) and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Recorder(Path(path)))
 
 

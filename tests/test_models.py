@@ -112,6 +112,27 @@ def test_decays_at_initialisation_span_their_ranges():
     assert A.min() < 2 and A.max() > 15
 
 
+def test_a_flavor_says_how_wide_weights_and_how_fast_decays_start():
+    torch.manual_seed(0)
+    args = GDN2ModelArgs(
+        vocab_size=1000, hidden_size=64, n_layers=2, mlp_size=128, num_heads=2, head_dim=16, attn_heads=4,
+        layer_pattern=("gdn2", "attention"), init_std=0.1, mixer_gain=0.7, dt_min=1e-5, dt_max=1e-4,
+    )  # fmt: skip
+    built = GDN2Model(args)
+    built.init_weights()
+    mixer, attention = built.layers["0"].mixer, built.layers["1"].mixer
+    for weight in (built.tok_embeddings.weight, built.lm_head.weight, built.layers["0"].mlp.up_proj.weight,
+                   attention.q_proj.weight):  # fmt: skip
+        assert weight.detach().std() == pytest.approx(0.1, rel=0.05)
+    scale = (2 * args.n_layers) ** -0.5
+    for weight in (built.layers["1"].mlp.down_proj.weight, attention.o_proj.weight):
+        assert weight.detach().std() == pytest.approx(0.1 * scale, rel=0.05)
+    for weight, gain in ((mixer.q_proj.weight, 0.7), (mixer.o_proj.weight, 0.7 * scale)):
+        assert weight.detach().std() == pytest.approx(gain * (2 / sum(weight.shape)) ** 0.5, rel=0.05)
+    dt = F.softplus(mixer.decay.dt_bias)
+    assert dt.min() >= 0.99e-5 and dt.max() <= 1.01e-4
+
+
 def test_the_same_seed_gives_the_same_weights_and_an_initial_loss_of_a_uniform_guess():
     built = []
     for _ in range(2):
@@ -461,6 +482,10 @@ def test_a_hybrid_model_compiles_into_one_graph_with_the_same_logits(dynamic):
         ("expand_v", 0.3),
         ("expand_v", -1.0),
         ("norm_eps", 0.0),
+        ("init_std", 0.0),
+        ("mixer_gain", -1.0),
+        ("dt_min", 0.0),
+        ("dt_max", 1e-4),
         ("attn_heads", 5),
         ("attn_heads", 32),
         ("attn_kv_heads", 3),

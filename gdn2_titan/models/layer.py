@@ -69,7 +69,7 @@ class DecayParameters(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(num_heads, channels))
 
     def init_weights(self, dt_min=1e-3, dt_max=1e-1):
-        """A ~ U(1, 16); softplus(dt_bias) log-uniform in [dt_min, dt_max]: by default half-lives of a token to hundreds."""
+        """A ~ U(1, 16); softplus(dt_bias) log-uniform in [dt_min, dt_max]: by default half-lives of 1 to 700 tokens."""
 
         def draw_dt_bias(x):
             dt = torch.rand_like(x).mul_(math.log(dt_max / dt_min)).add_(math.log(dt_min)).exp_()
