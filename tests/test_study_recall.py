@@ -21,7 +21,7 @@ from gdn2_titan.study.cells import Cell, Experiment, grid
 from gdn2_titan.study.mixers import MIXERS, matched, model_args, parameters
 from gdn2_titan.study.report import write_report
 from gdn2_titan.study.results import Row, capacity, csv_text
-from gdn2_titan.study.tables import accuracy_table, capacity_table
+from gdn2_titan.study.tables import accuracy_table, capacity_table, separation_table
 from gdn2_titan.study.toml_text import toml_text
 from gdn2_titan.study.train_cell import LOG, RESULT
 
@@ -115,6 +115,17 @@ def test_tables_have_the_mean_and_the_range_of_the_seeds():
     assert table[2] == "| A | 95.0% (90% to 100%) | 60.0% (50% to 70%) |"
     # Seed 0: 4 + 4 * 0.1 / 0.5 = 4.8 pairs; seed 1: 4; 2 KB of state.
     assert capacity_table(rows).splitlines()[2] == "| A | 1,000 | 2.00 | 4.4 (4.0 to 4.8) | 2.20 |"
+
+
+def test_a_mixer_is_above_another_where_its_worst_seed_beats_the_other_s_best():
+    found = {"A": {4: (1.0, 0.9), 8: (0.8, 0.7)}, "B": {4: (0.8, 0.89), 8: (0.7, 0.6)}}
+    rows = [
+        _row(mixer, seed, pairs, x)
+        for mixer, of in found.items()
+        for pairs, xs in of.items()
+        for seed, x in enumerate(xs)
+    ]
+    assert separation_table(rows).splitlines()[2:] == ["| A |  | 1 |", "| B | 0 |  |"]
 
 
 def test_csv_has_every_row_and_reads_back():

@@ -30,8 +30,12 @@ def plot_accuracy(path, rows, panels, axis, label):
                 continue
             found = [spread([row for row in mine if getattr(row, axis) == x]) for x in at]
             mean, low, high = zip(*found, strict=True)
-            ax.plot(at, mean, STYLES[i % len(STYLES)], color=colours[i], marker="o", markersize=3.5, label=mixer)
-            ax.fill_between(at, low, high, color=colours[i], alpha=0.15, linewidth=0)
+            ends = [[y - x for x, y in zip(low, mean, strict=True)], [y - x for x, y in zip(mean, high, strict=True)]]
+            beside = [x * 2 ** (0.012 * (i - len(mixers) / 2)) for x in at]  # or the ranges would hide each other
+            ax.errorbar(
+                beside, mean, ends, fmt=STYLES[i % len(STYLES)], color=colours[i], marker="o", markersize=3.5,
+                linewidth=1.2, elinewidth=0.8, capsize=2, label=mixer,
+            )  # fmt: skip
         ax.set_title(title)
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter(ScalarFormatter())

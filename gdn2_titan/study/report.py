@@ -5,7 +5,7 @@ from gdn2_titan.convert.aside import write_text
 from .cells import RECALL_TASKS, TRACKING_TASKS
 from .plots import plot_accuracy
 from .results import csv_text, read_rows
-from .tables import accuracy_table, capacity_table, tracking_table
+from .tables import accuracy_table, capacity_table, separation_table, tracking_table
 
 __all__ = ["write_report"]
 
@@ -28,6 +28,8 @@ def write_report(out, cells, folders):
             f"seeds:\n\n{accuracy_table(at_length, 'pairs')}",
             f"The same number of pairs, {asked}, in longer sequences:\n\n{accuracy_table(at_pairs, 'length')}",
             f"Pairs held at 90% accuracy in {length} tokens:\n\n{capacity_table(at_length)}",
+            "Beyond the seeds' spread: under how many conditions (pairs, length) every seed of the mixer on the left is "
+            f"above every seed of the other:\n\n{separation_table(mine)}",
         ]
         by_pairs[f"{task}, {length} tokens"] = at_length.__contains__
         by_length[f"{task}, {asked} pairs"] = at_pairs.__contains__

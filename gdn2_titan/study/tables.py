@@ -2,7 +2,7 @@
 
 from .results import capacity, spread
 
-__all__ = ["accuracy_table", "capacity_table", "tracking_table"]
+__all__ = ["accuracy_table", "capacity_table", "separation_table", "tracking_table"]
 
 
 def _table(head, lines):
@@ -53,6 +53,23 @@ def capacity_table(rows):
             ]
         )
     return _table(["mixer", "parameters", "state, KB", "pairs held at 90%", "pairs per KB"], lines)
+
+
+def separation_table(rows):
+    """Of one task: under how many of its conditions every seed of a line's mixer is above every seed of a column's."""
+    conditions = {(row.pairs, row.length) for row in rows}
+    ranges = {
+        (mixer, at): spread([row for row in rows if row.mixer == mixer and (row.pairs, row.length) == at])[1:]
+        for mixer in _mixers(rows)
+        for at in conditions
+    }
+
+    def above(mixer, other):
+        return sum(ranges[mixer, at][0] > ranges[other, at][1] for at in conditions)
+
+    names = _mixers(rows)
+    lines = [[mixer, *("" if mixer == x else str(above(mixer, x)) for x in names)] for mixer in names]
+    return _table([f"of {len(conditions)}, above", *names], lines)
 
 
 def tracking_table(rows):
