@@ -28,8 +28,8 @@ def write_report(out, cells, folders):
             f"seeds:\n\n{accuracy_table(at_length, 'pairs')}",
             f"The same number of pairs, {asked}, in longer sequences:\n\n{accuracy_table(at_pairs, 'length')}",
             f"Pairs held at 90% accuracy in {length} tokens:\n\n{capacity_table(at_length)}",
-            "Beyond the seeds' spread: in how many conditions (pairs, length) all seeds of the mixer on the left are above "
-            f"all of the other:\n\n{separation_table(mine)}",
+            "Beyond the seeds' spread: in how many conditions (pairs, length) all seeds of the mixer on the left are "
+            f"above all of the other:\n\n{separation_table(mine)}",
         ]
         by_pairs[f"{task}, {length} tokens"] = at_length.__contains__
         by_length[f"{task}, {asked} pairs"] = at_pairs.__contains__
