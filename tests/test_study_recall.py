@@ -198,7 +198,7 @@ def test_a_study_leaves_a_row_for_every_model_and_condition_and_tables_and_plots
         assert int(row["parameters"]) == result["parameters"]
     for name in ("pairs.png", "lengths.png"):
         assert (finished / name).read_bytes().startswith(b"\x89PNG")
-    assert "## State tracking" in (finished / "results.md").read_text()
+    assert "## parity" in (finished / "results.md").read_text()
 
 
 def _name(row):

@@ -89,15 +89,16 @@ class Cell:
 def _experiments(quick):
     steps = 1000 if quick else 2400
     recall, symbols = {"steps": steps, "seq_len": 64, "batch": 16, "learning_rate": 3e-3}, {"keys": 32, "values": 8}
-    tracking = {"seq_len": 16, "batch": 96, "learning_rate": 2e-3, "model_fields": {"num_heads": 4}}
-    lengths, far = {"validation_lengths": [64, 128, 256]}, {"validation_lengths": [16, 32, 64, 128]}
+    tracking = {"learning_rate": 2e-3, "model_fields": {"num_heads": 4}}
+    lengths = {"validation_lengths": [64, 128, 256]}
+    swaps = {"generators": "swaps", "validation_lengths": [16, 32, 64, 128]}
     pairs = {"pairs": [2, 4, 8, 16], "validation_pairs": [4, 8, 12, 16, 20]}
     rewritten = {"writes": 2, "pairs": [2, 4, 8, 12], "validation_pairs": [4, 6, 8, 10, 12]}
     return [
         Experiment("mqar", GATES, symbols | pairs | lengths, **recall),
         Experiment("overwrite", GATES, symbols | rewritten | lengths, **recall),
-        Experiment("permutations", REFLECTING, {"generators": "swaps"} | far, steps=1500, **tracking),
-        Experiment("parity", REFLECTING, far, steps=500, **tracking),
+        Experiment("permutations", REFLECTING, swaps, steps=1500, seq_len=16, batch=96, **tracking),
+        Experiment("parity", REFLECTING, lengths, steps=500, seq_len=64, batch=24, **tracking),
     ]
 
 

@@ -5,7 +5,7 @@ from gdn2_titan.convert.aside import write_text
 from .cells import RECALL_TASKS, TRACKING_TASKS
 from .plots import plot_accuracy
 from .results import csv_text, read_rows
-from .tables import accuracy_table, capacity_table, separation_table, tracking_table
+from .tables import accuracy_table, capacity_table, separation_table
 
 __all__ = ["write_report"]
 
@@ -33,12 +33,10 @@ def write_report(out, cells, folders):
         ]
         by_pairs[f"{task}, {length} tokens"] = at_length.__contains__
         by_length[f"{task}, {asked} pairs"] = at_pairs.__contains__
-    tracked = [row for row in rows if row.task in TRACKING_TASKS]
-    if tracked:
-        length = trained[tracked[0].task].seq_len
+    for task in (task for task in TRACKING_TASKS if task in trained):
         parts.append(
-            f"## State tracking\n\nAccuracy of every answer, after training on sequences of {length} tokens:\n\n"
-            f"{tracking_table(tracked)}"
+            f"## {task}\n\nAccuracy of every answer, after training on sequences of {trained[task].seq_len} tokens:\n\n"
+            + accuracy_table([row for row in rows if row.task == task], "length")
         )
     if by_pairs:
         plot_accuracy(out / PAIRS_PLOT, rows, by_pairs, "pairs", "key-value pairs")

@@ -2,7 +2,7 @@
 
 from .results import capacity, spread
 
-__all__ = ["accuracy_table", "capacity_table", "separation_table", "tracking_table"]
+__all__ = ["accuracy_table", "capacity_table", "separation_table"]
 
 
 def _table(head, lines):
@@ -70,14 +70,3 @@ def separation_table(rows):
     names = _mixers(rows)
     lines = [[mixer, *("" if mixer == x else str(above(mixer, x)) for x in names)] for mixer in names]
     return _table([f"of {len(conditions)}, above", *names], lines)
-
-
-def tracking_table(rows):
-    """Of state-tracking tasks, one line a task and mixer: accuracy of every step, by length."""
-    lengths = sorted({row.length for row in rows})
-    lines = []
-    for task in dict.fromkeys(row.task for row in rows):
-        for mixer in _mixers(row for row in rows if row.task == task):
-            mine = [row for row in rows if (row.task, row.mixer) == (task, mixer)]
-            lines.append([task, mixer, *(_cell([row for row in mine if row.length == x]) for x in lengths)])
-    return _table(["task", "mixer", *(f"{length} tokens" for length in lengths)], lines)
