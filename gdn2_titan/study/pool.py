@@ -27,8 +27,6 @@ def train_all(folders, jobs):
     Raises:
         ConvertError: trainings failed; all others have been done.
     """
-    # Before the first import of torch in the processes: threads of others would only be in each other's way.
-    os.environ["OMP_NUM_THREADS"] = "1"
     # Processes forked from one that has imported everything and done nothing: each starts afresh, at once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([train_cell.__module__])
