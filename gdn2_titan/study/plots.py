@@ -14,17 +14,17 @@ __all__ = ["plot_accuracy"]
 STYLES = ("-", "--", "-.", ":")
 
 
-def plot_accuracy(path, rows, panels, axis, label):
+def plot_accuracy(path, panels, axis, label):
     """Accuracy against ``axis`` ("pairs" or "length"): a line for each mixer, with the seeds' spread around it.
 
-    panels: {title: predicate of a row}, side by side.
+    panels: {title: rows}, side by side.
     """
     figure, axes = pyplot.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.2), sharey=True, squeeze=False)
-    mixers = list(dict.fromkeys(row.mixer for row in rows))
+    mixers = list(dict.fromkeys(row.mixer for rows in panels.values() for row in rows))
     colours = pyplot.get_cmap("tab10").colors
-    for ax, (title, wanted) in zip(axes[0], panels.items(), strict=True):
+    for ax, (title, rows) in zip(axes[0], panels.items(), strict=True):
         for i, mixer in enumerate(mixers):
-            mine = [row for row in rows if row.mixer == mixer and wanted(row)]
+            mine = [row for row in rows if row.mixer == mixer]
             at = sorted({getattr(row, axis) for row in mine})
             if not at:
                 continue
@@ -39,7 +39,7 @@ def plot_accuracy(path, rows, panels, axis, label):
         ax.set_title(title)
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter(ScalarFormatter())
-        ax.set_xticks(sorted({getattr(row, axis) for row in rows if wanted(row)}))
+        ax.set_xticks(sorted({getattr(row, axis) for row in rows}))
         ax.minorticks_off()
         ax.set_xlabel(label)
         ax.set_ylim(-0.02, 1.02)

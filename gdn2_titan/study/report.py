@@ -31,16 +31,16 @@ def write_report(out, cells, folders):
             "Beyond the seeds' spread: in how many conditions (pairs, length) all seeds of the mixer on the left are "
             f"above all of the other:\n\n{separation_table(mine)}",
         ]
-        by_pairs[f"{task}, {length} tokens"] = at_length.__contains__
-        by_length[f"{task}, {asked} pairs"] = at_pairs.__contains__
+        by_pairs[f"{task}, {length} tokens"] = at_length
+        by_length[f"{task}, {asked} pairs"] = at_pairs
     for task in (task for task in TRACKING_TASKS if task in trained):
         parts.append(
             f"## {task}\n\nAccuracy of every answer, after training on sequences of {trained[task].seq_len} tokens:\n\n"
             + accuracy_table([row for row in rows if row.task == task], "length")
         )
     if by_pairs:
-        plot_accuracy(out / PAIRS_PLOT, rows, by_pairs, "pairs", "key-value pairs")
-        plot_accuracy(out / LENGTH_PLOT, rows, by_length, "length", "tokens")
+        plot_accuracy(out / PAIRS_PLOT, by_pairs, "pairs", "key-value pairs")
+        plot_accuracy(out / LENGTH_PLOT, by_length, "length", "tokens")
     tables = "\n".join(parts)
     write_text(out / TABLES, tables)
     return tables

@@ -66,9 +66,9 @@ def csv_text(rows):
     return text.getvalue()
 
 
-def spread(rows, value="accuracy"):
-    """(mean, smallest, largest) over the seeds."""
-    values = [getattr(row, value) for row in rows]
+def spread(rows):
+    """(mean, smallest, largest) accuracy over the seeds."""
+    values = [row.accuracy for row in rows]
     return statistics.fmean(values), min(values), max(values)
 
 

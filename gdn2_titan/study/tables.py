@@ -10,11 +10,9 @@ def _table(head, lines):
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
-def _cell(rows, value="accuracy"):
+def _cell(rows):
     """Mean and range over seeds, in percent."""
-    if not rows:
-        return "-"
-    mean, low, high = spread(rows, value)
+    mean, low, high = spread(rows)
     return f"{mean:.1%} ({low:.0%} to {high:.0%})"
 
 
@@ -57,16 +55,15 @@ def capacity_table(rows):
 
 def separation_table(rows):
     """Of one task: under how many of its conditions every seed of a line's mixer is above every seed of a column's."""
-    conditions = {(row.pairs, row.length) for row in rows}
+    names, conditions = _mixers(rows), {(row.pairs, row.length) for row in rows}
     ranges = {
         (mixer, at): spread([row for row in rows if row.mixer == mixer and (row.pairs, row.length) == at])[1:]
-        for mixer in _mixers(rows)
+        for mixer in names
         for at in conditions
     }
 
     def above(mixer, other):
         return sum(ranges[mixer, at][0] > ranges[other, at][1] for at in conditions)
 
-    names = _mixers(rows)
     lines = [[mixer, *("" if mixer == x else str(above(mixer, x)) for x in names)] for mixer in names]
     return _table([f"of {len(conditions)}, above", *names], lines)
