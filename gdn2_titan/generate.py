@@ -14,7 +14,7 @@ try:
 except ImportError as error:
     raise SystemExit(f"Error: {error}; generating needs the extra 'hf': pip install 'gdn2_titan[hf]'") from error
 
-from gdn2_titan.convert.errors import ConvertError
+from gdn2_titan.convert.errors import ConvertError, exit_status
 from gdn2_titan.convert.hf.load import load_checkpoint
 from gdn2_titan.model_options import DTYPES, add_model_options, document_ids, encode, number, open_model
 
@@ -95,12 +95,7 @@ def generate(options):
 
 def main(arguments=None):
     """Returns the exit status: 0, or 1 after one sentence on stderr."""
-    try:
-        generate(_parser().parse_args(arguments))
-    except ConvertError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(generate, _parser().parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """The error that a conversion ends with."""
 
 import contextlib
+import sys
 
-__all__ = ["ConvertError", "reading"]
+__all__ = ["ConvertError", "exit_status", "reading"]
 
 
 class ConvertError(ValueError):
@@ -21,3 +22,13 @@ def reading(path):
     except Exception as error:  # a damaged file is arbitrary bytes: pickle, zip and JSON readers raise nearly anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ConvertError(f"{path} cannot be read, it is damaged or of another kind: {reason}") from error
+
+
+def exit_status(command, options):
+    """Runs ``command(options)``. Returns 0, or 1 after the sentence of its ConvertError on stderr."""
+    try:
+        command(options)
+    except ConvertError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+    return 0

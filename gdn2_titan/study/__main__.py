@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from gdn2_titan.convert.errors import ConvertError
+from gdn2_titan.convert.errors import exit_status
 
 from . import gates, recall
 
@@ -18,12 +18,7 @@ def main(arguments=None):
     for command in _COMMANDS:
         command.add_parser(subparsers)
     options = parser.parse_args(arguments)
-    try:
-        options.run(options)
-    except ConvertError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(options.run, options)
 
 
 if __name__ == "__main__":
