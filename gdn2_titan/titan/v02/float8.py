@@ -1,80 +1,16 @@
-"""TorchTitan's converters ``quantize.linear.float8`` and ``quantize.linear.mx`` for this model.
+"""The converters of 0.2.2's registry: ours for this model, TorchTitan's for all others in the process."""
 
-Stock ones fail where this plan works: the first ignores ``emulate`` beside a recipe and refuses a recipe beside the
-float8 all-gather, the second needs a torchao of another generation. Other models in the same process keep them.
-"""
-
-import dataclasses
 import functools
 
-import torch._inductor.config
 from torchtitan.protocols import model_converter, train_spec
-from torchtitan.tools.logging import logger
-from torchtitan.tools.utils import has_cuda_capability, has_rocm_capability
 
 from gdn2_titan.models import GDN2Model
-from gdn2_titan.parallel import apply_float8, float8_share
-from gdn2_titan.parallel.float8 import FLOAT8_RECIPES, MXFP8_RECIPES, has_mxfp8
 
-from .errors import ConfigError
-from .sections import Float8Linear, MXLinear
+from ..float8 import NAMES, LinearConverter
 
-__all__ = ["check_float8", "register_converters"]
+__all__ = ["register_converters"]
 
-FLOAT8, MX = NAMES = ("quantize.linear.float8", "quantize.linear.mx")
 STOCK = {name: model_converter._registry_model_converter_cls[name] for name in NAMES}
-
-
-def _settings(job_config, name):
-    """The converter's section; a fork's own job config has no defaults of ours, where an empty filter says nothing."""
-    linear = job_config.quantize.linear
-    found, ours = (linear.float8, Float8Linear) if name == FLOAT8 else (linear.mx, MXLinear)
-    if hasattr(found, "smallest_side"):
-        return found
-    said = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
-    changed = {n: v for n, v in said.items() if v != getattr(type(found)(), n)}
-    return ours(**changed)
-
-
-def _recipe(settings, name):
-    return settings.recipe_name or FLOAT8_RECIPES[0] if name == FLOAT8 else settings.recipe_name
-
-
-class LinearConverter:
-    def __init__(self, job_config, parallel_dims, name):
-        settings = _settings(job_config, name)
-        self.recipe = _recipe(settings, name)
-        self.seq_len = job_config.training.seq_len
-        gathered = name == FLOAT8 and settings.enable_fsdp_float8_all_gather and parallel_dims.fsdp_enabled
-        self.precompute = gathered and settings.precompute_float8_dynamic_scale_for_fsdp
-        self.options = {
-            "emulate": settings.emulate,
-            "fsdp_all_gather": gathered,
-            "exclude": settings.filter_fqns,
-            "smallest_side": settings.smallest_side,
-        }
-        if self.recipe == "rowwise":
-            # Without it a compiled backward may round a recomputed activation to another float8 number, and end in
-            # NaN (github.com/pytorch/pytorch/issues/150859).
-            torch._inductor.config.emulate_precision_casts = True
-
-    def convert(self, model):
-        total = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
-        names = apply_float8(model, self.recipe, **self.options)
-        of_linear, of_all = float8_share(model, names, self.seq_len)
-        how = self.recipe + (", emulated" if self.options["emulate"] else "")
-        gathered = "; weights are gathered in float8" if self.options["fsdp_all_gather"] else ""
-        logger.info(
-            f"Converted {len(names)} of {total} linear layers ({how}): {of_linear:.1%} of the FLOPs in linear layers, "
-            f"{of_all:.1%} of all forward FLOPs{gathered}"
-        )
-
-    def post_optimizer_hook(self, model):
-        if self.precompute:
-            from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
-
-            for part in model if isinstance(model, list) else [model]:
-                precompute_float8_dynamic_scale_for_fsdp(part)
 
 
 def _build(name, job_config, parallel_dims):
@@ -87,67 +23,3 @@ def register_converters():
     """Put ours in the places of TorchTitan's, for this model only. Again is harmless."""
     for name in NAMES:
         model_converter._registry_model_converter_cls[name] = functools.partial(_build, name)
-
-
-def check_float8(job_config):
-    """Raise ConfigError for converters that cannot be used. Converts nothing."""
-    converters = job_config.model.converters
-    allowed = [name for name in model_converter._registry_model_converter_cls if "grouped_mm" not in name]
-    for name in converters:
-        if name not in allowed:
-            raise ConfigError(f"model.converters has {name!r}; it must be a list of: {', '.join(allowed)}")
-    if set(NAMES) <= set(converters):
-        raise ConfigError(f"model.converters has {FLOAT8!r} and {MX!r}; it must have only one of them")
-    for name in set(NAMES) & set(converters):
-        _check_converter(job_config, name, _settings(job_config, name))
-
-
-def _check_converter(job_config, name, settings):
-    recipe, recipes = _recipe(settings, name), FLOAT8_RECIPES if name == FLOAT8 else MXFP8_RECIPES
-    if recipe not in recipes:
-        raise ConfigError(f"{name}.recipe_name is {recipe!r}; it must be one of {', '.join(recipes)}")
-    if "auto_filter_small_kn" in settings.filter_fqns:
-        raise ConfigError(f"{name}.filter_fqns has 'auto_filter_small_kn'; for this model set {name}.smallest_side")
-    if name == FLOAT8 and settings.enable_fsdp_float8_all_gather and recipe != "tensorwise":
-        raise ConfigError(
-            f"{name}.enable_fsdp_float8_all_gather is true; with recipe_name {recipe!r} it must be false, only "
-            "'tensorwise' has it"
-        )
-    if (
-        name == FLOAT8
-        and settings.precompute_float8_dynamic_scale_for_fsdp
-        and not settings.enable_fsdp_float8_all_gather
-    ):
-        raise ConfigError(
-            f"{name}.precompute_float8_dynamic_scale_for_fsdp is true; it must be false, or "
-            "enable_fsdp_float8_all_gather true as well"
-        )
-    if name == MX and settings.mxfp8_dim1_cast_kernel_choice != MXLinear.mxfp8_dim1_cast_kernel_choice:
-        raise ConfigError(
-            f"{name}.mxfp8_dim1_cast_kernel_choice is {settings.mxfp8_dim1_cast_kernel_choice!r}; it must be left out, "
-            "torchao chooses the kernel itself"
-        )
-    if name == MX and not has_mxfp8():
-        raise ConfigError(f"model.converters has {name!r}; it needs a torchao with MXFP8 linear layers, as 0.18 has")
-    _check_hardware(job_config, name, settings)
-
-
-def _check_hardware(job_config, name, settings):
-    able = has_cuda_capability(8, 9) if name == FLOAT8 else has_cuda_capability(10, 0) or has_rocm_capability(9, 5)
-    if not able and not settings.emulate:
-        wanted = "sm_89 or newer" if name == FLOAT8 else "sm_100 or newer, or gfx950"
-        raise ConfigError(f"{name}.emulate is false; on a machine without a GPU of {wanted} it must be true")
-    training, parallelism = job_config.training, job_config.parallelism
-    multiple = 16 if name == FLOAT8 else 32
-    high_precision = _recipe(settings, name).endswith(("gw_hp", "wgrad_with_hp"))
-    if high_precision or (name == FLOAT8 and settings.emulate):
-        return
-    batch = training.local_batch_size
-    if parallelism.pipeline_parallel_degree > 1:
-        batch = parallelism.pipeline_parallel_microbatch_size
-    tokens = batch * training.seq_len // parallelism.context_parallel_degree
-    if tokens % multiple:
-        raise ConfigError(
-            f"training.seq_len is {training.seq_len}, which gives microbatches of {tokens} tokens on each rank; with "
-            f"{name} they must be multiples of {multiple}"
-        )

@@ -1,80 +1,16 @@
-"""TorchTitan's metrics, plus what the gates of every GDN-2 layer do, where the logs went, and what a checkpoint was
-trained with."""
+"""TorchTitan 0.2.2's metrics with ours."""
 
-import os
+from torchtitan.components.metrics import MetricsProcessor
 
-import torch
-import torch.distributed as dist
-from torchtitan.components.metrics import MetricsProcessor, TensorBoardLogger
-from torchtitan.tools.logging import logger
-
-from gdn2_titan.models.layer import STATISTICS, GatedDeltaNet2
-
-from .checkpoint_files import write_checkpoint_files
-from .sections import section
+from ..metrics import GateMetrics
 
 __all__ = ["GDN2MetricsProcessor", "build_metrics_processor"]
 
 
-class GDN2MetricsProcessor(MetricsProcessor):
-    """Adds scalars gdn2/layers.<i>/<statistic>: of the last microbatch, and the heads and tokens, of one rank.
-
-    A layer fills its statistics during forward while its flag is set, so no extra pass and no graph break is needed;
-    the flag is raised one step ahead, for the first step of a run and every ``gdn2.statistics_freq`` steps.
-    """
-
+class GDN2MetricsProcessor(GateMetrics, MetricsProcessor):
     def __init__(self, job_config, parallel_dims, model_args, tag=None):
-        self.model_args = model_args
-        self.statistics_freq = section(job_config, "gdn2").statistics_freq
-        self.mixers = {}
+        self.watch(job_config, model_args)
         super().__init__(job_config, parallel_dims, tag)
-
-    @property
-    def model_parts(self):
-        return self._model_parts
-
-    @model_parts.setter
-    def model_parts(self, parts):
-        # TorchTitan hands the model over here, before the first step: the moment to raise the first flag.
-        self._model_parts = parts
-        self.mixers = {
-            f"layers.{layer}": module
-            for part in parts or []
-            for layer, block in part.layers.items()
-            for module in block.modules()
-            if isinstance(module, GatedDeltaNet2)
-        }
-        self._record(self.statistics_freq > 0)
-
-    def _record(self, flag):
-        self.recording = flag
-        for mixer in self.mixers.values():
-            mixer.record_statistics = flag
-
-    def should_log(self, step):
-        # Asked once a step, between the step's forward and the next one's, and before the step's checkpoint.
-        write_checkpoint_files(self.job_config, self.model_args, step)
-        if self.recording:
-            statistics = self._statistics()
-            if statistics:
-                self.logger.log(statistics, step)
-        self._record(self.statistics_freq > 0 and (step + 1) % self.statistics_freq == 0)
-        return super().should_log(step)
-
-    def _statistics(self):
-        """Of the layers of all pipeline stages: one rank of the last stage writes them."""
-        rows = torch.stack([m.statistics for m in self.mixers.values()]).tolist() if self.mixers else []
-        found = {
-            f"gdn2/{layer}/{name}": value
-            for layer, row in zip(self.mixers, rows, strict=True)
-            for name, value in zip(STATISTICS, row, strict=True)
-        }
-        if not self.parallel_dims.pp_enabled:
-            return found
-        group = self.parallel_dims.get_mesh("pp").get_group()
-        stages = [None] * dist.get_world_size(group)
-        dist.all_gather_object(stages, found, group)
-        return {name: value for stage in stages for name, value in stage.items()}
 
     def log(self, step, global_avg_loss, global_max_loss, grad_norm, extra_metrics=None):
         # TorchTitan has every context-parallel rank count whole sequences, of whose loss it has a share.
@@ -82,18 +18,7 @@ class GDN2MetricsProcessor(MetricsProcessor):
         if extra_metrics and "n_tokens_seen" in extra_metrics:
             extra_metrics = extra_metrics | {"n_tokens_seen": extra_metrics["n_tokens_seen"] // shares}
         super().log(step, global_avg_loss, global_max_loss * shares, grad_norm, extra_metrics)
-        # The stock writer keeps two minutes of curves in memory: a killed run would resume with a hole in them.
-        for backend in getattr(self.logger, "_loggers", []):
-            if isinstance(backend, TensorBoardLogger):
-                backend.writer.flush()
-
-    def close(self):
-        super().close()
-        config = self.job_config
-        if config.metrics.enable_tensorboard:
-            logger.info(f"TensorBoard logs: {os.path.join(config.job.dump_folder, config.metrics.save_tb_folder)}")
-        if config.checkpoint.enable:
-            logger.info(f"Checkpoints: {os.path.join(config.job.dump_folder, config.checkpoint.folder)}")
+        self.flush()
 
 
 def build_metrics_processor(job_config, parallel_dims, model_args, tag=None):

@@ -5,7 +5,7 @@ import dataclasses
 from gdn2_titan.models import GDN2ModelArgs, flavors
 from gdn2_titan.models.flops import flops_per_token, parameter_counts
 
-from .sections import section
+from ..sections import section
 
 __all__ = ["TitanModelArgs", "titan_flavors"]
 
@@ -17,7 +17,7 @@ class TitanModelArgs(GDN2ModelArgs):
 
     def update_from_config(self, job_config, **kwargs):
         for name, value in section(job_config, "gdn2").overrides().items():
-            setattr(self, name, tuple(value) if isinstance(value, list) else value)
+            setattr(self, name, value)
 
     def get_nparams_and_flops(self, model, seq_len):
         total, embedding = parameter_counts(model)

@@ -3,12 +3,9 @@
 from torch.optim import Adam, AdamW
 from torchtitan.components.optimizer import OptimizersContainer
 
-__all__ = ["build_optimizers", "is_decayed"]
+from ..optimizer import is_decayed
 
-
-def is_decayed(name, param):
-    """Whether weight decay applies to a parameter of the decoder: to matrices, the convolutions' among them."""
-    return param.ndim > 1 and not name.endswith("dt_bias")
+__all__ = ["build_optimizers"]
 
 
 class GroupedOptimizers(OptimizersContainer):

@@ -8,9 +8,11 @@ from torchtitan.protocols import train_spec as titan_specs
 
 from gdn2_titan.models import flavors
 
+from ..dataloader import build_dataloader
+from ..errors import ConfigError
+from ..state_dict_adapter import GDN2StateDictAdapter
+from ..validate_config import validate_config
 from .context import deal_out_resets
-from .dataloader import build_dataloader
-from .errors import ConfigError
 from .float8 import register_converters
 from .loss import build_loss
 from .metrics import build_metrics_processor
@@ -19,8 +21,6 @@ from .model_args import titan_flavors
 from .optimizer import build_optimizers
 from .parallelize import parallelize
 from .pipeline import pipeline
-from .state_dict_adapter import GDN2StateDictAdapter
-from .validate_config import validate_config
 from .validator import build_validator
 
 __all__ = ["get_train_spec", "register"]
