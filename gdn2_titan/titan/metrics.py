@@ -51,15 +51,14 @@ class GateMetrics:
         for mixer in self.mixers.values():
             mixer.record_statistics = flag
 
-    def should_log(self, step):
-        # Asked once a step, between the step's forward and the next one's, and before the step's checkpoint.
+    def finish(self, step):
+        """Once a step, between its forward and the next one's, and before its checkpoint."""
         write_checkpoint_files(self._job, self.model_args, step)
         if self.recording:
             statistics = self._statistics()
             if statistics:
                 self.logger.log(statistics, step)
         self._record(self.statistics_freq > 0 and (step + 1) % self.statistics_freq == 0)
-        return super().should_log(step)
 
     def _statistics(self):
         """Of the layers of all pipeline stages: one rank of the last stage writes them."""

@@ -20,7 +20,7 @@ from .pipeline import check_pipeline
 from .sections import GDN2, compiles, section
 from .tasks import check_task
 
-__all__ = ["validate_config"]
+__all__ = ["check_vocabulary", "validate_config"]
 
 
 def _check_model(job_config):
@@ -200,3 +200,14 @@ def validate_config(job_config):
         _check_shares(job_config)
     check_float8(job_config)
     _check_rest(job_config)
+
+
+def check_vocabulary(job_config, tokenizer):
+    """Raise ConfigError unless the model has room for all symbols of a tokenizer."""
+    path, flavor = job_config.model.hf_assets_path, job_config.model.flavor
+    vocabulary, room = tokenizer.get_vocab_size(), flavors[flavor].vocab_size
+    if vocabulary > room:
+        raise ConfigError(
+            f"model.hf_assets_path is {path!r}, a tokenizer of {vocabulary} symbols; flavor {flavor!r} has room for "
+            f"at most {room}"
+        )

@@ -12,6 +12,11 @@ class GDN2MetricsProcessor(GateMetrics, MetricsProcessor):
         self.watch(job_config, model_args)
         super().__init__(job_config, parallel_dims, tag)
 
+    def should_log(self, step):
+        # The one thing that the trainer asks in every step, after its forward.
+        self.finish(step)
+        return super().should_log(step)
+
     def log(self, step, global_avg_loss, global_max_loss, grad_norm, extra_metrics=None):
         # TorchTitan has every context-parallel rank count whole sequences, of whose loss it has a share.
         shares = self.parallel_dims.cp
