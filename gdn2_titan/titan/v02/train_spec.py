@@ -1,6 +1,5 @@
 """What TorchTitan 0.2.2 needs to know to train the model."""
 
-from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.protocols import train_spec as titan_specs
 
@@ -11,6 +10,7 @@ from ..validate_config import check_vocabulary, validate_config
 from .context import deal_out_resets
 from .float8 import register_converters
 from .loss import build_loss
+from .lr_scheduler import build_lr_schedulers
 from .metrics import build_metrics_processor
 from .model import TitanModel
 from .model_args import titan_flavors
