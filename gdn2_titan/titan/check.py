@@ -9,11 +9,11 @@ import sys
 
 
 def main():
-    from . import errors, job_config, pipeline, validate_config
+    from . import errors, job_config, pipeline
 
     try:
         config = job_config.parse(sys.argv[1:])
-        validate_config.validate_config(config)
+        job_config.validate(config)
     except errors.ConfigError as error:
         print(f"Config error: {error}", file=sys.stderr)
         return 2

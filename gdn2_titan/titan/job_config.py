@@ -7,8 +7,8 @@ Under 0.3.x, where nothing imports it by itself, it has the same names, for what
 from .generation import HAS_TOML
 
 if HAS_TOML:
-    from .v02.job_config import JobConfig, parse
+    from .v02.job_config import JobConfig, parse, validate
 else:
-    from .v03.job_config import JobConfig, parse
+    from .v03.job_config import JobConfig, parse, validate
 
-__all__ = ["JobConfig", "parse"]
+__all__ = ["JobConfig", "parse", "validate"]

@@ -8,10 +8,11 @@ from torchtitan.config import JobConfig as StockJobConfig
 from ..cpu import settle_device
 from ..errors import ConfigError
 from ..toml_check import check_toml, config_file
+from ..validate_config import validate_config as validate
 from .sections import JobConfig
 from .train_spec import register
 
-__all__ = ["JobConfig", "parse"]
+__all__ = ["JobConfig", "parse", "validate"]
 
 settle_device()
 register()

@@ -6,7 +6,7 @@ __all__ = ["build_lr_schedulers"]
 
 
 class LRSchedulers(lr_scheduler.LRSchedulersContainer):
-    """The number of steps is all of the state: the rest follows from the config, and TorchTitan 0.3 does not save it."""
+    """The number of steps is all of the state: the rest follows from the config, and TorchTitan 0.3 saves no more."""
 
     def __init__(self, schedulers):
         self.schedulers = schedulers

@@ -44,9 +44,8 @@ def in_microbatches(job_config, part):
     parallelism, settings = job_config.parallelism, getattr(job_config, part)
     if parallelism.pipeline_parallel_degree == 1:
         return job_config
-    return replace(
-        job_config, **{part: replace(settings, local_batch_size=parallelism.pipeline_parallel_microbatch_size)}
-    )
+    settings = replace(settings, local_batch_size=parallelism.pipeline_parallel_microbatch_size)
+    return replace(job_config, **{part: settings})
 
 
 def deal_out(input_dict, labels, cp_mesh, balancer):

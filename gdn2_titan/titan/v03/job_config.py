@@ -19,13 +19,14 @@ from ..cpu import settle_device
 from ..errors import ConfigError
 from ..state_dict_adapter import GDN2StateDictAdapter
 from ..toml_check import check_table, config_file, read_toml
+from ..validate_config import validate_config
 from .activation_checkpoint import fields_of_policy, policy_of_fields
 from .counterparts import COUNTERPARTS, WITHOUT
 from .model import TitanModel
 from .parallelize import hook_converters, parallelize
-from .trainer import GDN2Trainer
+from .trainer import GDN2Trainer, check
 
-__all__ = ["JobConfig", "job_config_of", "parse", "trainer_config"]
+__all__ = ["JobConfig", "job_config_of", "parse", "trainer_config", "validate"]
 
 settle_device()
 
@@ -164,6 +165,12 @@ def parse(arguments):
     path = config_file(arguments)
     job_config = _of_table({} if path is None else _read(path), JobConfig)
     return tyro.cli(JobConfig, args=arguments, default=job_config, registry=custom_registry)
+
+
+def validate(job_config):
+    """Raise ConfigError for the first thing wrong with a parsed job config."""
+    check(trainer_config(job_config))
+    validate_config(job_config)
 
 
 def _read(path):

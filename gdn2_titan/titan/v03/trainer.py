@@ -23,7 +23,7 @@ from .metrics import GDN2MetricsProcessor
 from .optimizer import GroupedOptimizers
 from .validator import GDN2Validator
 
-__all__ = ["GDN2Trainer"]
+__all__ = ["GDN2Trainer", "check"]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -80,7 +80,7 @@ class GDN2Trainer(Trainer):
     def __init__(self, config):
         from .job_config import job_config_of
 
-        _check(config)
+        check(config)
         job_config = job_config_of(config)
         validate_config(job_config)
         for part in (config.model_spec.model, config.metrics, config.dataloader, config.validator, config.loss):
@@ -100,19 +100,25 @@ class GDN2Trainer(Trainer):
         self.metrics_processor.finish(self.step)
 
 
-def _check(config):
-    """Raise ConfigError for what only this generation can ask for."""
+def check(config):
+    """Raise ConfigError for what cannot train, before anything is built."""
+    training, parallelism = config.training, config.parallelism
     for name, value, allowed, why in (
-        ("training.disable_cuda_graphs", config.training.disable_cuda_graphs, True, "are not captured"),
-        ("parallelism.spmd_backend", config.parallelism.spmd_backend, "partial_dtensor", "have one form"),
-        ("parallelism.enable_sequence_parallel", config.parallelism.enable_sequence_parallel, True, "share tokens"),
-        ("comm.mode", config.comm.mode, "default", "exchange what others compute"),
+        ("training.disable_cuda_graphs", training.disable_cuda_graphs, True, "captured steps are not supported"),
+        ("parallelism.spmd_backend", parallelism.spmd_backend, "partial_dtensor", "the model is sharded by DTensors"),
+        (
+            "parallelism.enable_sequence_parallel",
+            parallelism.enable_sequence_parallel,
+            True,
+            "tensor-parallel ranks share the tokens between layers",
+        ),
+        ("comm.mode", config.comm.mode, "default", "the model's operators need the other ranks"),
     ):
         if value != allowed:
-            raise ConfigError(f"{name} is {value!r}; it must be {allowed!r}: this model's operators {why}")
+            raise ConfigError(f"{name} is {value!r}; with this model it must be {allowed!r}: {why}")
     if config.model_spec.flavor not in flavors:
         raise ConfigError(f"model_spec.flavor is {config.model_spec.flavor!r}; it must be one of {', '.join(flavors)}")
-    degree = config.parallelism.pipeline_parallel_degree
+    degree = parallelism.pipeline_parallel_degree
     if degree > 1 and not hasattr(dist, "set_timeout"):
         raise ConfigError(
             f"parallelism.pipeline_parallel_degree is {degree}; with TorchTitan 0.3 and torch {torch.__version__} it "
