@@ -13,8 +13,8 @@ from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from gdn2_titan.titan.accuracy import Accuracy
 from gdn2_titan.titan.byte_tokenizer import BYTE_TOKENIZER_DIR
-from gdn2_titan.titan.loss import WatchedLoss, build_loss
-from gdn2_titan.titan.validator import build_validator
+from gdn2_titan.titan.v02.loss import WatchedLoss, build_loss
+from gdn2_titan.titan.v02.validator import build_validator
 from tests.test_tasks import TASKS, VALIDATED, read_mqar
 from tests.test_titan_config import check, write_toml
 

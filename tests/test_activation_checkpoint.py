@@ -256,7 +256,7 @@ def test_torchtitans_settings_checkpoint_the_model_as_they_say(settings, mixer, 
     from torchtitan.distributed import ParallelDims
 
     from gdn2_titan.titan.job_config import JobConfig
-    from gdn2_titan.titan.parallelize import parallelize
+    from gdn2_titan.titan.v02.parallelize import parallelize
 
     job_config = JobConfig()
     for name, value in settings.items():

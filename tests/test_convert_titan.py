@@ -15,7 +15,7 @@ from gdn2_titan.convert.safetensors_files import write_safetensors
 from gdn2_titan.models import flavors
 from gdn2_titan.titan.checkpoint_files import write_checkpoint_files
 from gdn2_titan.titan.errors import ConfigError
-from gdn2_titan.titan.sections import JobConfig
+from gdn2_titan.titan.job_config import JobConfig
 from gdn2_titan.titan.state_dict_adapter import GDN2StateDictAdapter
 from gdn2_titan.titan.validate_config import validate_config
 from tests.convert_cases import TOKENIZER, assert_equal, load_safetensors, load_step, weights

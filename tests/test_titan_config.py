@@ -18,9 +18,9 @@ from gdn2_titan.titan.byte_tokenizer import BYTE_TOKENIZER_DIR
 from gdn2_titan.titan.context import layout_of
 from gdn2_titan.titan.errors import ConfigError
 from gdn2_titan.titan.job_config import JobConfig
-from gdn2_titan.titan.model_args import titan_flavors
-from gdn2_titan.titan.optimizer import build_optimizers
 from gdn2_titan.titan.toml_check import check_toml
+from gdn2_titan.titan.v02.model_args import titan_flavors
+from gdn2_titan.titan.v02.optimizer import build_optimizers
 from gdn2_titan.titan.validate_config import validate_config
 from tests.training import ROOT, SHORT, command, environment
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from gdn2_titan.titan.generation import HAS_TOML
+
 ROOT = Path(__file__).resolve().parents[1]
 DEBUG_HYBRID = ROOT / "train_configs" / "debug_hybrid.toml"
 
@@ -18,10 +20,11 @@ SHORT = [
 
 
 def command(processes, folder, *arguments, config=DEBUG_HYBRID):
-    """The native launch, without this package's script."""
+    """The native launch, without this package's script; where TorchTitan reads no TOML files, by our own module."""
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv_backend=c10d",
                 "--rdzv_endpoint=localhost:0", "-m"] if processes > 1 else [sys.executable, "-m"]  # fmt: skip
-    return [*launcher, "torchtitan.train", f"--job.config_file={config}", f"--job.dump_folder={folder}", *arguments]
+    module = "torchtitan.train" if HAS_TOML else "gdn2_titan.titan.train"
+    return [*launcher, module, f"--job.config_file={config}", f"--job.dump_folder={folder}", *arguments]
 
 
 def environment():

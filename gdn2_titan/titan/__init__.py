@@ -1,10 +1,18 @@
-"""The plug into TorchTitan (0.2.2, the TOML generation). Two lines register the model in a TorchTitan fork:
+"""The plug into TorchTitan. Two lines register the model in a fork of the TOML generation (0.2.2):
 
 from gdn2_titan.titan import register
 register()
+
+In the generation of config functions (0.3.x) they are in ``config_registry``: ``--module gdn2_titan.titan --config
+gdn2_debug_hybrid``.
 """
 
 from .cpu import settle_device
-from .train_spec import get_train_spec, register
+from .generation import HAS_TOML
 
-__all__ = ["get_train_spec", "register", "settle_device"]
+__all__ = ["settle_device"]
+
+if HAS_TOML:
+    from .v02.train_spec import get_train_spec, register
+
+    __all__ += ["get_train_spec", "register"]

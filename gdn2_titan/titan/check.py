@@ -9,14 +9,11 @@ import sys
 
 
 def main():
-    from torchtitan.config import ConfigManager
+    from . import errors, job_config, pipeline
 
-    from . import errors, job_config, pipeline, validate_config
-
-    assert job_config.JobConfig  # imported for its effects: device, registration, the TOML against the config classes
     try:
-        config = ConfigManager(job_config.JobConfig).parse_args(sys.argv[1:])
-        validate_config.validate_config(config)
+        config = job_config.parse(sys.argv[1:])
+        job_config.validate(config)
     except errors.ConfigError as error:
         print(f"Config error: {error}", file=sys.stderr)
         return 2

@@ -1,15 +1,11 @@
-"""Context parallelism as TorchTitan deals out sequences: which load balancer makes which layout, and the resets."""
+"""Context parallelism as TorchTitan deals out sequences: which load balancer makes which layout."""
 
-import functools
 import math
-
-import torch
-from torchtitan.distributed import context_parallel
 
 from .errors import ConfigError
 from .tasks import validation_lengths
 
-__all__ = ["check_lengths", "deal_out_resets", "layout_of"]
+__all__ = ["check_lengths", "layout_of"]
 
 # None is TorchTitan's word for no balancer, which TOML cannot say.
 LAYOUTS = {"headtail": "head_tail", "none": "contiguous", None: "contiguous"}
@@ -46,21 +42,3 @@ def check_lengths(job_config):
     for name, length in (("training.seq_len", job_config.training.seq_len), *validation_lengths(job_config)):
         if length % divisor:
             raise ConfigError(f"{name} is {length}; with {' and '.join(reasons)} it must be a multiple of {divisor}")
-
-
-def deal_out_resets():
-    """Let TorchTitan deal out masks that are tensors [B, T], which is how our resets travel, as it does tokens: it
-    fails on anything but masks of flex attention. Once per process; again is harmless."""
-    stock = context_parallel.cp_shard
-    if hasattr(stock, "__wrapped__"):
-        return
-
-    @functools.wraps(stock)
-    def cp_shard(cp_mesh, inputs, attention_masks, load_balancer_type="headtail", input_seq_dim=1):
-        balancer = None if load_balancer_type == "none" else load_balancer_type
-        if not isinstance(attention_masks, torch.Tensor):
-            return stock(cp_mesh, inputs, attention_masks, balancer, input_seq_dim)
-        (*inputs, masks), _ = stock(cp_mesh, (*inputs, attention_masks), None, balancer, input_seq_dim)
-        return tuple(inputs), masks
-
-    context_parallel.cp_shard = cp_shard

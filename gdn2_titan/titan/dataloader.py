@@ -6,7 +6,6 @@ from typing import Any
 from datasets import IterableDataset
 from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
-from torchtitan.config import JobConfig
 
 from gdn2_titan.titan.corpus import load_source
 from gdn2_titan.titan.errors import ConfigError
@@ -36,7 +35,7 @@ class ReshardingDataloader(ParallelAwareDataloader):
 
 
 def build_dataloader(
-    dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig, infinite: bool = True
+    dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: Any, infinite: bool = True
 ) -> ReshardingDataloader:
     """The loader of training batches: ``training.*``, ``data.*`` and ``gdn2.document_resets`` of the configuration.
 
@@ -54,7 +53,7 @@ def build_dataloader(
 
 
 def build_validation_dataloader(
-    dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig, infinite: bool = False
+    dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: Any, infinite: bool = False
 ) -> ReshardingDataloader:
     """The loader of validation batches: like :func:`build_dataloader`, from ``validation.*``.
 
@@ -68,7 +67,7 @@ def build_validation_dataloader(
 
 
 def build_task_dataloader(
-    condition: Condition, dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig
+    condition: Condition, dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: Any
 ) -> ReshardingDataloader:
     """The loader of held-out sequences of a recall task under one condition, in batches of
     ``validation.local_batch_size``, without end and without resets; the same ones at each ``iter()``.
@@ -85,7 +84,7 @@ def _build_task(
     dp_world_size: int,
     dp_rank: int,
     tokenizer: BaseTokenizer,
-    job_config: JobConfig,
+    job_config: Any,
 ) -> ReshardingDataloader:
     settings = getattr(job_config, part)
     held_out = part == "validation"
@@ -105,7 +104,7 @@ def _build_task(
 
 
 def _build(
-    part: str, dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig, infinite: bool
+    part: str, dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: Any, infinite: bool
 ) -> ReshardingDataloader:
     settings, data = getattr(job_config, part), section(job_config, "data")
     held_out = part == "validation"

@@ -1,28 +1,25 @@
-"""TorchTitan's converters ``quantize.linear.float8`` and ``quantize.linear.mx`` for this model.
+"""Our converters ``quantize.linear.float8`` and ``quantize.linear.mx`` for this model.
 
 Stock ones fail where this plan works: the first ignores ``emulate`` beside a recipe and refuses a recipe beside the
 float8 all-gather, the second needs a torchao of another generation. Other models in the same process keep them.
 """
 
 import dataclasses
-import functools
 
 import torch._inductor.config
-from torchtitan.protocols import model_converter, train_spec
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import has_cuda_capability, has_rocm_capability
 
-from gdn2_titan.models import GDN2Model
 from gdn2_titan.parallel import apply_float8, float8_share
 from gdn2_titan.parallel.float8 import FLOAT8_RECIPES, MXFP8_RECIPES, has_mxfp8
 
 from .errors import ConfigError
+from .generation import HAS_TOML
 from .sections import Float8Linear, MXLinear
 
-__all__ = ["check_float8", "register_converters"]
+__all__ = ["NAMES", "LinearConverter", "check_float8"]
 
 FLOAT8, MX = NAMES = ("quantize.linear.float8", "quantize.linear.mx")
-STOCK = {name: model_converter._registry_model_converter_cls[name] for name in NAMES}
 
 
 def _settings(job_config, name):
@@ -77,22 +74,18 @@ class LinearConverter:
                 precompute_float8_dynamic_scale_for_fsdp(part)
 
 
-def _build(name, job_config, parallel_dims):
-    if issubclass(train_spec.get_train_spec(job_config.model.name).model_cls, GDN2Model):
-        return LinearConverter(job_config, parallel_dims, name)
-    return STOCK[name](job_config, parallel_dims)
+def _known_converters():
+    if not HAS_TOML:
+        return list(NAMES)
+    from torchtitan.protocols.model_converter import _registry_model_converter_cls
 
-
-def register_converters():
-    """Put ours in the places of TorchTitan's, for this model only. Again is harmless."""
-    for name in NAMES:
-        model_converter._registry_model_converter_cls[name] = functools.partial(_build, name)
+    return [name for name in _registry_model_converter_cls if "grouped_mm" not in name]
 
 
 def check_float8(job_config):
     """Raise ConfigError for converters that cannot be used. Converts nothing."""
     converters = job_config.model.converters
-    allowed = [name for name in model_converter._registry_model_converter_cls if "grouped_mm" not in name]
+    allowed = _known_converters()
     for name in converters:
         if name not in allowed:
             raise ConfigError(f"model.converters has {name!r}; it must be a list of: {', '.join(allowed)}")

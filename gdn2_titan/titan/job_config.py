@@ -1,26 +1,14 @@
-"""The module to name in ``job.custom_config_module``: importing it makes plain TorchTitan train this model.
+"""The module to name in ``job.custom_config_module``: importing it makes plain TorchTitan 0.2.2 train this model.
 
 It settles the device where there is no accelerator, registers the model, and refuses a TOML file that does not fit.
+Under 0.3.x, where nothing imports it by itself, it has the same names, for what reads a TOML file on either.
 """
 
-import sys
+from .generation import HAS_TOML
 
-from torchtitan.config import ConfigManager
-from torchtitan.config import JobConfig as StockJobConfig
+if HAS_TOML:
+    from .v02.job_config import JobConfig, parse, validate
+else:
+    from .v03.job_config import JobConfig, parse, validate
 
-from .cpu import settle_device
-from .errors import ConfigError
-from .sections import JobConfig
-from .toml_check import check_toml, config_file
-from .train_spec import register
-
-__all__ = ["JobConfig"]
-
-settle_device()
-register()
-
-if (_path := config_file(sys.argv)) is not None:
-    try:
-        check_toml(_path, ConfigManager._merge_configs(StockJobConfig, JobConfig))
-    except ConfigError as error:
-        raise SystemExit(f"Config error: {error}") from error
+__all__ = ["JobConfig", "parse", "validate"]

@@ -1,11 +1,11 @@
-"""TorchTitan's metrics, plus what the gates of every GDN-2 layer do, where the logs went, and what a checkpoint was
-trained with."""
+"""What this package adds to TorchTitan's metrics: what the gates of every GDN-2 layer do, where the logs went, and what
+a checkpoint was trained with."""
 
 import os
 
 import torch
 import torch.distributed as dist
-from torchtitan.components.metrics import MetricsProcessor, TensorBoardLogger
+from torchtitan.components.metrics import TensorBoardLogger
 from torchtitan.tools.logging import logger
 
 from gdn2_titan.models.layer import STATISTICS, GatedDeltaNet2
@@ -13,21 +13,21 @@ from gdn2_titan.models.layer import STATISTICS, GatedDeltaNet2
 from .checkpoint_files import write_checkpoint_files
 from .sections import section
 
-__all__ = ["GDN2MetricsProcessor", "build_metrics_processor"]
+__all__ = ["GateMetrics"]
 
 
-class GDN2MetricsProcessor(MetricsProcessor):
-    """Adds scalars gdn2/layers.<i>/<statistic>: of the last microbatch, and the heads and tokens, of one rank.
+class GateMetrics:
+    """For a MetricsProcessor: adds scalars gdn2/layers.<i>/<statistic>: of the last microbatch, and the heads and
+    tokens, of one rank. ``watch`` comes before the processor's own ``__init__``.
 
     A layer fills its statistics during forward while its flag is set, so no extra pass and no graph break is needed;
     the flag is raised one step ahead, for the first step of a run and every ``gdn2.statistics_freq`` steps.
     """
 
-    def __init__(self, job_config, parallel_dims, model_args, tag=None):
-        self.model_args = model_args
+    def watch(self, job_config, model_args):
+        self._job, self.model_args = job_config, model_args
         self.statistics_freq = section(job_config, "gdn2").statistics_freq
         self.mixers = {}
-        super().__init__(job_config, parallel_dims, tag)
 
     @property
     def model_parts(self):
@@ -51,15 +51,14 @@ class GDN2MetricsProcessor(MetricsProcessor):
         for mixer in self.mixers.values():
             mixer.record_statistics = flag
 
-    def should_log(self, step):
-        # Asked once a step, between the step's forward and the next one's, and before the step's checkpoint.
-        write_checkpoint_files(self.job_config, self.model_args, step)
+    def finish(self, step):
+        """Once a step, between its forward and the next one's, and before its checkpoint."""
+        write_checkpoint_files(self._job, self.model_args, step)
         if self.recording:
             statistics = self._statistics()
             if statistics:
                 self.logger.log(statistics, step)
         self._record(self.statistics_freq > 0 and (step + 1) % self.statistics_freq == 0)
-        return super().should_log(step)
 
     def _statistics(self):
         """Of the layers of all pipeline stages: one rank of the last stage writes them."""
@@ -76,12 +75,7 @@ class GDN2MetricsProcessor(MetricsProcessor):
         dist.all_gather_object(stages, found, group)
         return {name: value for stage in stages for name, value in stage.items()}
 
-    def log(self, step, global_avg_loss, global_max_loss, grad_norm, extra_metrics=None):
-        # TorchTitan has every context-parallel rank count whole sequences, of whose loss it has a share.
-        shares = self.parallel_dims.cp
-        if extra_metrics and "n_tokens_seen" in extra_metrics:
-            extra_metrics = extra_metrics | {"n_tokens_seen": extra_metrics["n_tokens_seen"] // shares}
-        super().log(step, global_avg_loss, global_max_loss * shares, grad_norm, extra_metrics)
+    def flush(self):
         # The stock writer keeps two minutes of curves in memory: a killed run would resume with a hole in them.
         for backend in getattr(self.logger, "_loggers", []):
             if isinstance(backend, TensorBoardLogger):
@@ -89,12 +83,8 @@ class GDN2MetricsProcessor(MetricsProcessor):
 
     def close(self):
         super().close()
-        config = self.job_config
+        config = self._job
         if config.metrics.enable_tensorboard:
             logger.info(f"TensorBoard logs: {os.path.join(config.job.dump_folder, config.metrics.save_tb_folder)}")
         if config.checkpoint.enable:
             logger.info(f"Checkpoints: {os.path.join(config.job.dump_folder, config.checkpoint.folder)}")
-
-
-def build_metrics_processor(job_config, parallel_dims, model_args, tag=None):
-    return GDN2MetricsProcessor(job_config, parallel_dims, model_args, tag)

@@ -1,6 +1,5 @@
-"""Pipeline parallelism by TorchTitan's splitter, with the gradients' scale that it leaves out."""
+"""Which modules make the stages of a pipeline, and whether a batch can be scheduled through them."""
 
-import dataclasses
 import math
 import os
 
@@ -12,14 +11,16 @@ from torch.distributed.pipelining.schedules import (
     ScheduleZBVZeroBubble,
     get_schedule_class,
 )
-from torchtitan.distributed.pipeline_parallel import generate_llm_fqn_per_model_part, pipeline_llm
+from torchtitan.distributed import pipeline_parallel
 
 from .errors import ConfigError
+from .generation import HAS_TOML
 from .sections import compiles
 from .tasks import task_of, validation_lengths
 
-__all__ = ["check_pipeline", "pipeline", "rank_with_loss"]
+__all__ = ["check_pipeline", "modules_of_stages", "rank_with_loss"]
 
+_shares = getattr(pipeline_parallel, ("" if HAS_TOML else "_") + "generate_llm_fqn_per_model_part")
 # The first and the last stage are on one rank.
 V_SHAPED = (ScheduleZBVZeroBubble, ScheduleDualPipeV)
 SPLIT_BACKWARD = (*V_SHAPED, ScheduleInterleavedZeroBubble)
@@ -36,11 +37,11 @@ def _number_of_stages(parallelism, n_layers):
     return parallelism.pipeline_parallel_degree * (1 if single else 2)
 
 
-def _modules_of_stages(parallelism, n_layers):
+def modules_of_stages(parallelism, n_layers):
     """TorchTitan's shares of the model, or the user's, with the head under its name here."""
     stages = parallelism.module_fqns_per_model_part
     if stages is None:
-        stages = generate_llm_fqn_per_model_part(
+        stages = _shares(
             _number_of_stages(parallelism, n_layers),
             n_layers,
             parallelism.pipeline_parallel_first_stage_less_layers,
@@ -85,7 +86,7 @@ def check_pipeline(job_config, n_layers):
         field = "module_fqns_per_model_part" if stages is not None else "pipeline_parallel_layers_per_stage"
         raise ConfigError(f"parallelism.{field} makes {count} stages; with schedule {name!r} they must be {allowed}")
     try:
-        _modules_of_stages(parallelism, n_layers)
+        modules_of_stages(parallelism, n_layers)
     except ValueError as error:
         raise ConfigError(
             f"parallelism.pipeline_parallel_degree is {degree}; {n_layers} layers do not fill {count} stages ({error})"
@@ -125,37 +126,3 @@ def check_pipeline(job_config, n_layers):
             f"parallelism.pipeline_parallel_degree is {degree}; with training.dataset = {task.name!r} it must be 1 "
             "unless all sequences have the same number of answers, by which a pipeline's gradient is divided"
         )
-
-
-def _per_token(loss_fn, tokens):
-    """loss_fn with the gradient of a mean over ``tokens``: under pipeline parallelism TorchTitan takes the gradient of
-    the sum. The value stays the sum, which TorchTitan divides for its log."""
-
-    def scaled(*args):
-        total = loss_fn(*args)
-        mean = total / tokens
-        return mean + (total - mean).detach()
-
-    return scaled
-
-
-def pipeline(model, parallel_dims, job_config, device, model_args, parallelize_fn, loss_fn):
-    """TorchTitan's ``pipelining_fn``. Counts the tokens of the global batch that are learnt: with text every position,
-    with a recall task its answers."""
-    training = job_config.training
-    sequences = training.global_batch_size
-    if sequences < 0:
-        sequences = training.local_batch_size * parallel_dims.dp_replicate * parallel_dims.dp_shard
-    task = task_of(job_config)
-    learnt = training.seq_len if task is None else task.answers(training.seq_len)
-    stages = _modules_of_stages(job_config.parallelism, model_args.n_layers)
-    named = dataclasses.replace(job_config.parallelism, module_fqns_per_model_part=stages)
-    return pipeline_llm(
-        model,
-        parallel_dims,
-        dataclasses.replace(job_config, parallelism=named),
-        device,
-        model_args,
-        parallelize_fn,
-        _per_token(loss_fn, sequences * learnt),
-    )

@@ -1,22 +1,11 @@
-"""The sections that this package adds to TorchTitan's job config, and the stock defaults that it changes."""
+"""The sections that this package adds to TorchTitan's config, and its own form of those on float8."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torchtitan.config import JobConfig as StockJobConfig
-from torchtitan.config.job_config import Checkpoint as StockCheckpoint
-from torchtitan.config.job_config import Float8Linear as StockFloat8Linear
-from torchtitan.config.job_config import Model as StockModel
-from torchtitan.config.job_config import MXLinear as StockMXLinear
-from torchtitan.config.job_config import Parallelism as StockParallelism
-from torchtitan.config.job_config import Quantize as StockQuantize
-from torchtitan.config.job_config import QuantizedLinear as StockQuantizedLinear
-
 from gdn2_titan.parallel.float8 import EXCLUDE, MXFP8_RECIPES, SMALLEST_SIDE
 
-from .byte_tokenizer import BYTE_TOKENIZER_DIR
-
-__all__ = ["Data", "Float8Linear", "GDN2", "JobConfig", "MXLinear", "Parallelism", "Task", "compiles", "section"]
+__all__ = ["GDN2", "Data", "Float8Linear", "MXLinear", "Task", "compiles", "section"]
 
 
 @dataclass
@@ -65,7 +54,8 @@ class GDN2:
     def overrides(self):
         """The fields of GDN2ModelArgs that the config sets."""
         own = ("document_resets", "statistics_freq")
-        return {name: value for name, value in vars(self).items() if name not in own and value is not None}
+        said = {name: value for name, value in vars(self).items() if name not in own and value is not None}
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
 
 
 @dataclass
@@ -121,28 +111,13 @@ class Task:
 
 
 @dataclass
-class Model(StockModel):
-    name: str = "gdn2"
-    flavor: str = "debug"
-    hf_assets_path: str = str(BYTE_TOKENIZER_DIR)
-
-
-@dataclass
-class Parallelism(StockParallelism):
-    context_parallel_load_balancer: Literal["headtail", "none"] = "headtail"
-    """How sequences are dealt to context-parallel ranks. "headtail": to each a segment from the front and one from the
-    back, the same share of causal attention; "none": one segment to each, which can spare sliding windows the exchange
-    with all but neighbours"""
-
-
-@dataclass
-class Checkpoint(StockCheckpoint):
-    last_save_model_only: bool = False
-    """Stock TorchTitan says true; with false a finished run can be continued for more steps"""
-
-
-@dataclass
-class Float8Linear(StockFloat8Linear):
+class Float8Linear:
+    enable_fsdp_float8_all_gather: bool = False
+    """Gather weights in float8 under FSDP; with recipe "tensorwise" only"""
+    precompute_float8_dynamic_scale_for_fsdp: bool = False
+    """Compute the scales of all gathered weights at once after each optimizer step"""
+    recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
+    """How tensors are scaled; "tensorwise" if unset"""
     filter_fqns: list[str] = field(default_factory=lambda: list(EXCLUDE))
     """Linear layers whose names contain one of these stay in high precision"""
     smallest_side: int = SMALLEST_SIDE
@@ -152,7 +127,9 @@ class Float8Linear(StockFloat8Linear):
 
 
 @dataclass
-class MXLinear(StockMXLinear):
+class MXLinear:
+    mxfp8_dim1_cast_kernel_choice: Literal["triton", "cuda", "torch"] = "triton"
+    """To be left out: torchao chooses the kernel itself"""
     recipe_name: Literal[MXFP8_RECIPES] = MXFP8_RECIPES[0]
     """The second computes the weights' gradients in high precision"""
     filter_fqns: list[str] = field(default_factory=lambda: list(EXCLUDE))
@@ -161,28 +138,6 @@ class MXLinear(StockMXLinear):
     """Linear layers with a shorter side stay in high precision"""
     emulate: bool = False
     """Round to MXFP8, multiply in high precision: on any device, compiled or not"""
-
-
-@dataclass
-class QuantizedLinear(StockQuantizedLinear):
-    float8: Float8Linear = field(default_factory=Float8Linear)
-    mx: MXLinear = field(default_factory=MXLinear)
-
-
-@dataclass
-class Quantize(StockQuantize):
-    linear: QuantizedLinear = field(default_factory=QuantizedLinear)
-
-
-@dataclass
-class JobConfig(StockJobConfig):
-    model: Model = field(default_factory=Model)
-    parallelism: Parallelism = field(default_factory=Parallelism)
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    quantize: Quantize = field(default_factory=Quantize)
-    gdn2: GDN2 = field(default_factory=GDN2)
-    data: Data = field(default_factory=Data)
-    task: Task = field(default_factory=Task)
 
 
 def section(job_config, name):

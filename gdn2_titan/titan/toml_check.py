@@ -11,7 +11,7 @@ from dataclasses import fields, is_dataclass
 
 from .errors import ConfigError
 
-__all__ = ["check_toml", "config_file"]
+__all__ = ["check_table", "check_toml", "config_file", "read_toml"]
 
 FLAGS = ("--job.config_file", "--job.config-file")
 
@@ -72,13 +72,22 @@ def _check_table(table, cls, prefix):
             raise ConfigError(f"{path} is {value!r}; it must be {_describe(known[name])}")
 
 
-def check_toml(path, cls):
-    """Raise ConfigError unless the file is there, is TOML, and fits the (merged) config class."""
+def read_toml(path):
+    """The file's content; ConfigError unless it is there and is TOML."""
     try:
         with open(path, "rb") as file:
-            table = tomllib.load(file)
+            return tomllib.load(file)
     except OSError as error:
         raise ConfigError(f"job.config_file is {path!r}; it must be a readable TOML file ({error.strerror})") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"job.config_file is {path!r}; it must be valid TOML ({error})") from error
+
+
+def check_table(table, cls):
+    """Raise ConfigError unless what a file says fits the (merged) config class."""
     _check_table(table, cls, "")
+
+
+def check_toml(path, cls):
+    """Raise ConfigError unless the file is there, is TOML, and fits the (merged) config class."""
+    check_table(read_toml(path), cls)

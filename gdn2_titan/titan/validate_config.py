@@ -14,15 +14,13 @@ from .corpus import check_source
 from .cpu import accelerator
 from .errors import ConfigError
 from .float8 import check_float8
+from .generation import HAS_TOML
+from .model_args import model_args
 from .pipeline import check_pipeline
 from .sections import GDN2, compiles, section
 from .tasks import check_task
 
-__all__ = ["validate_config"]
-
-
-def _model_args(job_config):
-    return dataclasses.replace(flavors[job_config.model.flavor], **section(job_config, "gdn2").overrides())
+__all__ = ["check_vocabulary", "validate_config"]
 
 
 def _check_model(job_config):
@@ -33,7 +31,7 @@ def _check_model(job_config):
         raise ConfigError(f"model.flavor is {flavor!r}; it must be one of {', '.join(flavors)}")
     gdn2 = section(job_config, "gdn2")
     try:
-        _model_args(job_config).validate()
+        model_args(job_config).validate()
     except ValueError as error:
         # The sentence begins with the field; all fields that a flavor leaves open to change are ours.
         known = str(error).split(" ", 1)[0] in {f.name for f in dataclasses.fields(GDN2)}
@@ -110,7 +108,7 @@ def _check_processes(job_config):
 def _check_shares(job_config):
     """What the ranks of tensor, context and pipeline parallelism share must be theirs to share."""
     parallelism = job_config.parallelism
-    args = _model_args(job_config)
+    args = model_args(job_config)
     degree = parallelism.tensor_parallel_degree
     if degree > 1:
         try:
@@ -158,7 +156,7 @@ def _check_hf_checkpoint(checkpoint):
 
 
 def _check_rest(job_config):
-    if job_config.optimizer.early_step_in_backward:
+    if HAS_TOML and job_config.optimizer.early_step_in_backward:
         raise ConfigError(
             "optimizer.early_step_in_backward is true; it must be false: gradients are clipped, and weight decay is "
             "per group"
@@ -190,7 +188,7 @@ def _check_rest(job_config):
     if job_config.validation.enable:
         check_source("validation", job_config.validation.dataset, job_config.validation.dataset_path)
     if job_config.model.name == "gdn2":
-        check_task(job_config, _model_args(job_config).vocab_size)
+        check_task(job_config, model_args(job_config).vocab_size)
 
 
 def validate_config(job_config):
@@ -202,3 +200,14 @@ def validate_config(job_config):
         _check_shares(job_config)
     check_float8(job_config)
     _check_rest(job_config)
+
+
+def check_vocabulary(job_config, tokenizer):
+    """Raise ConfigError unless the model has room for all symbols of a tokenizer."""
+    path, flavor = job_config.model.hf_assets_path, job_config.model.flavor
+    vocabulary, room = tokenizer.get_vocab_size(), flavors[flavor].vocab_size
+    if vocabulary > room:
+        raise ConfigError(
+            f"model.hf_assets_path is {path!r}, a tokenizer of {vocabulary} symbols; flavor {flavor!r} has room for "
+            f"at most {room}"
+        )

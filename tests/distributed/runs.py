@@ -134,7 +134,7 @@ def _train_once(run):
     from torchtitan.train import Trainer
 
     from gdn2_titan.titan import job_config  # noqa: F401, settles the device, registers the model
-    from gdn2_titan.titan.metrics import GDN2MetricsProcessor
+    from gdn2_titan.titan.v02.metrics import GDN2MetricsProcessor
 
     curves = Curves([], [], [], [], [], [])
 
@@ -157,7 +157,7 @@ def _train_once(run):
 
     torch._dynamo.reset()
     with (
-        mock.patch("gdn2_titan.titan.metrics.GDN2MetricsProcessor", Recording),
+        mock.patch("gdn2_titan.titan.v02.metrics.GDN2MetricsProcessor", Recording),
         mock.patch("torchtitan.train.time.sleep"),
     ):
         trainer = Trainer(ConfigManager().parse_args(run))

@@ -1,56 +1,33 @@
 """What TorchTitan 0.2.2 needs to know to train the model."""
 
-import functools
-
-from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.protocols import train_spec as titan_specs
 
-from gdn2_titan.models import flavors
-
+from ..dataloader import build_dataloader
+from ..errors import refusing
+from ..state_dict_adapter import GDN2StateDictAdapter
+from ..validate_config import check_vocabulary, validate_config
 from .context import deal_out_resets
-from .dataloader import build_dataloader
-from .errors import ConfigError
 from .float8 import register_converters
 from .loss import build_loss
+from .lr_scheduler import build_lr_schedulers
 from .metrics import build_metrics_processor
 from .model import TitanModel
 from .model_args import titan_flavors
 from .optimizer import build_optimizers
 from .parallelize import parallelize
 from .pipeline import pipeline
-from .state_dict_adapter import GDN2StateDictAdapter
-from .validate_config import validate_config
 from .validator import build_validator
 
 __all__ = ["get_train_spec", "register"]
 
 
-def _refusing(build):
-    """A builder whose ConfigError ends the process with its sentence instead of a traceback."""
-
-    @functools.wraps(build)
-    def wrapper(*args, **kwargs):
-        try:
-            return build(*args, **kwargs)
-        except ConfigError as error:
-            raise SystemExit(f"Config error: {error}") from error
-
-    return wrapper
-
-
-@_refusing
+@refusing
 def _build_tokenizer(job_config):
     # The first thing that TorchTitan builds from a config: the place to refuse one, for users without our script.
     validate_config(job_config)
-    path, flavor = job_config.model.hf_assets_path, job_config.model.flavor
-    tokenizer = HuggingFaceTokenizer(path)
-    vocabulary, room = tokenizer.get_vocab_size(), flavors[flavor].vocab_size
-    if vocabulary > room:
-        raise ConfigError(
-            f"model.hf_assets_path is {path!r}, a tokenizer of {vocabulary} symbols; flavor {flavor!r} has room for "
-            f"at most {room}"
-        )
+    tokenizer = HuggingFaceTokenizer(job_config.model.hf_assets_path)
+    check_vocabulary(job_config, tokenizer)
     return tokenizer
 
 
@@ -62,10 +39,10 @@ def get_train_spec():
         pipelining_fn=pipeline,
         build_optimizers_fn=build_optimizers,
         build_lr_schedulers_fn=build_lr_schedulers,
-        build_dataloader_fn=_refusing(build_dataloader),
+        build_dataloader_fn=refusing(build_dataloader),
         build_tokenizer_fn=_build_tokenizer,
         build_loss_fn=build_loss,
-        build_validator_fn=_refusing(build_validator),
+        build_validator_fn=refusing(build_validator),
         build_metrics_processor_fn=build_metrics_processor,
         state_dict_adapter=GDN2StateDictAdapter,
     )

@@ -3,7 +3,7 @@
 from torchtitan.components.loss import build_cross_entropy_loss, cross_entropy_loss
 from torchtitan.tools.logging import logger
 
-from .sections import compiles
+from ..sections import compiles
 
 __all__ = ["WatchedLoss", "build_loss"]
 

@@ -1,0 +1,59 @@
+"""TorchTitan's job config with the sections that this package adds, and the stock defaults that it changes."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torchtitan.config import JobConfig as StockJobConfig
+from torchtitan.config.job_config import Checkpoint as StockCheckpoint
+from torchtitan.config.job_config import Model as StockModel
+from torchtitan.config.job_config import Parallelism as StockParallelism
+from torchtitan.config.job_config import Quantize as StockQuantize
+from torchtitan.config.job_config import QuantizedLinear as StockQuantizedLinear
+
+from ..byte_tokenizer import BYTE_TOKENIZER_DIR
+from ..sections import GDN2, Data, Float8Linear, MXLinear, Task
+
+__all__ = ["JobConfig", "Parallelism"]
+
+
+@dataclass
+class Model(StockModel):
+    name: str = "gdn2"
+    flavor: str = "debug"
+    hf_assets_path: str = str(BYTE_TOKENIZER_DIR)
+
+
+@dataclass
+class Parallelism(StockParallelism):
+    context_parallel_load_balancer: Literal["headtail", "none"] = "headtail"
+    """How sequences are dealt to context-parallel ranks. "headtail": to each a segment from the front and one from the
+    back, the same share of causal attention; "none": one segment to each, which can spare sliding windows the exchange
+    with all but neighbours"""
+
+
+@dataclass
+class Checkpoint(StockCheckpoint):
+    last_save_model_only: bool = False
+    """Stock TorchTitan says true; with false a finished run can be continued for more steps"""
+
+
+@dataclass
+class QuantizedLinear(StockQuantizedLinear):
+    float8: Float8Linear = field(default_factory=Float8Linear)
+    mx: MXLinear = field(default_factory=MXLinear)
+
+
+@dataclass
+class Quantize(StockQuantize):
+    linear: QuantizedLinear = field(default_factory=QuantizedLinear)
+
+
+@dataclass
+class JobConfig(StockJobConfig):
+    model: Model = field(default_factory=Model)
+    parallelism: Parallelism = field(default_factory=Parallelism)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    quantize: Quantize = field(default_factory=Quantize)
+    gdn2: GDN2 = field(default_factory=GDN2)
+    data: Data = field(default_factory=Data)
+    task: Task = field(default_factory=Task)

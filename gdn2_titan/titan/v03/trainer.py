@@ -1,0 +1,138 @@
+"""TorchTitan 0.3's trainer with this package's parts in its config."""
+
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torchtitan.components.checkpointer import CheckpointManager
+from torchtitan.config.configs import ParallelismConfig, TrainingConfig
+from torchtitan.distributed import utils as dist_utils
+from torchtitan.trainer import Trainer
+
+from gdn2_titan.models import flavors
+
+from ..byte_tokenizer import BYTE_TOKENIZER_DIR
+from ..errors import ConfigError, refusing
+from ..sections import GDN2, Data, Float8Linear, MXLinear, Task
+from ..validate_config import validate_config
+from .activation_checkpoint import Policy
+from .data import TrainingData, deal_out
+from .loss import WatchedLoss
+from .metrics import GDN2MetricsProcessor
+from .optimizer import GroupedOptimizers
+from .validator import GDN2Validator
+
+__all__ = ["GDN2Trainer", "check"]
+
+
+@dataclass(kw_only=True, slots=True)
+class QuantizedLinear:
+    float8: Float8Linear = field(default_factory=Float8Linear)
+    mx: MXLinear = field(default_factory=MXLinear)
+
+
+@dataclass(kw_only=True, slots=True)
+class Quantize:
+    linear: QuantizedLinear = field(default_factory=QuantizedLinear)
+
+
+@dataclass(kw_only=True, slots=True)
+class Training(TrainingConfig):
+    disable_cuda_graphs: bool = True
+    """This model trains without them"""
+
+
+@dataclass(kw_only=True, slots=True)
+class Parallelism(ParallelismConfig):
+    spmd_backend: str = "partial_dtensor"
+    """The one that this model's plans are written in"""
+
+
+class Checkpoints(CheckpointManager):
+    @dataclass(kw_only=True, slots=True)
+    class Config(CheckpointManager.Config):
+        last_save_model_only: bool = False
+        """Stock TorchTitan says true; with false a finished run can be continued for more steps"""
+
+
+class GDN2Trainer(Trainer):
+    @dataclass(kw_only=True, slots=True)
+    class Config(Trainer.Config):
+        hf_assets_path: str = str(BYTE_TOKENIZER_DIR)
+        converters: list[str] = field(default_factory=list)
+        """"quantize.linear.float8" or "quantize.linear.mx" """
+        quantize: Quantize = field(default_factory=Quantize)
+        gdn2: GDN2 = field(default_factory=GDN2)
+        data: Data = field(default_factory=Data)
+        task: Task = field(default_factory=Task)
+        metrics: GDN2MetricsProcessor.Config = field(default_factory=GDN2MetricsProcessor.Config)
+        dataloader: TrainingData = field(default_factory=TrainingData)
+        optimizer: GroupedOptimizers.Config = field(default_factory=GroupedOptimizers.Config)
+        training: Training = field(default_factory=Training)
+        parallelism: Parallelism = field(default_factory=Parallelism)
+        checkpoint: Checkpoints.Config = field(default_factory=Checkpoints.Config)
+        activation_checkpoint: Policy = None
+        validator: GDN2Validator.Config = field(default_factory=GDN2Validator.Config)
+        loss: WatchedLoss.Config = field(default_factory=WatchedLoss.Config)
+
+    @refusing
+    def __init__(self, config):
+        from .job_config import job_config_of
+
+        check(config)
+        job_config = job_config_of(config)
+        validate_config(job_config)
+        for part in (config.model_spec.model, config.metrics, config.dataloader, config.validator, config.loss):
+            part._job_config = job_config
+        dist_utils.set_pg_timeouts = _set_timeouts
+        super().__init__(config)
+
+    def post_dataloading_process(self, input_dict, labels):
+        mesh = self.parallel_dims.get_optional_mesh("cp")
+        balancer = self.config.parallelism.context_parallel_load_balancer
+        inputs, labels, extra = deal_out(input_dict, labels, mesh, balancer)
+        self.ntokens_seen += labels.numel()
+        return inputs, labels, extra
+
+    def train_step(self, data_iterator):
+        super().train_step(data_iterator)
+        self.metrics_processor.finish(self.step)
+
+
+def check(config):
+    """Raise ConfigError for what cannot train, before anything is built."""
+    training, parallelism = config.training, config.parallelism
+    for name, value, allowed, why in (
+        ("training.disable_cuda_graphs", training.disable_cuda_graphs, True, "captured steps are not supported"),
+        ("parallelism.spmd_backend", parallelism.spmd_backend, "partial_dtensor", "the model is sharded by DTensors"),
+        (
+            "parallelism.enable_sequence_parallel",
+            parallelism.enable_sequence_parallel,
+            True,
+            "tensor-parallel ranks share the tokens between layers",
+        ),
+        ("comm.mode", config.comm.mode, "default", "the model's operators need the other ranks"),
+    ):
+        if value != allowed:
+            raise ConfigError(f"{name} is {value!r}; with this model it must be {allowed!r}: {why}")
+    if config.model_spec.flavor not in flavors:
+        raise ConfigError(f"model_spec.flavor is {config.model_spec.flavor!r}; it must be one of {', '.join(flavors)}")
+    degree = parallelism.pipeline_parallel_degree
+    if degree > 1 and not hasattr(dist, "set_timeout"):
+        raise ConfigError(
+            f"parallelism.pipeline_parallel_degree is {degree}; with TorchTitan 0.3 and torch {torch.__version__} it "
+            "must be 1, torch 2.14 has the pipelines that it needs"
+        )
+
+
+def _set_timeouts(timeout: timedelta, parallel_dims):
+    """The stock function, which needs a torch of 2.14: after the first step, the shorter timeout for every group."""
+    dist.barrier(device_ids=None if dist_utils.device_type == "cpu" else [dist_utils.device_module.current_device()])
+    dist_utils.device_module.synchronize()
+    groups = [mesh.get_group() for mesh in parallel_dims.get_all_one_dimensional_meshes().values()] + [None]
+    for group in groups:
+        if hasattr(dist, "set_timeout"):
+            dist.set_timeout(timeout, group)
+        else:
+            dist.distributed_c10d._set_pg_timeout(timeout, group)

@@ -1,0 +1,173 @@
+"""One model, one set of TOML files, two generations of TorchTitan. Run it in an environment of each."""
+
+import dataclasses
+import importlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torchtitan")
+
+from gdn2_titan.titan.byte_tokenizer import BYTE_TOKENIZER_DIR
+from gdn2_titan.titan.errors import ConfigError
+from gdn2_titan.titan.generation import HAS_TOML
+from gdn2_titan.titan.v03.counterparts import COUNTERPARTS, WITHOUT
+from tests.distributed.runs import write_documents
+from tests.training import GRAD_NORM, LOSS, ROOT, SHORT, scalars, train
+
+CONFIGS = sorted((ROOT / "train_configs").rglob("*.toml"))
+# What TorchTitan 0.2.2 gave in one process on torch 2.13.0: loss and gradient norm of each step.
+CURVES = Path(__file__).with_name("curves_of_0_2_2.json")
+# Decays slow enough that states cross the ranks' parts of a sequence; two sequences a step for each of two ranks.
+SMALL = [
+    *SHORT, "--training.seq_len=128", "--training.steps=10", "--training.dataset=files", "--gdn2.num_heads=4",
+    "--gdn2.head_dim=16", "--gdn2.attn_kv_heads=4", "--gdn2.window=48", "--optimizer.eps=1e-4",
+]  # fmt: skip
+LAYOUTS = {
+    "one process": (1, ["--training.local_batch_size=4"]),
+    "FSDP2=2": (2, ["--training.local_batch_size=2"]),
+    "TP=2": (2, ["--training.local_batch_size=4", "--parallelism.tensor_parallel_degree=2"]),
+    "CP=2, headtail": (2, ["--training.local_batch_size=4", "--parallelism.context_parallel_degree=2"]),
+    "CP=2, none": (
+        2,
+        [
+            "--training.local_batch_size=4",
+            "--parallelism.context_parallel_degree=2",
+            "--parallelism.context_parallel_load_balancer=none",
+        ],
+    ),
+}
+
+only_toml = pytest.mark.skipif(not HAS_TOML, reason="about the job config of TorchTitan 0.2.2")
+only_functions = pytest.mark.skipif(HAS_TOML, reason="about the config functions of TorchTitan 0.3")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("config", ["debug", "debug_hybrid"])
+def test_ten_steps_have_the_losses_and_gradient_norms_of_0_2_2_in_one_process(config, layout, tmp_path):
+    processes, arguments = LAYOUTS[layout]
+    documents = tmp_path / "documents.jsonl"
+    write_documents(documents)
+    train(
+        processes, tmp_path, *SMALL, *arguments, f"--training.dataset_path={documents}",
+        config=ROOT / "train_configs" / f"{config}.toml",
+    )  # fmt: skip
+    found = {name: list(scalars(tmp_path, tag).values()) for name, tag in (("loss", LOSS), ("norm", GRAD_NORM))}
+    for name, expected in json.loads(CURVES.read_text())[config].items():
+        assert found[name] == pytest.approx(expected, rel=1e-5, abs=0)
+
+
+def _leaves(config, prefix=""):
+    for field in dataclasses.fields(config):
+        value, path = getattr(config, field.name), prefix + field.name
+        if dataclasses.is_dataclass(value) and path not in COUNTERPARTS:
+            yield from _leaves(value, f"{path}.")
+        else:
+            yield path, value
+
+
+@only_toml
+def test_every_field_of_a_toml_file_has_a_counterpart_or_is_named_as_having_none():
+    from gdn2_titan.titan.job_config import JobConfig
+    from gdn2_titan.titan.v02.sections import JobConfig as Ours
+
+    assert JobConfig is Ours
+    chosen = {"job.config_file", "job.description", "job.custom_config_module", "model.name", "model.flavor"}
+    for path, default in _leaves(Ours()):
+        if path in WITHOUT:
+            assert WITHOUT[path] == default, path
+        else:
+            assert path in COUNTERPARTS or path in chosen or path.startswith("activation_checkpoint."), path
+
+
+@only_functions
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_each_toml_file_becomes_a_config_that_says_the_same(path):
+    from gdn2_titan.titan.job_config import parse, validate
+    from gdn2_titan.titan.v03.job_config import job_config_of, trainer_config
+
+    job_config = parse([f"--job.config_file={path}", f"--model.hf_assets_path={BYTE_TOKENIZER_DIR}"])
+    validate(job_config)
+    back = job_config_of(trainer_config(job_config)).to_dict()
+    said = job_config.to_dict()
+    assert said["job"].pop("custom_config_module") and back["job"].pop("custom_config_module") == ""
+    for name in ("config_file", "description"):
+        said["job"].pop(name), back["job"].pop(name)
+    if said["activation_checkpoint"]["mode"] == "none":
+        said["activation_checkpoint"] = back["activation_checkpoint"]
+    assert back == said
+
+
+@only_functions
+@pytest.mark.parametrize(
+    ("toml", "sentence"),
+    [
+        ("[optimizer]\nearly_step_in_backward = true", "optimizer.early_step_in_backward"),
+        ("[parallelism]\ncontext_parallel_rotate_method = 'alltoall'", "parallelism.context_parallel_rotate_method"),
+        ("[fault_tolerance]\nenable = true", "fault_tolerance.enable"),
+        ("[training]\nstepz = 3", "training.stepz = 3: no such field"),
+        ("[training]\nsteps = 'three'", "training.steps is 'three'"),
+    ],
+)
+def test_a_field_without_counterpart_ends_the_start_with_its_name(toml, sentence, tmp_path):
+    from gdn2_titan.titan.job_config import parse
+
+    path = tmp_path / "x.toml"
+    path.write_text(toml)
+    with pytest.raises(ConfigError, match=sentence):
+        parse([f"--job.config_file={path}"])
+
+
+@only_functions
+def test_what_is_left_at_its_default_needs_no_counterpart(tmp_path):
+    from gdn2_titan.titan.job_config import parse
+
+    path = tmp_path / "x.toml"
+    path.write_text("[optimizer]\nearly_step_in_backward = false\n[fault_tolerance]\nenable = false\n")
+    assert parse([f"--job.config_file={path}"]).optimizer.lr == 8e-4
+
+
+@only_functions
+@pytest.mark.parametrize(
+    "name",
+    ["gdn2_debug", "gdn2_debug_hybrid", "gdn2_recall", "gdn2_150M", "gdn2_400M", "gdn2_1_3B", "gdn2_1_3B_hybrid"],
+)
+def test_there_is_a_config_function_for_every_flavor(name):
+    from gdn2_titan.models import flavors
+
+    registry = importlib.import_module("gdn2_titan.titan.config_registry")
+    flavor = getattr(registry, name)().model_spec.flavor
+    assert flavor in flavors and flavor.replace(".", "_") == name.removeprefix("gdn2_")
+
+
+@only_functions
+@pytest.mark.parametrize(
+    ("section", "field", "value", "sentence"),
+    [
+        ("training", "disable_cuda_graphs", False, "training.disable_cuda_graphs is False"),
+        ("parallelism", "spmd_backend", "spmd_types", "parallelism.spmd_backend is 'spmd_types'"),
+        ("parallelism", "enable_sequence_parallel", False, "parallelism.enable_sequence_parallel is False"),
+        ("training", "local_batch_size", 0, "training.local_batch_size is 0"),
+    ],
+)
+def test_a_config_that_cannot_train_is_refused_before_anything_is_built(section, field, value, sentence):
+    from gdn2_titan.titan.config_registry import gdn2_debug
+
+    config = gdn2_debug()
+    setattr(getattr(config, section), field, value)
+    with pytest.raises(SystemExit, match=sentence):
+        config.build()
+
+
+@only_functions
+def test_from_toml_reads_the_file_that_the_environment_names(monkeypatch):
+    from gdn2_titan.titan.config_registry import from_toml
+
+    monkeypatch.setitem(os.environ, "GDN2_TOML", str(ROOT / "train_configs" / "debug_hybrid.toml"))
+    config = from_toml()
+    assert (config.model_spec.flavor, config.validator.freq, config.dump_folder) == (
+        "debug_hybrid", 100, "./outputs/debug_hybrid"
+    )  # fmt: skip
