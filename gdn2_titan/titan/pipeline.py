@@ -1,5 +1,6 @@
 """Which modules make the stages of a pipeline, and whether a batch can be scheduled through them."""
 
+import inspect
 import math
 import os
 
@@ -18,9 +19,11 @@ from .generation import HAS_TOML
 from .sections import compiles
 from .tasks import task_of, validation_lengths
 
-__all__ = ["check_pipeline", "modules_of_stages", "rank_with_loss"]
+__all__ = ["RUNS", "check_pipeline", "modules_of_stages", "rank_with_loss"]
 
 _shares = getattr(pipeline_parallel, ("" if HAS_TOML else "_") + "generate_llm_fqn_per_model_part")
+# TorchTitan 0.3 hands microbatches over as torch 2.14's schedules take them.
+RUNS = HAS_TOML or "arg_mbs" in inspect.signature(PipelineScheduleSingle.step).parameters
 # The first and the last stage are on one rank.
 V_SHAPED = (ScheduleZBVZeroBubble, ScheduleDualPipeV)
 SPLIT_BACKWARD = (*V_SHAPED, ScheduleInterleavedZeroBubble)

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from .runs import GLOBAL_BATCH, arguments, train, train_until_a_rank_dies, write_documents
+from .runs import GLOBAL_BATCH, arguments, layouts, train, train_until_a_rank_dies, write_documents
 
 pytestmark = pytest.mark.slow
 
@@ -75,7 +75,7 @@ def assert_same(found, expected, first_step=1):
         assert worst >= mean * (1 - 1e-6)  # the greatest of what the mean is of
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", layouts(LAYOUTS))
 def test_a_layout_trains_as_one_process(seeds, one_process, tmp_path, name):
     world, data_parallel, extra = LAYOUTS[name]
     found = train(world, tmp_path / "out", *runs(seeds, tmp_path, data_parallel, *extra))
@@ -84,7 +84,7 @@ def test_a_layout_trains_as_one_process(seeds, one_process, tmp_path, name):
         assert curves.tokens == expected.tokens
 
 
-@pytest.mark.parametrize("name", ["fsdp2", "tp2", "pp2", "fsdp2-tp2", "cp2"])
+@pytest.mark.parametrize("name", layouts(["fsdp2", "tp2", "pp2", "fsdp2-tp2", "cp2"]))
 def test_a_layout_trains_as_one_process_when_blocks_are_compiled(seeds, one_process, tmp_path, name):
     world, data_parallel, extra = LAYOUTS[name]
     hybrid = runs(seeds, tmp_path, data_parallel, *extra, "--compile.enable")[-1]  # has every kind of block
