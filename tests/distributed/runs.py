@@ -46,10 +46,12 @@ def arguments(config, folder, documents, *extra, batch=GLOBAL_BATCH):
     ]  # fmt: skip
 
 
+without_pipelines = pytest.mark.skipif(not RUNS, reason="TorchTitan 0.3 refuses pipelines on a torch before 2.14")
+
+
 def layouts(names):
     """Names of layouts as parameters of a test; those with pipelines are skipped where none runs."""
-    without = pytest.mark.skipif(not RUNS, reason="TorchTitan 0.3 refuses pipelines on a torch before 2.14")
-    return [pytest.param(name, marks=without if "pp" in name else ()) for name in names]
+    return [pytest.param(name, marks=without_pipelines if "pp" in name else ()) for name in names]
 
 
 def write_documents(path):

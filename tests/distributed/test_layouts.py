@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from .runs import GLOBAL_BATCH, arguments, layouts, train, train_until_a_rank_dies, write_documents
+from .runs import GLOBAL_BATCH, arguments, layouts, train, train_until_a_rank_dies, without_pipelines, write_documents
 
 pytestmark = pytest.mark.slow
 
@@ -22,6 +22,8 @@ LAYOUTS = {  # processes, data parallel degree, overrides
     "tp4": (4, 1, TP4),
     "pp2": (2, 1, PP2),
     "pp2-interleaved": (2, 1, INTERLEAVED),
+    # Two batches to a step, of two microbatches each.
+    "pp2-accumulation": (2, 2, (*PP2, "--training.global_batch_size=4", "--validation.steps=4")),
     "fsdp2-tp2": (4, 2, TP2),
     "tp2-pp2": (4, 1, (*TP2, *PP2)),
     "fsdp2-tp2-pp2": (8, 2, (*TP2, *PP2)),
@@ -94,8 +96,13 @@ def test_a_layout_trains_as_one_process_when_blocks_are_compiled(seeds, one_proc
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [("fsdp4", "tp2"), ("fsdp2-tp2", None), ("cp4", None)],
-    ids=["fsdp4-tp2", "fsdp2-tp2-1", "cp4-1"],
+    [
+        ("fsdp4", "tp2"),
+        ("fsdp2-tp2", None),
+        ("cp4", None),
+        pytest.param("pp2-interleaved", "fsdp2", marks=without_pipelines),
+    ],
+    ids=["fsdp4-tp2", "fsdp2-tp2-1", "cp4-1", "pp2-fsdp2"],
 )
 def test_a_checkpoint_continues_under_another_layout(seeds, one_process, tmp_path, before, after):
     total = "--lr_scheduler.total_steps=10"
