@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.composability import Recorder
+from tests.concerns import concerns_titan
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers or datasets reads it: no test asks the network
 
@@ -17,6 +18,14 @@ if not torch.cuda.is_available():
 
 def pytest_addoption(parser):
     parser.addoption("--composability", metavar="FILE", help="=FILE: write a table of what the mixer composes with")
+    parser.addoption("--only-titan", action="store_true", help="only the files that concern TorchTitan")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--only-titan"):
+        others = [item for item in items if not concerns_titan(item.path)]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if concerns_titan(item.path)]
 
 
 def pytest_configure(config):

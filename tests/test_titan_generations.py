@@ -12,9 +12,10 @@ pytest.importorskip("torchtitan")
 
 from gdn2_titan.titan.byte_tokenizer import BYTE_TOKENIZER_DIR
 from gdn2_titan.titan.errors import ConfigError
-from gdn2_titan.titan.generation import HAS_TOML
 from gdn2_titan.titan.v03.counterparts import COUNTERPARTS, WITHOUT
+from tests.concerns import concerns_titan
 from tests.distributed.runs import write_documents
+from tests.generations import only_functions, only_toml
 from tests.training import GRAD_NORM, LOSS, ROOT, SHORT, scalars, train
 
 CONFIGS = sorted((ROOT / "train_configs").rglob("*.toml"))
@@ -39,9 +40,6 @@ LAYOUTS = {
         ],
     ),
 }
-
-only_toml = pytest.mark.skipif(not HAS_TOML, reason="about the job config of TorchTitan 0.2.2")
-only_functions = pytest.mark.skipif(HAS_TOML, reason="about the config functions of TorchTitan 0.3")
 
 
 @pytest.mark.slow
@@ -171,3 +169,11 @@ def test_from_toml_reads_the_file_that_the_environment_names(monkeypatch):
     assert (config.model_spec.flavor, config.validator.freq, config.dump_folder) == (
         "debug_hybrid", 100, "./outputs/debug_hybrid"
     )  # fmt: skip
+
+
+def test_the_files_that_run_in_both_environments_are_those_that_import_torchtitan_or_the_plug():
+    tests = ROOT / "tests"
+    for file in ("test_titan_generations", "test_study_recall", "test_accuracy", "distributed/test_layouts"):
+        assert concerns_titan(tests / f"{file}.py"), file
+    for file in ("test_gdn2_op", "test_gdn2_library", "test_fsdp", "test_convert"):
+        assert not concerns_titan(tests / f"{file}.py"), file
