@@ -9,8 +9,7 @@ import typing
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 
 import tyro
-from torchtitan.config.manager import ConfigManager, custom_registry
-from torchtitan.distributed.pipeline_parallel import pipeline_llm
+from torchtitan.config import ConfigManager
 from torchtitan.protocols.model_spec import ModelSpec
 
 from gdn2_titan.models import flavors
@@ -24,12 +23,16 @@ from .activation_checkpoint import fields_of_policy, policy_of_fields
 from .counterparts import COUNTERPARTS, WITHOUT
 from .model import TitanModel
 from .parallelize import hook_converters, parallelize
+from .pipeline import pipeline
 from .trainer import GDN2Trainer, check
 
 __all__ = ["JobConfig", "build", "job_config_of", "parse", "trainer_config", "validate"]
 
 settle_device()
-ConfigManager.register_tyro_rules(custom_registry)  # lists of strings are "a,b"
+
+# TorchTitan's rules of the command line: commas part the names of a list.
+_RULES = tyro.constructors.ConstructorRegistry()
+ConfigManager.register_tyro_rules(_RULES)
 
 
 @dataclass
@@ -150,7 +153,7 @@ def model_spec(flavor):
         flavor=flavor,
         model=TitanModel.Config(args=dataclasses.replace(flavors[flavor])),
         parallelize_fn=parallelize,
-        pipelining_fn=pipeline_llm,
+        pipelining_fn=pipeline,
         post_optimizer_build_fn=hook_converters,
         state_dict_adapter=lambda config, folder: GDN2StateDictAdapter(config.args, folder),
     )
@@ -164,7 +167,7 @@ def parse(arguments):
     """
     path = config_file(arguments)
     job_config = _of_table({} if path is None else _read(path), JobConfig)
-    return tyro.cli(JobConfig, args=arguments, default=job_config, registry=custom_registry)
+    return tyro.cli(JobConfig, args=arguments, default=job_config, registry=_RULES)
 
 
 def build(job_config):
