@@ -36,7 +36,7 @@ def archive(version):
 def continued(folder):
     """Trains in a process of its own, from the checkpoint in a folder if it has one; returns what it printed."""
     run = subprocess.run(
-        [sys.executable, "-m", __name__, "train", str(folder)],
+        [sys.executable, "-m", "tests.recorded_checkpoint", "train", str(folder)],
         env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-4000:]
@@ -54,16 +54,17 @@ def _train(folder):
     flavors["tiny"] = dataclasses.replace(flavors["recall"], **TINY)
     from gdn2_titan.titan.job_config import build, parse
 
-    trainer = build(parse([
+    job_config = parse([
         f"--job.config_file={ROOT / 'train_configs' / 'recall' / 'mqar.toml'}", f"--job.dump_folder={folder}",
         "--model.flavor=tiny", "--training.seq_len=32", "--training.local_batch_size=4", f"--training.steps={STEPS}",
         "--task.pairs", "3", "--task.keys=64", "--task.values=2", "--lr_scheduler.warmup_steps=2",
         "--lr_scheduler.decay_type=cosine", "--optimizer.lr=0.01", "--optimizer.eps=1e-4", "--metrics.log_freq=1",
         "--validation.no-enable", f"--checkpoint.interval={SAVED}", "--checkpoint.keep_latest_k=0",
-    ]))  # fmt: skip
+    ])  # fmt: skip
     from torchtitan.tools.logging import init_logger
 
     init_logger()
+    trainer = build(job_config)
     trainer.train()
     trainer.close()
 
@@ -73,7 +74,7 @@ def _record():
         continued(folder)
         (Path(folder) / CURVES).write_text(json.dumps(curves(folder), indent=1) + "\n")
         with tarfile.open(archive(importlib.metadata.version("torchtitan")), "w:xz") as file:
-            for name in (CURVES, "checkpoint/gdn2.json", f"checkpoint/step-{SAVED}"):
+            for name in (CURVES, f"checkpoint/step-{SAVED}"):
                 file.add(Path(folder) / name, name)
 
 

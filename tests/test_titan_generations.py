@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import os
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,12 @@ from gdn2_titan.titan.v03.counterparts import COUNTERPARTS, WITHOUT
 from tests.concerns import concerns_titan
 from tests.distributed.runs import write_documents
 from tests.generations import only_functions, only_toml
+from tests.recorded_checkpoint import AFTER, CURVES, archive, continued, curves
 from tests.training import GRAD_NORM, LOSS, ROOT, SHORT, scalars, train
 
 CONFIGS = sorted((ROOT / "train_configs").rglob("*.toml"))
 # What TorchTitan 0.2.2 gave in one process on torch 2.13.0: loss and gradient norm of each step.
-CURVES = Path(__file__).with_name("curves_of_0_2_2.json")
+OF_0_2_2 = Path(__file__).with_name("curves_of_0_2_2.json")
 # Decays slow enough that states cross the ranks' parts of a sequence; two sequences a step for each of two ranks.
 SMALL = [
     *SHORT, "--training.seq_len=128", "--training.steps=10", "--training.dataset=files", "--gdn2.num_heads=4",
@@ -54,7 +56,19 @@ def test_ten_steps_have_the_losses_and_gradient_norms_of_0_2_2_in_one_process(co
         config=ROOT / "train_configs" / f"{config}.toml",
     )  # fmt: skip
     found = {name: list(scalars(tmp_path, tag).values()) for name, tag in (("loss", LOSS), ("norm", GRAD_NORM))}
-    for name, expected in json.loads(CURVES.read_text())[config].items():
+    for name, expected in json.loads(OF_0_2_2.read_text())[config].items():
+        assert found[name] == pytest.approx(expected, rel=1e-5, abs=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["0.2.2", "0.3.0"])
+def test_a_checkpoint_of_either_generation_continues_with_the_curve_of_the_one_that_wrote_it(version, tmp_path):
+    with tarfile.open(archive(version)) as file:
+        file.extractall(tmp_path, filter="data")
+    assert f"Training starts at step {AFTER[0]}" in continued(tmp_path)
+    assert set(scalars(tmp_path, LOSS)) == set(AFTER)
+    found = curves(tmp_path)
+    for name, expected in json.loads((tmp_path / CURVES).read_text()).items():
         assert found[name] == pytest.approx(expected, rel=1e-5, abs=0)
 
 
