@@ -26,7 +26,7 @@ from .parallelize import hook_converters, parallelize
 from .pipeline import pipeline
 from .trainer import GDN2Trainer, check
 
-__all__ = ["JobConfig", "job_config_of", "parse", "trainer_config", "validate"]
+__all__ = ["JobConfig", "build", "job_config_of", "parse", "trainer_config", "validate"]
 
 settle_device()
 
@@ -134,11 +134,10 @@ def trainer_config(job_config):
     option = job_config.activation_checkpoint.selective_ac_option
     if option != "op" and not (option.isdigit() and int(option)):
         raise ConfigError(f"activation_checkpoint.selective_ac_option is {option!r}; it must be 'op' or a number")
-    config = GDN2Trainer.Config(
-        model_spec=model_spec(flavor), activation_checkpoint=policy_of_fields(job_config.activation_checkpoint)
-    )
+    config = GDN2Trainer.Config(model_spec=model_spec(flavor))
     for place, counterpart in COUNTERPARTS.items():
         _set(config, counterpart, _get(job_config, place))
+    config.activation_checkpoint = policy_of_fields(job_config.activation_checkpoint)
     return config
 
 
@@ -171,6 +170,11 @@ def parse(arguments):
     return tyro.cli(JobConfig, args=arguments, default=job_config, registry=_RULES)
 
 
+def build(job_config):
+    """The trainer of a parsed job config, in an initialised environment of torchrun."""
+    return trainer_config(job_config).build()
+
+
 def validate(job_config):
     """Raise ConfigError for the first thing wrong with a parsed job config."""
     check(trainer_config(job_config))
@@ -184,9 +188,9 @@ def _read(path):
         branch = table
         for section in sections:
             branch = branch.get(section, {}) if isinstance(branch, dict) else {}
-        if isinstance(branch, dict) and name in branch and branch.pop(name) != default:
+        if isinstance(branch, dict) and name in branch and (value := branch.pop(name)) != default:
             raise ConfigError(
-                f"{place} in {path} has no counterpart in TorchTitan 0.3; it must be left out or {default!r}"
+                f"{place} in {path} is {value!r}; it must be left out, or {default!r}: TorchTitan 0.3 has no such"
             )
     # A section that only had such fields is empty now.
     table = {name: value for name, value in table.items() if value or name in {f.name for f in fields(JobConfig)}}
