@@ -4,7 +4,7 @@ a table of what was run."""
 import importlib.metadata
 import platform
 
-__all__ = ["FEATURES", "Recorder", "features_of"]
+__all__ = ["FEATURES", "write_document"]
 
 OP, LIBRARY, CONV = "test_gdn2_op.py", "test_gdn2_library.py", "test_causal_conv1d.py"
 TRANSFORMS, LAYOUTS = "test_func_transforms.py", "distributed/test_layouts.py"
@@ -74,44 +74,15 @@ FEATURES = {
     ],
 }  # fmt: skip
 PACKAGES = ("torch", "triton", "torchtitan", "torchao")
-OUTCOMES = ("failed", "passed", "skipped")
 
 
-def features_of(nodeid):
-    file, _, name = nodeid.removeprefix("tests/").partition("::")
-    name = name.partition("[")[0]
-    for feature, tests in FEATURES.items():
-        if any(file == f and name.startswith(prefix) for f, prefix in tests):
-            yield feature
-
-
-class Recorder:
-    """A pytest plugin that keeps the outcomes of the tests of FEATURES and writes them at the end."""
-
-    def __init__(self, path):
-        self.path = path
-        self.outcomes = {feature: {} for feature in FEATURES}
-
-    def pytest_runtest_logreport(self, report):
-        if report.when == "call" or report.outcome != "passed":
-            for feature in features_of(report.nodeid):
-                self.outcomes[feature][report.nodeid] = report.outcome
-
-    def pytest_sessionfinish(self):
-        self.path.write_text(self.text())
-
-    def text(self):
-        rows = [f"| {feature} | {_sum(outcomes)} |" for feature, outcomes in self.outcomes.items()]
-        with_us = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-        return "\n".join([
-            "# What the mixer composes with", "",
-            f"Written by the test suite: Python {platform.python_version()}, {with_us}, {platform.machine()}, by",
-            "`./run_tests.sh --composability=docs/composability.md`. Which tests stand for which row:",
-            "[tests/composability.py](../tests/composability.py).", "",
-            "| with | tests |", "| --- | --- |", *rows, "",
-        ])  # fmt: skip
-
-
-def _sum(outcomes):
-    counts = {outcome: list(outcomes.values()).count(outcome) for outcome in OUTCOMES}
-    return ", ".join(f"{n} {outcome}" for outcome, n in counts.items() if n) or "not run"
+def write_document(path, cells):
+    """The table of what FEATURES gave, {feature: cell}, as a document."""
+    with_us = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    path.write_text("\n".join([
+        "# What the mixer composes with", "",
+        f"Written by the test suite: Python {platform.python_version()}, {with_us}, {platform.machine()}, by",
+        "`./run_tests.sh --composability=docs/composability.md`. Which tests stand for which row:",
+        "[tests/composability.py](../tests/composability.py).", "",
+        "| with | tests |", "| --- | --- |", *(f"| {feature} | {cell} |" for feature, cell in cells.items()), "",
+    ]))  # fmt: skip

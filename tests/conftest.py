@@ -1,12 +1,15 @@
 """What every test runs under."""
 
+import functools
 import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.composability import Recorder
+from tests import composability, versions
+from tests.concerns import concerns_titan
+from tests.features import Recorder
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers or datasets reads it: no test asks the network
 
@@ -16,13 +19,27 @@ if not torch.cuda.is_available():
 
 
 def pytest_addoption(parser):
+    parser.addoption("--only-titan", action="store_true", help="only the files that concern TorchTitan")
     parser.addoption("--composability", metavar="FILE", help="=FILE: write a table of what the mixer composes with")
+    parser.addoption("--versions", metavar="FILE", help="=FILE: write what works with the installed TorchTitan")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--only-titan"):
+        config.hook.pytest_deselected(items=[item for item in items if not concerns_titan(item.path)])
+        items[:] = [item for item in items if concerns_titan(item.path)]
 
 
 def pytest_configure(config):
     # Workers of pytest-xdist report to the process that has them, and it writes.
-    if (path := config.getoption("--composability")) and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(Recorder(Path(path)))
+    if hasattr(config, "workerinput"):
+        return
+    tables = [("--versions", versions.FEATURES, versions.write_column)]
+    if not config.getoption("--only-titan"):
+        tables.append(("--composability", composability.FEATURES, composability.write_document))
+    for option, features, write in tables:
+        if path := config.getoption(option):
+            config.pluginmanager.register(Recorder(features, functools.partial(write, Path(path))))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,6 +1,5 @@
 """The validator's accuracy: shares of answers and of sequences, condition by condition."""
 
-import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -9,12 +8,10 @@ from torch import nn
 
 pytest.importorskip("torchtitan")
 from torchtitan.components.loss import cross_entropy_loss
-from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from gdn2_titan.titan.accuracy import Accuracy
-from gdn2_titan.titan.byte_tokenizer import BYTE_TOKENIZER_DIR
-from gdn2_titan.titan.v02.loss import WatchedLoss, build_loss
-from gdn2_titan.titan.v02.validator import build_validator
+from gdn2_titan.titan.job_config import JobConfig
+from tests.generations import HAS_TOML, loss_of, validator_of
 from tests.test_tasks import TASKS, VALIDATED, read_mqar
 from tests.test_titan_config import check, write_toml
 
@@ -49,14 +46,26 @@ def test_a_rank_that_saw_no_logits_has_no_shares():
     assert Accuracy(None, None).shares() is None
 
 
+# One process, as far as a loss and a validator ask.
+ALONE = SimpleNamespace(
+    dp_enabled=False, dp_cp_enabled=False, cp_enabled=False, pp_enabled=False, tp_enabled=False,
+    get_optional_mesh=lambda name: None,
+)  # fmt: skip
+
+
 def test_a_watched_loss_is_the_loss_and_shows_what_it_was_given_only_while_it_is_watched():
     logits, labels = torch.randn(2, 3, 5), torch.tensor([[1, 2, IGNORED], [0, IGNORED, 4]])
-    loss, seen = WatchedLoss(cross_entropy_loss), []
-    assert loss(logits, labels) == cross_entropy_loss(logits, labels)
+    loss, seen = loss_of(JobConfig(), ALONE), []
+
+    def is_the_loss():
+        found = loss(logits, labels)
+        return (found if HAS_TOML else found[0]) == cross_entropy_loss(logits, labels)
+
+    assert is_the_loss()
     loss.watcher = lambda *given: seen.append(given)
-    assert loss(logits, labels) == cross_entropy_loss(logits, labels)
+    assert is_the_loss()
     loss.watcher = None
-    loss(logits, labels)
+    assert is_the_loss()
     assert len(seen) == 1 and seen[0][0] is logits and seen[0][1] is labels
 
 
@@ -83,15 +92,6 @@ class Processor:
         self.loss, self.step, self.metrics = loss, step, extra_metrics
 
 
-def validator_of(config):
-    dims = SimpleNamespace(dp_cp_enabled=False, pp_enabled=False, tp_enabled=False, get_optional_mesh=lambda name: None)
-    return build_validator(
-        job_config=config, dp_world_size=1, dp_rank=0, tokenizer=HuggingFaceTokenizer(str(BYTE_TOKENIZER_DIR)),
-        parallel_dims=dims, loss_fn=build_loss(config, dims), validation_context=contextlib.nullcontext,
-        maybe_enable_amp=contextlib.nullcontext(), metrics_processor=Processor(),
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("compiled", [False, True])
 def test_results_are_those_of_the_models_answers_under_each_condition(tmp_path, compiled):
     changes = {
@@ -99,7 +99,7 @@ def test_results_are_those_of_the_models_answers_under_each_condition(tmp_path, 
         "validation.steps": 5, "compile.enable": compiled, "compile.components": ["loss"],
         "compile.backend": "aot_eager",
     }  # fmt: skip
-    validator = validator_of(check(write_toml(tmp_path / "x.toml", VALIDATED | changes)))
+    validator = validator_of(check(write_toml(tmp_path / "x.toml", VALIDATED | changes)), ALONE, Processor())
     expected, tokens = [], 0
     for pairs in (2, 5):
         for length in (32, 64):
@@ -142,13 +142,13 @@ def test_text_is_validated_as_before_without_accuracy(tmp_path):
         "validation.seq_len": 16,
         "validation.steps": 2,
     }
-    validator = validator_of(check(write_toml(tmp_path / "x.toml", changes)))
+    validator = validator_of(check(write_toml(tmp_path / "x.toml", changes)), ALONE, Processor())
 
     class Uniform(nn.Module):
         def get_attention_masks(self, tokens, tokenizer, extra_inputs):
             return extra_inputs.pop("resets")
 
-        def forward(self, tokens, attention_masks=None):
+        def forward(self, tokens, attention_masks=None, resets=None):
             return torch.zeros(*tokens.shape, 264)
 
     validator.validate([Uniform()], 3)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gdn2_titan.models import GDN2Model, GDN2ModelArgs
@@ -238,6 +239,14 @@ def _same_as_one_process(rank):
             test_fsdp.assert_near(name, gradient.full_tensor(), expected[name])
 
 
+@pytest.fixture
+def one_rank():
+    """A process group of this process alone: TorchTitan 0.3 shards parameters on one rank too."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 def test_selective_checkpointing_in_compiled_blocks_on_two_ranks_gives_one_processs_gradients(tmp_path):
     run(_same_as_one_process, test_fsdp.WORLD, tmp_path / "store")
 
@@ -252,21 +261,19 @@ def test_selective_checkpointing_in_compiled_blocks_on_two_ranks_gives_one_proce
     ],
     ids=lambda x: "-".join(map(str, x.values())) if isinstance(x, dict) else None,
 )
-def test_torchtitans_settings_checkpoint_the_model_as_they_say(settings, mixer, calls):
-    from torchtitan.distributed import ParallelDims
-
+def test_torchtitans_settings_checkpoint_the_model_as_they_say(settings, mixer, calls, one_rank):
     from gdn2_titan.titan.job_config import JobConfig
-    from gdn2_titan.titan.v02.parallelize import parallelize
+    from tests.generations import dimensions, parallelized
 
     job_config = JobConfig()
     for name, value in settings.items():
         setattr(job_config.activation_checkpoint, name, value)
     job_config.compile.enable = settings["mode"] == "memory_budget"  # which TorchTitan insists on
     job_config.compile.backend = "aot_eager"
+    job_config.training.mixed_precision_param = "float32"
     model, inputs = build("gdn2", repeats=LAYERS), batch(2, 20)
-    one_process = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, etp=1, world_size=1)
-    changed = parallelize(copy.deepcopy(model), one_process, job_config)
-    found = step(changed, *inputs)
+    found = step(parallelized(copy.deepcopy(model), dimensions(1), job_config), *inputs)
     assert calls["mixer"] == mixer
-    assert_same(found, step(model, *inputs))
+    whole = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in found.items()}
+    assert_same(whole, step(model, *inputs))
     assert torch._functorch.config.is_non_builtin_to_include == (settings["mode"] == "memory_budget")

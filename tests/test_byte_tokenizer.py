@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("torchtitan")
-from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from gdn2_titan.titan.byte_tokenizer import BYTE_TOKENIZER_DIR, build
+from tests.generations import byte_tokenizer
 
-TOKENIZER = HuggingFaceTokenizer(str(BYTE_TOKENIZER_DIR))
+TOKENIZER = byte_tokenizer()
 
 
 def test_committed_files_are_what_the_generator_writes():

@@ -131,20 +131,6 @@ def test_to_torch_is_one_file_of_plain_tensors(tmp_path, capsys):
     assert_equal(torch.load(tmp_path / "model.pt", weights_only=True), expected)
 
 
-def test_a_checkpoint_that_does_not_say_its_model_takes_a_flavor_or_a_toml(tmp_path, capsys):
-    args = dataclasses.replace(HYBRID, hidden_size=128, n_layers=4, mlp_size=352, head_dim=32, num_v_heads=None)
-    step = save_step(tmp_path / "run" / "step-7", weights(args), None)
-    status, error = convert(capsys, "to-hf", step, tmp_path / "hf")
-    assert status == 1 and "--config or --flavor" in error
-    status, error = convert(capsys, "to-hf", step, tmp_path / "hf", "--flavor", "debug_hybrid")
-    assert status == 1 and "of shape" in error and not (tmp_path / "hf").exists()
-    toml = tmp_path / "x.toml"
-    toml.write_text('[model]\nflavor = "debug_hybrid"\n[gdn2]\nhead_dim = 32\nwindow = 8\n')
-    assert convert(capsys, "to-hf", step, tmp_path / "hf", "--config", toml) == (0, "")
-    config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert (config["head_dim"], config["window"], config["eos_token_id"]) == (32, 8, 257)
-
-
 def test_converting_takes_neither_transformers_nor_torchtitan():
     code = "import sys, gdn2_titan.convert.__main__; print(*sys.modules)"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}

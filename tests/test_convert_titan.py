@@ -1,4 +1,4 @@
-"""What the TorchTitan plug leaves beside its checkpoints, and TorchTitan's own Hugging Face checkpoints."""
+"""What the plug leaves beside checkpoints, what a TOML file says of them, and TorchTitan's own Hugging Face folders."""
 
 import dataclasses
 import json
@@ -18,7 +18,16 @@ from gdn2_titan.titan.errors import ConfigError
 from gdn2_titan.titan.job_config import JobConfig
 from gdn2_titan.titan.state_dict_adapter import GDN2StateDictAdapter
 from gdn2_titan.titan.validate_config import validate_config
-from tests.convert_cases import TOKENIZER, assert_equal, load_safetensors, load_step, weights
+from tests.convert_cases import (
+    HYBRID,
+    TOKENIZER,
+    assert_equal,
+    convert,
+    load_safetensors,
+    load_step,
+    save_step,
+    weights,
+)
 from tests.training import SHORT, train
 
 DEBUG = flavors["debug"]
@@ -108,6 +117,20 @@ def test_the_adapter_keeps_the_files_of_this_models_weights_and_no_other_models(
 def test_a_tokenizer_that_the_model_has_no_room_for_is_refused(tmp_path):
     with pytest.raises(ValueError, match="bos_token_id 256; vocab_size is 100"):
         write_companions(tmp_path, Record(dataclasses.replace(DEBUG, vocab_size=100)), TOKENIZER, "float32")
+
+
+def test_a_checkpoint_that_does_not_say_its_model_takes_a_flavor_or_a_toml(tmp_path, capsys):
+    args = dataclasses.replace(HYBRID, hidden_size=128, n_layers=4, mlp_size=352, head_dim=32, num_v_heads=None)
+    step = save_step(tmp_path / "run" / "step-7", weights(args), None)
+    status, error = convert(capsys, "to-hf", step, tmp_path / "hf")
+    assert status == 1 and "--config or --flavor" in error
+    status, error = convert(capsys, "to-hf", step, tmp_path / "hf", "--flavor", "debug_hybrid")
+    assert status == 1 and "of shape" in error and not (tmp_path / "hf").exists()
+    toml = tmp_path / "x.toml"
+    toml.write_text('[model]\nflavor = "debug_hybrid"\n[gdn2]\nhead_dim = 32\nwindow = 8\n')
+    assert convert(capsys, "to-hf", step, tmp_path / "hf", "--config", toml) == (0, "")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (config["head_dim"], config["window"], config["eos_token_id"]) == (32, 8, 257)
 
 
 @pytest.mark.slow

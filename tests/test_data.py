@@ -1,5 +1,6 @@
 """Text from its source to batches: order, packing, resets, ranks, workers and exact resume."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -14,19 +15,18 @@ from hypothesis import strategies as st
 
 pytest.importorskip("torchtitan")
 import torch.distributed.checkpoint as dcp
-from torchtitan.components.tokenizer import HuggingFaceTokenizer
-from torchtitan.config.job_config import DataLoader as DataLoaderSettings
 
 from gdn2_titan.titan import corpus
-from gdn2_titan.titan.byte_tokenizer import BYTE_TOKENIZER_DIR
 from gdn2_titan.titan.corpus import check_source, load_source
 from gdn2_titan.titan.dataloader import build_dataloader, build_validation_dataloader
 from gdn2_titan.titan.documents import epoch_order
 from gdn2_titan.titan.errors import ConfigError
+from gdn2_titan.titan.job_config import JobConfig
 from gdn2_titan.titan.packing import PackedText
 from gdn2_titan.titan.stdlib import is_held_out, stdlib_documents
+from tests.generations import byte_tokenizer
 
-TOKENIZER = HuggingFaceTokenizer(str(BYTE_TOKENIZER_DIR))
+TOKENIZER = byte_tokenizer()
 # Lengths chosen so that with T = 8 documents end inside, at the end of, and one token beyond a window.
 TEXTS = ["", "abcdef", "x", "ten-bytes!", "é", "0123456789" * 7, "yz", "quite a long one, longer than others", "last"]
 T = 8
@@ -178,7 +178,7 @@ def config(section="training", *, workers=0, batch=2, seq_len=T, resets=True, da
         dataset_path=path,
         local_batch_size=batch,
         seq_len=seq_len,
-        dataloader=DataLoaderSettings(num_workers=workers),
+        dataloader=dataclasses.replace(JobConfig().training.dataloader, num_workers=workers),
     )
     return SimpleNamespace(
         **{section: settings}, data=SimpleNamespace(**data), gdn2=SimpleNamespace(document_resets=resets)
@@ -452,7 +452,7 @@ def test_usable_sources_pass_the_check_and_the_section_is_named(corpus_file):
 
 def test_special_tokens_written_in_a_document_are_text(tmp_path):
     (tmp_path / "a.txt").write_text("a<|eos|>b")
-    tokenizer = HuggingFaceTokenizer(str(BYTE_TOKENIZER_DIR))
+    tokenizer = byte_tokenizer()
     loader = build_dataloader(1, 0, tokenizer, config(path=str(tmp_path / "a.txt"), batch=1, seq_len=10))
     assert next(iter(loader))[1].tolist() == [[*b"a<|eos|>b", 257]]
 

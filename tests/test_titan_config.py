@@ -3,25 +3,19 @@
 import math
 import subprocess
 import sys
+from unittest import mock
 
 import datasets
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from torchtitan.config import ConfigManager
-from torchtitan.config import JobConfig as StockJobConfig
-from torchtitan.protocols.train_spec import get_train_spec
 
 from gdn2_titan.models import GDN2Model, flavors
-from gdn2_titan.titan import register
 from gdn2_titan.titan.byte_tokenizer import BYTE_TOKENIZER_DIR
 from gdn2_titan.titan.context import layout_of
 from gdn2_titan.titan.errors import ConfigError
-from gdn2_titan.titan.job_config import JobConfig
-from gdn2_titan.titan.toml_check import check_toml
-from gdn2_titan.titan.v02.model_args import titan_flavors
-from gdn2_titan.titan.v02.optimizer import build_optimizers
-from gdn2_titan.titan.validate_config import validate_config
+from gdn2_titan.titan.job_config import parse, validate
+from tests.generations import StockParallelism, loader_of, model_config, only_toml, optimizers_of
 from tests.training import ROOT, SHORT, command, environment
 
 BASE = {
@@ -49,11 +43,11 @@ def write_toml(path, changes):
 
 
 def check(path, *arguments):
-    merged = ConfigManager._merge_configs(ConfigManager().config_cls, JobConfig)
-    check_toml(path, merged)
-    config = ConfigManager().parse_args([f"--job.config_file={path}", *arguments])
-    validate_config(config)
-    return config
+    """The job config, unless it is refused with a torch that has the pipelines of either TorchTitan."""
+    with mock.patch("gdn2_titan.titan.pipeline.RUNS", True):
+        config = parse([f"--job.config_file={path}", *arguments])
+        validate(config)
+        return config
 
 
 def assert_refused(path, parts):
@@ -96,15 +90,17 @@ REFUSALS = [
     ({"parallelism.tensor_parallel_degree": 2}, ["parallelism.tensor_parallel_degree", "2", "the 1 processes"]),
     ({"parallelism.context_parallel_degree": 2}, ["parallelism.context_parallel_degree", "2", "the 1 processes"]),
     ({"parallelism.context_parallel_load_balancer": "ptrr"},
-     ["parallelism.context_parallel_load_balancer", "'ptrr'", "'headtail', 'none'"]),
+     ["parallelism.context_parallel_load_balancer", "'ptrr'", "'headtail'", "'none'"]),
     ({"parallelism.expert_parallel_degree": 2}, ["parallelism.expert_parallel_degree", "2", "must be 1"]),
     ({"parallelism.pipeline_parallel_degree": 2}, ["parallelism.pipeline_parallel_degree", "2", "the 1 processes"]),
     ({"parallelism.data_parallel_shard_degree": 3}, ["parallelism.data_parallel_shard_degree", "3", "-1"]),
     ({"training.local_batch_size": 8, "training.global_batch_size": 12},
      ["training.global_batch_size", "12", "multiple of", "8"]),
-    ({"optimizer.early_step_in_backward": True}, ["optimizer.early_step_in_backward", "true", "false"]),
+    ({"optimizer.early_step_in_backward": True}, ["optimizer.early_step_in_backward", "rue", "alse"]),
     ({"training.enable_cpu_offload": True}, ["training.enable_cpu_offload", "true", "false"]),
-    ({"optimizer.name": 3}, ["optimizer.name", "3", "a string"]),
+    ({"activation_checkpoint.mode": "memory_budget"},
+     ["activation_checkpoint.mode", "'memory_budget'", "compile.enable", "'model'"]),
+    ({"optimizer.name": 3}, ["optimizer.name", "3", "must be"]),
     ({"checkpoint.enable": True, "checkpoint.keep_latest_k": 1}, ["checkpoint.keep_latest_k", "1", "at least 2"]),
 ]  # fmt: skip
 
@@ -215,38 +211,29 @@ def test_the_load_balancer_can_be_none_in_toml_and_on_the_command_line(tmp_path)
     assert layout_of(check(path, f"--{BALANCER}=none").parallelism) == "contiguous"
 
 
-def test_in_a_forks_own_job_config_the_load_balancer_is_torchtitans():
-    config = StockJobConfig()
-    assert layout_of(config.parallelism) == "head_tail"
-    config.parallelism.context_parallel_load_balancer = None
-    assert layout_of(config.parallelism) == "contiguous"
-    config.parallelism.context_parallel_load_balancer = "ptrr"
+def test_in_a_forks_own_config_the_load_balancer_is_torchtitans():
+    parallelism = StockParallelism()
+    assert layout_of(parallelism) == "head_tail"
+    parallelism.context_parallel_load_balancer = None
+    assert layout_of(parallelism) == "contiguous"
+    parallelism.context_parallel_load_balancer = "ptrr"
     with pytest.raises(ConfigError, match="context_parallel_load_balancer is 'ptrr'; it must be 'headtail' or 'none'"):
-        layout_of(config.parallelism)
+        layout_of(parallelism)
 
 
-def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path):
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path, monkeypatch):
     config = check(write_toml(tmp_path / "x.toml", {}))
-    spec = get_train_spec("gdn2")
-    small = flavors["debug_hybrid"].vocab_size
-    flavors["debug_hybrid"].vocab_size = 100
-    try:
-        with pytest.raises(SystemExit, match="model.hf_assets_path.*259 symbols.*at most 100"):
-            spec.build_tokenizer_fn(config)
-    finally:
-        flavors["debug_hybrid"].vocab_size = small
+    monkeypatch.setattr(flavors["debug_hybrid"], "vocab_size", 100)
+    with pytest.raises(SystemExit, match="model.hf_assets_path.*259 symbols.*at most 100"):
+        loader_of(config)
 
 
 def test_a_missing_text_column_ends_the_process_with_the_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "a.jsonl").write_text('{"body": "text"}\n')
     changes = {"training.dataset": "files", "training.dataset_path": str(tmp_path / "a.jsonl")}
-    config = check(write_toml(tmp_path / "x.toml", changes))
-    spec = get_train_spec("gdn2")
     with pytest.raises(SystemExit, match="^Config error: data.text_column = 'text'.*allowed: body"):
-        spec.build_dataloader_fn(
-            dp_world_size=1, dp_rank=0, tokenizer=spec.build_tokenizer_fn(config), job_config=config
-        )
+        loader_of(check(write_toml(tmp_path / "x.toml", changes)))
 
 
 @pytest.mark.parametrize("config", sorted((ROOT / "train_configs").rglob("*.toml")), ids=lambda path: path.stem)
@@ -295,19 +282,27 @@ def test_the_section_overrides_the_flavor_and_leaves_the_rest(tmp_path):
         "model.flavor": "debug",
     }
     config = check(write_toml(tmp_path / "x.toml", changes), "--gdn2.decay=scalar")
-    args = titan_flavors()["debug"]
-    args.update_from_config(config)
+    args, _ = model_config(config)
     assert (args.window, args.layer_pattern, args.tied_gates, args.decay) == (9, ("swa", "gdn2"), True, "scalar")
     assert args.num_heads == flavors["debug"].num_heads
 
 
+@only_toml
 def test_registering_is_two_lines_and_harmless_twice():
+    from torchtitan.protocols.train_spec import get_train_spec
+
+    from gdn2_titan.titan import register
+
     register()
     register()
     assert issubclass(get_train_spec("gdn2").model_cls, GDN2Model)
 
 
+@only_toml
 def test_a_forks_own_job_config_without_our_sections_trains_with_their_defaults():
+    from torchtitan.config import JobConfig as StockJobConfig
+    from torchtitan.protocols.train_spec import get_train_spec
+
     config = StockJobConfig()
     config.model.name, config.model.flavor, config.model.hf_assets_path = "gdn2", "debug", str(BYTE_TOKENIZER_DIR)
     config.training.dataset, config.training.local_batch_size, config.training.seq_len = "stdlib", 2, 32
@@ -328,10 +323,8 @@ def test_weight_decay_leaves_out_decays_norms_and_biases(tmp_path):
     config = check(write_toml(tmp_path / "x.toml", {"optimizer.weight_decay": 0.3}))
     model = GDN2Model(flavors["debug_hybrid"])
     names = {id(p): name for name, p in model.named_parameters()}
-    (optimizer,) = build_optimizers([model], config.optimizer, None)
-    groups = {
-        names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
-    }  # fmt: skip
+    (optimizer,) = optimizers_of(model, config)
+    groups = {names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert set(groups) == set(names.values())
     for name, weight_decay in groups.items():
         leaf = name.rsplit(".", 1)[1]
@@ -339,14 +332,14 @@ def test_weight_decay_leaves_out_decays_norms_and_biases(tmp_path):
         assert weight_decay == (0.0 if exempt else 0.3), name
 
 
-def test_flops_per_token_are_three_times_the_counted_forward():
-    args = titan_flavors()["debug"]
+def test_flops_per_token_are_three_times_the_counted_forward(tmp_path):
+    args, counts = model_config(check(write_toml(tmp_path / "x.toml", {"model.flavor": "debug"})))
     with torch.device("meta"):
         model = GDN2Model(args)
         tokens = torch.zeros(2, 512, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
         model(tokens)
-    nparams, flops = args.get_nparams_and_flops(model, 512)
+    nparams, flops = counts.get_nparams_and_flops(model, 512)
     assert nparams == sum(p.numel() for p in model.parameters())
     # Norms and biases count as six a token each although they multiply no matrix.
     assert math.isclose(flops, 3 * counter.get_total_flops() / tokens.numel(), rel_tol=0.01)

@@ -7,18 +7,14 @@ import pytest
 import torch
 from torchao.float8.float8_linear import Float8Linear
 from torchao.prototype.moe_training.mxfp8_linear import MXFP8Linear
-from torchtitan.components.quantization.float8 import Float8LinearConverter
-from torchtitan.config import JobConfig as StockJobConfig
-from torchtitan.distributed import ParallelDims
-from torchtitan.protocols.model_converter import build_model_converters
 
 from gdn2_titan.models import GDN2Model, flavors
 from gdn2_titan.parallel import apply_float8
 from gdn2_titan.parallel.float8 import FLOAT8_RECIPES
 from gdn2_titan.titan import float8 as titan_float8
-from gdn2_titan.titan import register
 from gdn2_titan.titan.errors import ConfigError
 from gdn2_titan.titan.float8 import check_float8
+from tests.generations import convert, dimensions, only_toml
 from tests.test_titan_config import check, write_toml
 from tests.training import LOSS, SHORT, scalars, train
 
@@ -86,14 +82,10 @@ def on_meta(flavor):
         return GDN2Model(flavors[flavor])
 
 
-def dimensions(world):
-    return ParallelDims(dp_replicate=1, dp_shard=world, cp=1, tp=1, pp=1, ep=1, etp=1, world_size=world)
-
-
 def converted(config, world=1):
     """The linear layers of the config's flavor that TorchTitan's own machinery converts, by name."""
     model = on_meta(config.model.flavor)
-    build_model_converters(config, dimensions(world)).convert(model)
+    convert(model, config, dimensions(world))
     return {name: x for name, x in model.named_modules() if isinstance(x, (Float8Linear, MXFP8Linear))}
 
 
@@ -127,7 +119,14 @@ def test_emulation_and_the_gather_hold_with_a_recipe_by_name_too(tmp_path, monke
         assert module.config.enable_fsdp_float8_all_gather == (recipe == "tensorwise")
 
 
+@only_toml
 def test_other_models_keep_torchtitans_converter_and_a_forks_own_config_has_our_defaults(monkeypatch):
+    from torchtitan.components.quantization.float8 import Float8LinearConverter
+    from torchtitan.config import JobConfig as StockJobConfig
+    from torchtitan.protocols.model_converter import build_model_converters
+
+    from gdn2_titan.titan import register
+
     register()
     register()
     config = StockJobConfig()

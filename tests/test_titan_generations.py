@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import os
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,16 @@ pytest.importorskip("torchtitan")
 
 from gdn2_titan.titan.byte_tokenizer import BYTE_TOKENIZER_DIR
 from gdn2_titan.titan.errors import ConfigError
-from gdn2_titan.titan.generation import HAS_TOML
 from gdn2_titan.titan.v03.counterparts import COUNTERPARTS, WITHOUT
+from tests.concerns import concerns_titan
 from tests.distributed.runs import write_documents
+from tests.generations import only_functions, only_toml
+from tests.recorded_checkpoint import AFTER, CURVES, archive, continued, curves
 from tests.training import GRAD_NORM, LOSS, ROOT, SHORT, scalars, train
 
 CONFIGS = sorted((ROOT / "train_configs").rglob("*.toml"))
 # What TorchTitan 0.2.2 gave in one process on torch 2.13.0: loss and gradient norm of each step.
-CURVES = Path(__file__).with_name("curves_of_0_2_2.json")
+OF_0_2_2 = Path(__file__).with_name("curves_of_0_2_2.json")
 # Decays slow enough that states cross the ranks' parts of a sequence; two sequences a step for each of two ranks.
 SMALL = [
     *SHORT, "--training.seq_len=128", "--training.steps=10", "--training.dataset=files", "--gdn2.num_heads=4",
@@ -40,9 +43,6 @@ LAYOUTS = {
     ),
 }
 
-only_toml = pytest.mark.skipif(not HAS_TOML, reason="about the job config of TorchTitan 0.2.2")
-only_functions = pytest.mark.skipif(HAS_TOML, reason="about the config functions of TorchTitan 0.3")
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -56,7 +56,19 @@ def test_ten_steps_have_the_losses_and_gradient_norms_of_0_2_2_in_one_process(co
         config=ROOT / "train_configs" / f"{config}.toml",
     )  # fmt: skip
     found = {name: list(scalars(tmp_path, tag).values()) for name, tag in (("loss", LOSS), ("norm", GRAD_NORM))}
-    for name, expected in json.loads(CURVES.read_text())[config].items():
+    for name, expected in json.loads(OF_0_2_2.read_text())[config].items():
+        assert found[name] == pytest.approx(expected, rel=1e-5, abs=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["0.2.2", "0.3.0"])
+def test_a_checkpoint_of_either_generation_continues_with_the_curve_of_the_one_that_wrote_it(version, tmp_path):
+    with tarfile.open(archive(version)) as file:
+        file.extractall(tmp_path, filter="data")
+    assert f"Training starts at step {AFTER[0]}" in continued(tmp_path)
+    assert set(scalars(tmp_path, LOSS)) == set(AFTER)
+    found = curves(tmp_path)
+    for name, expected in json.loads((tmp_path / CURVES).read_text()).items():
         assert found[name] == pytest.approx(expected, rel=1e-5, abs=0)
 
 
@@ -171,3 +183,11 @@ def test_from_toml_reads_the_file_that_the_environment_names(monkeypatch):
     assert (config.model_spec.flavor, config.validator.freq, config.dump_folder) == (
         "debug_hybrid", 100, "./outputs/debug_hybrid"
     )  # fmt: skip
+
+
+def test_the_files_that_run_in_both_environments_are_those_that_import_torchtitan_or_the_plug():
+    tests = ROOT / "tests"
+    for file in ("test_titan_generations", "test_study_recall", "test_accuracy", "distributed/test_layouts"):
+        assert concerns_titan(tests / f"{file}.py"), file
+    for file in ("test_gdn2_op", "test_gdn2_library", "test_fsdp", "test_convert"):
+        assert not concerns_titan(tests / f"{file}.py"), file

@@ -5,10 +5,14 @@ import random
 import re
 import signal
 import subprocess
+import sys
 
 import pytest
 
-from tests.training import GRAD_NORM, LOSS, SHORT, command, environment, scalars, tags, train
+from gdn2_titan.titan.byte_tokenizer import BYTE_TOKENIZER_DIR
+from tests.distributed import runs
+from tests.generations import only_functions, only_toml
+from tests.training import GRAD_NORM, LOSS, ROOT, SHORT, command, environment, scalars, tags, train
 
 pytestmark = pytest.mark.slow
 
@@ -93,3 +97,51 @@ def test_the_same_global_batches_give_one_processs_loss_curve(one_process, tmp_p
         assert set(found) == set(range(1, 13))
         for step, value in found.items():
             assert value == pytest.approx(expected[step], rel=tolerance), (tag, step)
+
+
+@pytest.mark.parametrize(
+    ("line", "changes"),
+    [
+        ("python -m gdn2_titan.titan.train --job.config_file train_configs/debug_hybrid.toml", SHORT),
+        pytest.param(
+            "-m torchtitan.train --job.config_file train_configs/debug_hybrid.toml", SHORT, marks=only_toml
+        ),
+        pytest.param(
+            "-m torchtitan.train --module gdn2_titan.titan --config gdn2_debug_hybrid",
+            ["--training.seq_len=64", "--metrics.log_freq=1", "--validator.no-enable"], marks=only_functions,
+        ),
+    ],
+    ids=["of this package", "of 0.2.2", "of 0.3"],
+)  # fmt: skip
+def test_a_line_of_the_readme_that_launches_trains(line, changes, tmp_path):
+    assert line in (ROOT / "README.md").read_text()
+    program, *arguments = line.partition("-m ")[2].split()
+    torchrun = ["torch.distributed.run", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    starts = [program] if line.startswith("python") else [*torchrun, "-m", program]
+    folder = "--job.dump_folder" if "--job.config_file" in line else "--dump_folder"
+    clean = {name: value for name, value in environment().items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    run = subprocess.run(
+        [sys.executable, "-m", *starts, *arguments, f"{folder}={tmp_path}", "--training.steps=2", *changes],
+        env=clean, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-4000:]
+    assert "Training completed" in run.stdout and "gdn2 debug_hybrid" in run.stdout
+
+
+# As wide and deep as they are, with narrow mixers and MLPs.
+NARROW = [
+    "--gdn2.mlp_size=32", "--gdn2.num_heads=1", "--gdn2.head_dim=16", "--gdn2.window=16",
+    f"--model.hf_assets_path={BYTE_TOKENIZER_DIR}", "--training.dataset=stdlib", "--training.global_batch_size=-1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["debug", "debug_hybrid", "150M", "1.3B", "1.3B_hybrid"])
+def test_every_shipped_config_that_is_no_task_trains_a_step(name, tmp_path):
+    [curves] = runs.train(1, tmp_path / "out", [
+        f"--job.config_file={ROOT / 'train_configs' / name}.toml", f"--job.dump_folder={tmp_path}",
+        "--training.steps=1", "--training.seq_len=32", "--training.local_batch_size=1", "--metrics.log_freq=1",
+        "--metrics.no-enable_tensorboard", "--checkpoint.no-enable", "--validation.no-enable",
+        "--compile.backend=aot_eager", *([] if name.startswith("debug") else NARROW),
+    ])  # fmt: skip
+    [(loss, norm)] = curves.training
+    assert loss < math.log(32_000) + 1 and math.isfinite(norm)

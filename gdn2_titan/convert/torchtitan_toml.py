@@ -13,19 +13,17 @@ def record_of_toml(path):
         ConvertError: TorchTitan is not installed, or the file is not one of its configs for this model.
     """
     try:
-        from gdn2_titan.titan.job_config import JobConfig, parse
+        from gdn2_titan.titan.job_config import parse
     except ImportError as error:
         raise ConvertError(f"--config is {path}; reading it takes TorchTitan: {error}") from error
     from gdn2_titan.models import flavors
     from gdn2_titan.titan.errors import ConfigError
     from gdn2_titan.titan.model_args import model_args
-    from gdn2_titan.titan.toml_check import check_toml
 
     try:
-        check_toml(path, JobConfig)
+        job_config = parse([f"--job.config_file={path}"])
     except ConfigError as error:
         raise ConvertError(f"--config: {error}") from error
-    job_config = parse([f"--job.config_file={path}"])
     if job_config.model.name != "gdn2" or job_config.model.flavor not in flavors:
         raise ConvertError(
             f"--config is {path}, with model {job_config.model.name!r} of flavor {job_config.model.flavor!r}; it must "

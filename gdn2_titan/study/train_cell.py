@@ -8,12 +8,10 @@ import sys
 import traceback
 
 import torch
-from torchtitan.config import ConfigManager
 from torchtitan.tools.logging import init_logger
-from torchtitan.train import Trainer
 
 from gdn2_titan.convert.aside import write_text
-from gdn2_titan.titan.job_config import JobConfig
+from gdn2_titan.titan.job_config import build, parse
 
 __all__ = ["RESULT", "train_cell"]
 
@@ -53,7 +51,7 @@ def _train(config_file):
     torch.set_num_threads(1)
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     init_logger()
-    trainer = Trainer(ConfigManager(JobConfig).parse_args([f"--job.config_file={config_file}"]))
+    trainer = build(parse([f"--job.config_file={config_file}"]))
     try:
         trainer.train()
         if not trainer.validator.results:  # killed between the last step's checkpoint and its validation

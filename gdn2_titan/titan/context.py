@@ -30,9 +30,9 @@ def check_lengths(job_config):
     """Raise ConfigError unless the ranks of context and tensor parallelism can share every sequence equally."""
     parallelism = job_config.parallelism
     context, tensor = parallelism.context_parallel_degree, parallelism.tensor_parallel_degree
+    per_rank = 2 if layout_of(parallelism) == "head_tail" else 1
     reasons, divisor = [], tensor
     if context > 1:
-        per_rank = 2 if layout_of(parallelism) == "head_tail" else 1
         divisor = context * math.lcm(per_rank, tensor)
         reasons.append(f"parallelism.context_parallel_degree = {context}")
         if per_rank == 2:

@@ -1,5 +1,6 @@
 """Which modules make the stages of a pipeline, and whether a batch can be scheduled through them."""
 
+import inspect
 import math
 import os
 
@@ -18,9 +19,11 @@ from .generation import HAS_TOML
 from .sections import compiles
 from .tasks import task_of, validation_lengths
 
-__all__ = ["check_pipeline", "modules_of_stages", "rank_with_loss"]
+__all__ = ["RUNS", "check_pipeline", "modules_of_stages", "rank_with_loss"]
 
 _shares = getattr(pipeline_parallel, ("" if HAS_TOML else "_") + "generate_llm_fqn_per_model_part")
+# TorchTitan 0.3 hands microbatches over as torch 2.14's schedules take them.
+RUNS = HAS_TOML or "arg_mbs" in inspect.signature(PipelineScheduleSingle.step).parameters
 # The first and the last stage are on one rank.
 V_SHAPED = (ScheduleZBVZeroBubble, ScheduleDualPipeV)
 SPLIT_BACKWARD = (*V_SHAPED, ScheduleInterleavedZeroBubble)
@@ -111,18 +114,25 @@ def check_pipeline(job_config, n_layers):
             f"validation.enable is true; with parallelism.pipeline_parallel_schedule = {name!r} it must be false: "
             "torch runs that schedule's backward in a validation too"
         )
-    if validation.enable:  # the stages' buffers have the shape of a training batch
-        wanted = [("local_batch_size", "validation.local_batch_size", validation.local_batch_size)]
-        wanted += [("seq_len", name, length) for name, length in validation_lengths(job_config)]
-        for field, name, value in wanted:
-            if value != getattr(training, field):
-                raise ConfigError(
-                    f"{name} is {value}; under pipeline parallelism it must be training.{field} = "
-                    f"{getattr(training, field)}"
-                )
+    if validation.enable:
+        _check_shapes(job_config)
     task = task_of(job_config)
-    if task is not None and task.answers(training.seq_len) is None:
+    if HAS_TOML and task is not None and task.answers(training.seq_len) is None:
         raise ConfigError(
             f"parallelism.pipeline_parallel_degree is {degree}; with training.dataset = {task.name!r} it must be 1 "
             "unless all sequences have the same number of answers, by which a pipeline's gradient is divided"
         )
+
+
+def _check_shapes(job_config):
+    """The stages' buffers have the shape of a training batch; under TorchTitan 0.3, torch makes them anew for a
+    validation, in the shape of its first batch."""
+    training, validation, lengths = job_config.training, job_config.validation, validation_lengths(job_config)
+    like, length = "training.seq_len", training.seq_len
+    if not HAS_TOML:
+        like, length = f"the first of {lengths[0][0]}", lengths[0][1]
+    wanted = [(*one, like, length) for one in lengths]
+    batches = validation.local_batch_size, "training.local_batch_size", training.local_batch_size
+    for name, value, other, expected in [("validation.local_batch_size", *batches), *wanted]:
+        if value != expected:
+            raise ConfigError(f"{name} is {value}; under pipeline parallelism it must be {other} = {expected}")

@@ -8,8 +8,20 @@ import sys
 
 from .errors import refusing
 from .generation import HAS_TOML
+from .toml_check import config_file, read_toml
 
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+
+
+@refusing
+def _custom_config_module():
+    """Names our sections to TorchTitan 0.2.2, where neither the command line nor the file names a module."""
+    path = config_file(sys.argv)
+    job = {} if path is None else read_toml(path).get("job", {})
+    named = isinstance(job, dict) and job.get("custom_config_module")
+    flags = ("--job.custom_config_module", "--job.custom-config-module")
+    if not named and not any(argument.startswith(flags) for argument in sys.argv):
+        sys.argv.append(f"{flags[0]}=gdn2_titan.titan.job_config")
 
 
 @refusing
@@ -26,10 +38,7 @@ def _config_function():
 def main():
     if "RANK" not in os.environ:
         os.environ.update(ALONE)
-    if not HAS_TOML:
-        _config_function()
-    elif not any(argument.startswith("--job.custom_config_module") for argument in sys.argv):
-        sys.argv.append("--job.custom_config_module=gdn2_titan.titan.job_config")
+    _custom_config_module() if HAS_TOML else _config_function()
     from torchtitan import train
 
     train.main(train.Trainer) if HAS_TOML else train.main()

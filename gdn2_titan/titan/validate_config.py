@@ -130,6 +130,11 @@ def _check_shares(job_config):
     whole = checkpointing.mode == "full" or (
         checkpointing.mode == "selective" and checkpointing.selective_ac_option != "op"
     )
+    if checkpointing.mode == "memory_budget" and not compiles(job_config, "model"):
+        raise ConfigError(
+            "activation_checkpoint.mode is 'memory_budget'; then compile.enable must be true and compile.components "
+            "must have 'model'"
+        )
     if degree > 1 and whole and compiles(job_config, "model") and torch.__version__.startswith("2.13."):
         raise ConfigError(
             f"activation_checkpoint.mode is {checkpointing.mode!r}; with tensor parallelism, compile.enable and "

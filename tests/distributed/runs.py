@@ -1,5 +1,6 @@
 """Training runs by TorchTitan's trainer in several processes, with every loss and gradient norm in full precision."""
 
+import importlib
 import itertools
 import json
 import multiprocessing
@@ -11,10 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 
 from gdn2_titan.models.decoder import SwiGLU
+from gdn2_titan.titan.generation import HAS_TOML
+from gdn2_titan.titan.pipeline import RUNS
 from tests.training import GRAD_NORM, LOSS, ROOT, SHORT
 
 # The processes are forked from one that has imported all this: eight times less work than importing it in each.
@@ -40,6 +44,14 @@ def arguments(config, folder, documents, *extra, batch=GLOBAL_BATCH):
         f"--training.local_batch_size={batch}", f"--training.dataset_path={documents}",
         f"--validation.local_batch_size={batch}", f"--validation.dataset_path={documents}", *PATTERNS[config], *extra,
     ]  # fmt: skip
+
+
+without_pipelines = pytest.mark.skipif(not RUNS, reason="TorchTitan 0.3 refuses pipelines on a torch before 2.14")
+
+
+def layouts(names):
+    """Names of layouts as parameters of a test; those with pipelines are skipped where none runs."""
+    return [pytest.param(name, marks=without_pipelines if "pp" in name else ()) for name in names]
 
 
 def write_documents(path):
@@ -130,12 +142,10 @@ def _die_in(fatal_block):
 
 def _train_once(run):
     from torchtitan.components.metrics import BaseLogger
-    from torchtitan.config import ConfigManager
-    from torchtitan.train import Trainer
 
-    from gdn2_titan.titan import job_config  # noqa: F401, settles the device, registers the model
-    from gdn2_titan.titan.v02.metrics import GDN2MetricsProcessor
+    from gdn2_titan.titan.job_config import build, parse  # settles the device; under 0.2.2 registers the model
 
+    generation = importlib.import_module(f"gdn2_titan.titan.{'v02' if HAS_TOML else 'v03'}.metrics")
     curves = Curves([], [], [], [], [], [])
 
     class Recorder(BaseLogger):
@@ -150,19 +160,18 @@ def _train_once(run):
             else:
                 curves.statistics.extend(metrics)
 
-    class Recording(GDN2MetricsProcessor):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            self.logger = Recorder()
+    processor, begin = generation.GDN2MetricsProcessor, generation.GDN2MetricsProcessor.__init__
+
+    def recording(self, *args, **kwargs):
+        begin(self, *args, **kwargs)
+        self.logger = Recorder()
 
     torch._dynamo.reset()
-    with (
-        mock.patch("gdn2_titan.titan.v02.metrics.GDN2MetricsProcessor", Recording),
-        mock.patch("torchtitan.train.time.sleep"),
-    ):
-        trainer = Trainer(ConfigManager().parse_args(run))
+    with mock.patch.object(processor, "__init__", recording), mock.patch("time.sleep"):
+        job_config = parse(run)
+        trainer = build(job_config)
         try:
-            if trainer.job_config.checkpoint.create_seed_checkpoint:
+            if job_config.checkpoint.create_seed_checkpoint:
                 trainer.checkpointer.save(curr_step=0, last_step=True)
             else:
                 trainer.train()

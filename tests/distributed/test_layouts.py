@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from .runs import GLOBAL_BATCH, arguments, train, train_until_a_rank_dies, write_documents
+from .runs import GLOBAL_BATCH, arguments, layouts, train, train_until_a_rank_dies, without_pipelines, write_documents
 
 pytestmark = pytest.mark.slow
 
@@ -22,6 +22,8 @@ LAYOUTS = {  # processes, data parallel degree, overrides
     "tp4": (4, 1, TP4),
     "pp2": (2, 1, PP2),
     "pp2-interleaved": (2, 1, INTERLEAVED),
+    # Two batches to a step, of two microbatches each.
+    "pp2-accumulation": (2, 2, (*PP2, "--training.global_batch_size=4", "--validation.steps=4")),
     "fsdp2-tp2": (4, 2, TP2),
     "tp2-pp2": (4, 1, (*TP2, *PP2)),
     "fsdp2-tp2-pp2": (8, 2, (*TP2, *PP2)),
@@ -75,7 +77,7 @@ def assert_same(found, expected, first_step=1):
         assert worst >= mean * (1 - 1e-6)  # the greatest of what the mean is of
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", layouts(LAYOUTS))
 def test_a_layout_trains_as_one_process(seeds, one_process, tmp_path, name):
     world, data_parallel, extra = LAYOUTS[name]
     found = train(world, tmp_path / "out", *runs(seeds, tmp_path, data_parallel, *extra))
@@ -84,7 +86,7 @@ def test_a_layout_trains_as_one_process(seeds, one_process, tmp_path, name):
         assert curves.tokens == expected.tokens
 
 
-@pytest.mark.parametrize("name", ["fsdp2", "tp2", "pp2", "fsdp2-tp2", "cp2"])
+@pytest.mark.parametrize("name", layouts(["fsdp2", "tp2", "pp2", "fsdp2-tp2", "cp2"]))
 def test_a_layout_trains_as_one_process_when_blocks_are_compiled(seeds, one_process, tmp_path, name):
     world, data_parallel, extra = LAYOUTS[name]
     hybrid = runs(seeds, tmp_path, data_parallel, *extra, "--compile.enable")[-1]  # has every kind of block
@@ -94,8 +96,13 @@ def test_a_layout_trains_as_one_process_when_blocks_are_compiled(seeds, one_proc
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [("fsdp4", "tp2"), ("fsdp2-tp2", None), ("cp4", None)],
-    ids=["fsdp4-tp2", "fsdp2-tp2-1", "cp4-1"],
+    [
+        ("fsdp4", "tp2"),
+        ("fsdp2-tp2", None),
+        ("cp4", None),
+        pytest.param("pp2-interleaved", "fsdp2", marks=without_pipelines),
+    ],
+    ids=["fsdp4-tp2", "fsdp2-tp2-1", "cp4-1", "pp2-fsdp2"],
 )
 def test_a_checkpoint_continues_under_another_layout(seeds, one_process, tmp_path, before, after):
     total = "--lr_scheduler.total_steps=10"

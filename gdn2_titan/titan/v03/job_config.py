@@ -9,8 +9,7 @@ import typing
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 
 import tyro
-from torchtitan.config.manager import custom_registry
-from torchtitan.distributed.pipeline_parallel import pipeline_llm
+from torchtitan.config import ConfigManager
 from torchtitan.protocols.model_spec import ModelSpec
 
 from gdn2_titan.models import flavors
@@ -24,11 +23,16 @@ from .activation_checkpoint import fields_of_policy, policy_of_fields
 from .counterparts import COUNTERPARTS, WITHOUT
 from .model import TitanModel
 from .parallelize import hook_converters, parallelize
+from .pipeline import pipeline
 from .trainer import GDN2Trainer, check
 
-__all__ = ["JobConfig", "job_config_of", "parse", "trainer_config", "validate"]
+__all__ = ["JobConfig", "build", "job_config_of", "parse", "trainer_config", "validate"]
 
 settle_device()
+
+# TorchTitan's rules of the command line: commas part the names of a list.
+_RULES = tyro.constructors.ConstructorRegistry()
+ConfigManager.register_tyro_rules(_RULES)
 
 
 @dataclass
@@ -130,11 +134,10 @@ def trainer_config(job_config):
     option = job_config.activation_checkpoint.selective_ac_option
     if option != "op" and not (option.isdigit() and int(option)):
         raise ConfigError(f"activation_checkpoint.selective_ac_option is {option!r}; it must be 'op' or a number")
-    config = GDN2Trainer.Config(
-        model_spec=model_spec(flavor), activation_checkpoint=policy_of_fields(job_config.activation_checkpoint)
-    )
+    config = GDN2Trainer.Config(model_spec=model_spec(flavor))
     for place, counterpart in COUNTERPARTS.items():
         _set(config, counterpart, _get(job_config, place))
+    config.activation_checkpoint = policy_of_fields(job_config.activation_checkpoint)
     return config
 
 
@@ -150,7 +153,7 @@ def model_spec(flavor):
         flavor=flavor,
         model=TitanModel.Config(args=dataclasses.replace(flavors[flavor])),
         parallelize_fn=parallelize,
-        pipelining_fn=pipeline_llm,
+        pipelining_fn=pipeline,
         post_optimizer_build_fn=hook_converters,
         state_dict_adapter=lambda config, folder: GDN2StateDictAdapter(config.args, folder),
     )
@@ -164,7 +167,12 @@ def parse(arguments):
     """
     path = config_file(arguments)
     job_config = _of_table({} if path is None else _read(path), JobConfig)
-    return tyro.cli(JobConfig, args=arguments, default=job_config, registry=custom_registry)
+    return tyro.cli(JobConfig, args=arguments, default=job_config, registry=_RULES)
+
+
+def build(job_config):
+    """The trainer of a parsed job config, in an initialised environment of torchrun."""
+    return trainer_config(job_config).build()
 
 
 def validate(job_config):
@@ -180,9 +188,9 @@ def _read(path):
         branch = table
         for section in sections:
             branch = branch.get(section, {}) if isinstance(branch, dict) else {}
-        if isinstance(branch, dict) and name in branch and branch.pop(name) != default:
+        if isinstance(branch, dict) and name in branch and (value := branch.pop(name)) != default:
             raise ConfigError(
-                f"{place} in {path} has no counterpart in TorchTitan 0.3; it must be left out or {default!r}"
+                f"{place} in {path} is {value!r}; it must be left out, or {default!r}: TorchTitan 0.3 has no such"
             )
     # A section that only had such fields is empty now.
     table = {name: value for name, value in table.items() if value or name in {f.name for f in fields(JobConfig)}}

@@ -12,6 +12,7 @@ from torchtitan.trainer import Trainer
 
 from gdn2_titan.models import flavors
 
+from .. import pipeline
 from ..byte_tokenizer import BYTE_TOKENIZER_DIR
 from ..errors import ConfigError, refusing
 from ..sections import GDN2, Data, Float8Linear, MXLinear, Task
@@ -119,7 +120,7 @@ def check(config):
     if config.model_spec.flavor not in flavors:
         raise ConfigError(f"model_spec.flavor is {config.model_spec.flavor!r}; it must be one of {', '.join(flavors)}")
     degree = parallelism.pipeline_parallel_degree
-    if degree > 1 and not hasattr(dist, "set_timeout"):
+    if degree > 1 and not pipeline.RUNS:
         raise ConfigError(
             f"parallelism.pipeline_parallel_degree is {degree}; with TorchTitan 0.3 and torch {torch.__version__} it "
             "must be 1, torch 2.14 has the pipelines that it needs"

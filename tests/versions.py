@@ -1,0 +1,86 @@
+"""Which tests show what works with a version of TorchTitan.
+
+``--versions FILE`` writes what they gave into a column of the table between two comments of a Markdown file.
+"""
+
+import importlib.metadata
+
+__all__ = ["BEGIN", "END", "FEATURES", "installed", "read_table", "write_column"]
+
+BEGIN = "<!-- versions: written by ./run_tests.sh --versions=README.md -->"
+END = "<!-- end of versions -->"
+
+LAYOUTS, RUNS, CONFIG = "distributed/test_layouts.py", "test_training_runs.py", "test_titan_config.py"
+GENERATIONS, RECORDED, CONVERT = "test_titan_generations.py", "distributed/test_recorded.py", "test_convert_titan.py"
+TRAINS, SAME_CURVE = "test_a_layout_trains_as_one_process", "test_the_same_global_batches"
+# Feature: tests, by file, by how the name begins and by what its parameters say.
+FEATURES = {
+    "FSDP2": [(LAYOUTS, TRAINS, r"\bfsdp"), (RUNS, SAME_CURVE, "fsdp")],
+    "HSDP": [(LAYOUTS, TRAINS, "hsdp"), (RUNS, SAME_CURVE, "hsdp")],
+    "tensor and sequence parallelism": [(LAYOUTS, TRAINS, r"\btp\d")],
+    "context parallelism, head-tail": [(LAYOUTS, TRAINS, r"\bcp\d(?!-contiguous)"), ("test_titan_context.py", "test_")],
+    "context parallelism, one segment a rank": [(LAYOUTS, TRAINS, "contiguous")],
+    "pipeline parallelism (1F1B, interleaved)": [(LAYOUTS, TRAINS, r"\bpp\d")],
+    "torch.compile of each block": [
+        (LAYOUTS, "test_a_layout_trains_as_one_process_when_blocks_are_compiled"), (RUNS, SAME_CURVE, "compiled"),
+        (RECORDED, "test_", "inductor"),
+    ],
+    "activation checkpointing": [
+        ("test_activation_checkpoint.py", "test_torchtitans_settings"), (RUNS, SAME_CURVE, r"\bac\b"),
+        (RECORDED, "test_", "checkpointed|memory budget"),
+    ],
+    "float8 and MXFP8, emulated": [("test_titan_float8.py", "test_"), (RECORDED, "test_", "float8|mxfp8")],
+    "losses and gradient norms of 0.2.2": [(GENERATIONS, "test_ten_steps"), (RECORDED, "test_")],
+    "checkpoint and resume, after SIGKILL and under another layout": [
+        (RUNS, "test_a_run_killed"), (RUNS, "test_a_finished_run"), (LAYOUTS, "test_a_checkpoint_continues"),
+        (LAYOUTS, "test_a_rank_that_dies"),
+    ],
+    "checkpoints of the other generation": [(GENERATIONS, "test_a_checkpoint_of_either_generation")],
+    "Hugging Face export and import": [(CONVERT, "test_"), ("test_perplexity.py", "test_")],
+    "validation": [("test_accuracy.py", "test_"), (RUNS, "test_the_loss_falls"), ("test_perplexity.py", "test_")],
+    "gate telemetry": [(RUNS, "test_the_loss_falls"), (LAYOUTS, TRAINS)],
+    "recall tasks": [
+        ("test_tasks.py", "test_"), ("distributed/test_recall.py", "test_"), ("test_study_recall.py", "test_"),
+    ],
+    "every file in train_configs starts": [(CONFIG, "test_every_shipped_config"), (RUNS, "test_every_shipped_config")],
+    "a wrong config ends with one sentence": [
+        (CONFIG, "test_a_config_that_cannot_train"), (CONFIG, "test_a_layout_that_eight"),
+        (CONFIG, "test_a_wrong_toml"), (GENERATIONS, "test_a_field_without_counterpart"),
+        (GENERATIONS, "test_a_config_that_cannot_train"),
+    ],
+    "the lines above that launch": [(RUNS, "test_a_line_of_the_readme")],
+}  # fmt: skip
+
+
+def installed():
+    """The head of the column of this environment."""
+    titan, torch = (importlib.metadata.version(name).partition("+")[0] for name in ("torchtitan", "torch"))
+    return f"TorchTitan {titan}, torch {torch}"
+
+
+def _cells(line):
+    return [cell.strip() for cell in line[1:-1].split("|")]
+
+
+def read_table(text):
+    """(heads of the columns, {row: {head: cell}}) of the table between the comments."""
+    lines = text[text.index(BEGIN) + len(BEGIN) : text.index(END)].split("\n")[1:-1]
+    if not lines:
+        return [], {}
+    _, *heads = _cells(lines[0])
+    rows = (_cells(line) for line in lines[2:])
+    return heads, {row: dict(zip(heads, cells, strict=True)) for row, *cells in rows}
+
+
+def write_column(path, cells):
+    """Puts what FEATURES gave, {feature: cell}, in the column of the installed versions; keeps the others."""
+    text, mine = path.read_text(), installed()
+    heads, rows = read_table(text)
+    if mine not in heads:
+        heads.append(mine)
+    table = [["", *heads], ["---"] * (len(heads) + 1)]
+    for feature, cell in cells.items():
+        said = rows.get(feature, {}) | {mine: cell.replace("|", "/")}
+        table.append([feature, *(said.get(head, "not run") for head in heads)])
+    lines = ["| " + " | ".join(row).lstrip() + " |" for row in table]
+    path.write_text(text[: text.index(BEGIN) + len(BEGIN)] + "\n" + "\n".join(lines) + "\n" + text[text.index(END) :])
