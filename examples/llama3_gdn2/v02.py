@@ -49,8 +49,8 @@ class Llama3GDN2(Transformer):
 
 
 def parallelize(model, parallel_dims, job_config):
-    if parallel_dims.cp_enabled:
-        raise SystemExit("parallelism.context_parallel_degree: llama3_gdn2 trains with 1 only")
+    if (degree := job_config.parallelism.context_parallel_degree) != 1:
+        raise SystemExit(f"parallelism.context_parallel_degree is {degree}; with llama3_gdn2 it must be 1")
     if parallel_dims.tp_enabled:
         for block in list(model.layers.values())[1::2]:
             apply_mixer_tensor_parallel(block.mixer, parallel_dims.get_mesh("tp"))

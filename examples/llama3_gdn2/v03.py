@@ -70,9 +70,10 @@ def model_spec(flavor):
     )
 
 
-def parallelize(model, *, parallel_dims, training, **settings):
-    if parallel_dims.cp_enabled:
-        raise SystemExit("parallelism.context_parallel_degree: llama3_gdn2 trains with 1 only")
+def parallelize(model, *, parallel_dims, training, parallelism, **settings):
+    for field, allowed in (("context_parallel_degree", 1), ("spmd_backend", "partial_dtensor")):
+        if (value := getattr(parallelism, field)) != allowed:
+            raise SystemExit(f"parallelism.{field} is {value!r}; with llama3_gdn2 it must be {allowed!r}")
     if parallel_dims.tp_enabled:
         mesh = parallel_dims.get_mesh("tp")
         for block in list(model.layers.values())[1::2]:
@@ -83,7 +84,8 @@ def parallelize(model, *, parallel_dims, training, **settings):
     names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
     reduce_dtype = TORCH_DTYPE_MAP[training.mixed_precision_reduce]
     shard_decays(model, parallel_dims.get_mesh(names), reduce_dtype, training.enable_cpu_offload)
-    model = parallelize_llama(model, parallel_dims=parallel_dims, training=training, **settings)
+    settings |= dict(parallel_dims=parallel_dims, training=training, parallelism=parallelism)
+    model = parallelize_llama(model, **settings)
     for unit in model.modules():  # for gloo, which has only sums; on GPUs leave this loop out
         if isinstance(unit, FSDPModule):
             unit.set_force_sum_reduction_for_comms(True)

@@ -81,8 +81,8 @@ def apply_tensor_parallel(model, mesh: DeviceMesh, loss_parallel: bool = True):
 def apply_mixer_tensor_parallel(mixer, mesh: DeviceMesh):
     """Shard one ``GatedDeltaNet2`` in place over the 1-D ``mesh``, in whatever block it is.
 
-    Hidden states [B, T / ranks, D] come in, as tensors or as DTensors sharded on T, and go out as tensors; resets [B, T]
-    come in whole.
+    Hidden states [B, T / ranks, D] come in, as tensors or as DTensors sharded on T, and go out as tensors; resets
+    [B, T] come in whole.
 
     Raises:
         ValueError: the number of key heads is not a multiple of the mesh's size.
