@@ -13,6 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+pytest.importorskip("torchtitan")
+
 from tests.training import GRAD_NORM, HAS_TOML, LOSS, ROOT, environment, launcher, scalars
 
 PAGE = (ROOT / "docs" / "forks.md").read_text()
@@ -98,6 +100,7 @@ def test_llama3_with_gdn2_has_the_losses_of_one_process(llama3, layout):
     assert found_norms == pytest.approx(norms, rel=1e-4)
 
 
+@torch.no_grad()
 def _block():
     """A GDN-2 layer of the example, and what it is called with for resets [1, T] beside x."""
     torch.manual_seed(0)
@@ -113,8 +116,12 @@ def _block():
 
     block = model_spec("debugmodel").model.layers[1].build()
     block.init_states()
-    # Positions as TorchTitan's loader gives them: they begin again in each document.
-    positions = lambda resets: torch.arange(resets.shape[1]) - torch.where(resets, torch.arange(resets.shape[1]), 0).cummax(1)[0]  # fmt: skip
+
+    def positions(resets):
+        """As TorchTitan's loader gives them: they begin again in each document."""
+        place = torch.arange(resets.shape[1])
+        return place - (place * resets).cummax(1).values
+
     return block, lambda resets: (None, positions(resets))
 
 
@@ -130,6 +137,7 @@ def test_a_document_knows_nothing_of_the_one_before_in_a_gdn2_layer_of_llama3():
 
 
 @only_toml
+@torch.no_grad()
 def test_resets_of_the_loader_reach_the_gdn2_layers_of_llama3():
     from torchtitan.models.llama3 import TransformerModelArgs
 
