@@ -27,20 +27,22 @@ if HAS_TOML:
     LLAMA3 = ["--job.config_file=examples/llama3_gdn2/debug.toml"]
     FOLDER, NO_VALIDATION = "--job.dump_folder", []
     SAME = ["--optimizer.eps=1e-4", "--training.dataset=files", "--training.dataset_path"]
-    COMPILED = ["--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op"]
+    BY_OP = ["--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op"]
 else:
     LLAMA3 = ["--module=examples.llama3_gdn2", "--config=llama3_gdn2_debug"]
     FOLDER, NO_VALIDATION = "--dump_folder", ["--validator.no-enable"]
     SAME = ["--dataloader.dataset_path"]
-    COMPILED = []  # and selective activation checkpointing, which this config has
+    BY_OP = []  # which this config has
 SHORT = ["--training.seq_len=64", "--metrics.log_freq=1", "--metrics.enable_tensorboard", *NO_VALIDATION]
+COMPILED = ["--compile.enable", "--compile.components=model", "--compile.backend=aot_eager"]
 LAYOUTS = {
     "FSDP2=2": (2, ["--training.local_batch_size=2"]),
     "TP=2": (2, ["--training.local_batch_size=4", "--parallelism.tensor_parallel_degree=2"]),
-    "compiled, checkpointed by op": (
-        1,
-        ["--training.local_batch_size=4", "--compile.enable", "--compile.backend=aot_eager", *COMPILED],
+    "TP=2, compiled": (
+        2,
+        ["--training.local_batch_size=4", "--parallelism.tensor_parallel_degree=2", *COMPILED],
     ),
+    "compiled, checkpointed by op": (1, ["--training.local_batch_size=4", *COMPILED, *BY_OP]),
 }
 
 

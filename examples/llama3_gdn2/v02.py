@@ -42,7 +42,7 @@ class Llama3GDN2(Transformer):
 
     def forward(self, tokens, attention_masks=None, positions=None, resets=None):
         """resets, bool [B, T], come with the tokens from the data loader: where a document begins."""
-        h = self.tok_embeddings(tokens)
+        h = self.tok_embeddings(tokens) + 0  # a compiled layer takes no collective that is still under way
         for layer, block in self.layers.items():
             h = block(h, self.freqs_cis, resets if int(layer) % 2 else attention_masks, positions)
         return self.output(self.norm(h))
