@@ -38,10 +38,6 @@ COMPILED = ["--compile.enable", "--compile.components=model", "--compile.backend
 LAYOUTS = {
     "FSDP2=2": (2, ["--training.local_batch_size=2"]),
     "TP=2": (2, ["--training.local_batch_size=4", "--parallelism.tensor_parallel_degree=2"]),
-    "TP=2, compiled": (
-        2,
-        ["--training.local_batch_size=4", "--parallelism.tensor_parallel_degree=2", *COMPILED],
-    ),
     "compiled, checkpointed by op": (1, ["--training.local_batch_size=4", *COMPILED, *BY_OP]),
 }
 
