@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from gdn2_titan.models import GDN2Model, GDN2ModelArgs, layer
-from gdn2_titan.parallel import apply_compile, apply_fsdp, sum_gradients
+from gdn2_titan.parallel import apply_compile, apply_fsdp, shard_decays, sum_gradients
 from tests.processes import run
 
 ARGS = GDN2ModelArgs(
@@ -74,9 +75,19 @@ def test_so_they_do_with_their_parameters_offloaded(tmp_path):
     run(_same_as_one_process, WORLD, tmp_path / "store", False, True, True)
 
 
-def _decays_stay_exact(rank):
+def _another_plan(model, mesh, param_dtype, reduce_dtype):
+    """As a training loop of one's own has it, with the decays before it."""
+    shard_decays(model, mesh, reduce_dtype)
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    for unit in (*model.layers.values(), model):
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    for unit in (*model.layers.values(), model, model.layers["0"].mixer.decay):
+        unit.set_force_sum_reduction_for_comms(True)  # for gloo
+
+
+def _decays_stay_exact(rank, plan):
     model = build()
-    apply_fsdp(model, init_device_mesh("cpu", (WORLD,)), torch.bfloat16, torch.float32)
+    plan(model, init_device_mesh("cpu", (WORLD,)), torch.bfloat16, torch.float32)
     model.to_empty(device="cpu")
     model.init_weights()
     tokens, resets = batch()
@@ -101,5 +112,6 @@ def _decays_stay_exact(rank):
     assert torch.equal(dt_bias, before["layers.0.mixer.decay.dt_bias"])
 
 
-def test_decay_parameters_reach_the_op_unrounded_under_a_bf16_policy(tmp_path):
-    run(_decays_stay_exact, WORLD, tmp_path / "store")
+@pytest.mark.parametrize("plan", [apply_fsdp, _another_plan], ids=["our-plan", "another"])
+def test_decay_parameters_reach_the_op_unrounded_under_a_bf16_policy(tmp_path, plan):
+    run(_decays_stay_exact, WORLD, tmp_path / "store", plan)

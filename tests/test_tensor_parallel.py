@@ -2,18 +2,20 @@
 
 import contextlib
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import loss_parallel
 
-from gdn2_titan.models import GDN2Model, GDN2ModelArgs
+from gdn2_titan.models import GatedDeltaNet2, GDN2Model, GDN2ModelArgs
 from gdn2_titan.parallel import (
     apply_compile,
     apply_float8,
     apply_fsdp,
+    apply_mixer_tensor_parallel,
     apply_tensor_parallel,
     check_tensor_parallel,
     sum_gradients,
@@ -110,6 +112,32 @@ def _whole_logits_and_stages(rank):
 
 def test_without_loss_parallel_logits_are_whole_and_stages_hand_on_parts_of_the_sequence(tmp_path):
     run(_whole_logits_and_stages, 2, tmp_path / "store")
+
+
+def _one_mixer(rank, sharded_input):
+    mesh = init_device_mesh("cpu", (2,))
+    single, sharded = (GatedDeltaNet2(32, 4, 8, num_v_heads=8).double() for _ in range(2))
+    sharded.load_state_dict(single.state_dict())
+    apply_mixer_tensor_parallel(sharded, mesh)
+    x, (_, resets) = torch.randn(2, 96, 32, dtype=torch.float64), batch()
+    expected = single(x, resets)
+    expected.square().sum().backward()
+    part = x.chunk(2, 1)[rank]  # the hidden states that this rank has between layers
+    found = sharded(DTensor.from_local(part, mesh, [Shard(1)]) if sharded_input else part, resets)
+    torch.testing.assert_close(found, expected.chunk(2, 1)[rank], rtol=1e-11, atol=1e-12)
+    found.square().sum().backward()
+    assert_same_gradients(single, sharded)
+
+
+@pytest.mark.parametrize("sharded_input", [False, True], ids=["tensors", "dtensors"])
+def test_a_mixer_in_anybodys_block_gives_this_ranks_part_of_what_one_process_gives(tmp_path, sharded_input):
+    run(_one_mixer, 2, tmp_path / "store", sharded_input)
+
+
+def test_a_mixer_whose_heads_the_mesh_cannot_share_is_refused_with_both_numbers():
+    mesh = SimpleNamespace(size=lambda: 3)
+    with pytest.raises(ValueError, match="^num_heads is 4; the tensor parallel degree 3 must divide it$"):
+        apply_mixer_tensor_parallel(GatedDeltaNet2(32, 4, 8), mesh)
 
 
 def _compiled(rank, fsdp):

@@ -19,12 +19,18 @@ SHORT = [
 ]  # fmt: skip
 
 
+def launcher(processes):
+    """A command that starts a module in so many processes, without this package's script."""
+    if processes == 1:
+        return [sys.executable, "-m"]
+    run = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+    return [*run, "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "-m"]
+
+
 def command(processes, folder, *arguments, config=DEBUG_HYBRID):
-    """The native launch, without this package's script; where TorchTitan reads no TOML files, by our own module."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv_backend=c10d",
-                "--rdzv_endpoint=localhost:0", "-m"] if processes > 1 else [sys.executable, "-m"]  # fmt: skip
+    """The native launch; where TorchTitan reads no TOML files, by our own module."""
     module = "torchtitan.train" if HAS_TOML else "gdn2_titan.titan.train"
-    return [*launcher, module, f"--job.config_file={config}", f"--job.dump_folder={folder}", *arguments]
+    return [*launcher(processes), module, f"--job.config_file={config}", f"--job.dump_folder={folder}", *arguments]
 
 
 def environment():

@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-__all__ = ["apply_tensor_parallel", "check_tensor_parallel"]
+__all__ = ["apply_mixer_tensor_parallel", "apply_tensor_parallel", "check_tensor_parallel"]
 
 SEQUENCE = Shard(1)
 
@@ -78,6 +78,21 @@ def apply_tensor_parallel(model, mesh: DeviceMesh, loss_parallel: bool = True):
     model.sequence_shards = mesh.size()
 
 
+def apply_mixer_tensor_parallel(mixer, mesh: DeviceMesh):
+    """Shard one ``GatedDeltaNet2`` in place over the 1-D ``mesh``, in whatever block it is.
+
+    Hidden states [B, T / ranks, D] come in, as tensors or as DTensors sharded on T, and go out as tensors; resets
+    [B, T] come in whole.
+
+    Raises:
+        ValueError: the number of key heads is not a multiple of the mesh's size.
+    """
+    heads = mixer.decay.A_log.shape[0]
+    if heads % mesh.size():
+        raise ValueError(f"num_heads is {heads}; the tensor parallel degree {mesh.size()} must divide it")
+    parallelize_module(mixer, mesh, {name.removeprefix("."): style for name, style in _gdn2_plan(mixer, mesh).items()})
+
+
 def _waited(module, inputs, output):
     """A compiled block cannot take the result of a collective that is still under way for a graph input."""
     return output + 0 if isinstance(output, AsyncCollectiveTensor) else output
@@ -135,21 +150,27 @@ def _block_plan(block, mesh):
         "mlp.gate_proj": _colwise(mlp.gate_proj, mesh),
         "mlp.up_proj": _colwise(mlp.up_proj, mesh),
         "mlp.down_proj": _rowwise(mlp.down_proj, mesh),
-        "mixer.q_proj": _colwise(mixer.q_proj, mesh),
-        "mixer.k_proj": _colwise(mixer.k_proj, mesh),
-        "mixer.v_proj": _colwise(mixer.v_proj, mesh),
-        "mixer.o_proj": _rowwise(mixer.o_proj, mesh),
     }
     if block.kind == "gdn2":
-        return plan | {f"mixer{name}": style for name, style in _gdn2_plan(mixer, mesh).items()}
-    return plan | {"mixer": _gathered(mesh, 2, mixer.q_proj, mixer.k_proj, mixer.v_proj)}  # besides: angles and mask
+        mixers = _gdn2_plan(mixer, mesh)
+    else:
+        gather = _gathered(mesh, 2, mixer.q_proj, mixer.k_proj, mixer.v_proj)  # besides: angles and mask
+        mixers = _projections_plan(mixer, mesh) | {"": gather}
+    return plan | {f"mixer{name}": style for name, style in mixers.items()}
+
+
+def _projections_plan(mixer, mesh):
+    """Of what every mixer has."""
+    plan = {f".{name}": _colwise(getattr(mixer, name), mesh) for name in ("q_proj", "k_proj", "v_proj")}
+    return plan | {".o_proj": _rowwise(mixer.o_proj, mesh)}
 
 
 def _gdn2_plan(mixer, mesh):
-    """Of what only a GDN-2 mixer has. The first factors of the low-rank projections are computed by every rank: their
-    outputs are small, and what comes back to them is summed with the gradient of the mixer's input. They read it in
-    high precision, so that is how it is gathered."""
-    plan = {f".{name}": _Distributed(Shard(0)) for name in ("q_conv1d", "k_conv1d", "v_conv1d", "decay")}
+    """The first factors of the low-rank projections are computed by every rank: their outputs are small, and what comes
+    back to them is summed with the gradient of the mixer's input. They read it in high precision, so that is how it is
+    gathered."""
+    plan = _projections_plan(mixer, mesh)
+    plan |= {f".{name}": _Distributed(Shard(0)) for name in ("q_conv1d", "k_conv1d", "v_conv1d", "decay")}
     plan[""] = _gathered(mesh, 1)  # besides: resets
     plan[".o_norm"] = SequenceParallel(sequence_dim=2, use_local_output=True)  # [B, T, heads, V], by heads
     plan[".erase_proj"] = _colwise(mixer.erase_proj, mesh)

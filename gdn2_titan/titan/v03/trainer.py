@@ -1,13 +1,11 @@
 """TorchTitan 0.3's trainer with this package's parts in its config."""
 
 from dataclasses import dataclass, field
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.config.configs import ParallelismConfig, TrainingConfig
-from torchtitan.distributed import utils as dist_utils
 from torchtitan.trainer import Trainer
 
 from gdn2_titan.models import flavors
@@ -22,6 +20,7 @@ from .data import TrainingData, deal_out
 from .loss import WatchedLoss
 from .metrics import GDN2MetricsProcessor
 from .optimizer import GroupedOptimizers
+from .timeouts import settle_timeouts
 from .validator import GDN2Validator
 
 __all__ = ["GDN2Trainer", "check"]
@@ -86,7 +85,7 @@ class GDN2Trainer(Trainer):
         validate_config(job_config)
         for part in (config.model_spec.model, config.metrics, config.dataloader, config.validator, config.loss):
             part._job_config = job_config
-        dist_utils.set_pg_timeouts = _set_timeouts
+        settle_timeouts()
         super().__init__(config)
 
     def post_dataloading_process(self, input_dict, labels):
@@ -125,15 +124,3 @@ def check(config):
             f"parallelism.pipeline_parallel_degree is {degree}; with TorchTitan 0.3 and torch {torch.__version__} it "
             "must be 1, torch 2.14 has the pipelines that it needs"
         )
-
-
-def _set_timeouts(timeout: timedelta, parallel_dims):
-    """The stock function, which needs a torch of 2.14: after the first step, the shorter timeout for every group."""
-    dist.barrier(device_ids=None if dist_utils.device_type == "cpu" else [dist_utils.device_module.current_device()])
-    dist_utils.device_module.synchronize()
-    groups = [mesh.get_group() for mesh in parallel_dims.get_all_one_dimensional_meshes().values()] + [None]
-    for group in groups:
-        if hasattr(dist, "set_timeout"):
-            dist.set_timeout(timeout, group)
-        else:
-            dist.distributed_c10d._set_pg_timeout(timeout, group)

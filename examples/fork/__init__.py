@@ -1,0 +1,1 @@
+"""A TorchTitan fork that registers this package's model: see docs/forks.md."""
