@@ -157,6 +157,27 @@ def test_there_is_a_config_function_for_every_flavor(name):
 
 @only_functions
 @pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("gdn2_debug", "debug"),
+        ("gdn2_debug_hybrid", "debug_hybrid"),
+        ("gdn2_recall", "recall/mqar"),
+        ("gdn2_150M", "150M"),
+        ("gdn2_1_3B", "1.3B"),
+        ("gdn2_1_3B_hybrid", "1.3B_hybrid"),
+    ],
+)
+def test_a_config_function_says_what_the_toml_file_does(name, file, monkeypatch):
+    from gdn2_titan.titan.v03.job_config import job_config_of
+
+    registry = importlib.import_module("gdn2_titan.titan.config_registry")
+    monkeypatch.setenv("GDN2_TOML", str(ROOT / "train_configs" / f"{file}.toml"))
+    said, wanted = (job_config_of(function()).to_dict() for function in (getattr(registry, name), registry.from_toml))
+    assert said == wanted
+
+
+@only_functions
+@pytest.mark.parametrize(
     ("section", "field", "value", "sentence"),
     [
         ("training", "disable_cuda_graphs", False, "training.disable_cuda_graphs is False"),

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.config.configs import ParallelismConfig, TrainingConfig
 from torchtitan.trainer import Trainer
