@@ -8,7 +8,7 @@ def gdn2_of_the_fork():
     config.dump_folder = "./outputs/fork"
     config.gdn2.window = 64
     config.gdn2.document_resets = False
-    config.training.steps = 100
+    config.training.steps = 40
     config.optimizer.lr = 1e-3
     config.metrics.log_freq = 1
     config.validator.enable = False

@@ -33,8 +33,8 @@ def llama3_gdn2_debug():
     config.dump_folder = "./outputs/llama3_gdn2"
     config.dataloader.dataset = "stdlib"
     config.training.local_batch_size = 4
-    config.training.seq_len = 256
-    config.training.steps = 100
+    config.training.seq_len = 128
+    config.training.steps = 40
     config.training.mixed_precision_param = "float32"
     config.training.disable_cuda_graphs = True  # the mixer's ops are not captured
     config.lr_scheduler.warmup_steps = 10
