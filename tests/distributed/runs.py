@@ -143,7 +143,7 @@ def _die_in(fatal_block):
 def _train_once(run):
     from torchtitan.components.metrics import BaseLogger
 
-    from gdn2_titan.titan.job_config import parse  # settles the device; under 0.2.2 registers the model
+    from gdn2_titan.titan.job_config import build, parse  # settles the device; under 0.2.2 registers the model
 
     generation = importlib.import_module(f"gdn2_titan.titan.{'v02' if HAS_TOML else 'v03'}.metrics")
     curves = Curves([], [], [], [], [], [])
@@ -160,16 +160,16 @@ def _train_once(run):
             else:
                 curves.statistics.extend(metrics)
 
-    processor, build = generation.GDN2MetricsProcessor, generation.GDN2MetricsProcessor.__init__
+    processor, begin = generation.GDN2MetricsProcessor, generation.GDN2MetricsProcessor.__init__
 
     def recording(self, *args, **kwargs):
-        build(self, *args, **kwargs)
+        begin(self, *args, **kwargs)
         self.logger = Recorder()
 
     torch._dynamo.reset()
     with mock.patch.object(processor, "__init__", recording), mock.patch("time.sleep"):
         job_config = parse(run)
-        trainer = _trainer(job_config)
+        trainer = build(job_config)
         try:
             if job_config.checkpoint.create_seed_checkpoint:
                 trainer.checkpointer.save(curr_step=0, last_step=True)
@@ -178,13 +178,3 @@ def _train_once(run):
         finally:
             trainer.close()
     return curves
-
-
-def _trainer(job_config):
-    if HAS_TOML:
-        from torchtitan.train import Trainer
-
-        return Trainer(job_config)
-    from gdn2_titan.titan.v03.job_config import trainer_config
-
-    return trainer_config(job_config).build()
