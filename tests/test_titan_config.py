@@ -264,14 +264,17 @@ def test_a_wrong_toml_ends_a_native_launch_with_the_sentence_before_any_step(tmp
 
 
 @pytest.mark.slow
-def test_the_check_command_prints_the_sentence_alone(tmp_path):
+def test_the_check_command_ends_with_the_sentence(tmp_path):
     path = write_toml(tmp_path / "x.toml", {"model.flavor": "2B"})
     run = subprocess.run(
         [sys.executable, "-m", "gdn2_titan.titan.check", f"--job.config_file={path}"],
         env=environment(), cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 2
-    assert run.stderr == f"Config error: model.flavor is '2B'; it must be one of {', '.join(flavors)}\n"
+    # TorchTitan 0.3 imports torchao, which may say before that it cannot load its GPU libraries.
+    assert "Traceback" not in run.stderr
+    sentence = f"Config error: model.flavor is '2B'; it must be one of {', '.join(flavors)}"
+    assert run.stderr.splitlines()[-1] == sentence and not run.stdout
 
 
 def test_the_section_overrides_the_flavor_and_leaves_the_rest(tmp_path):

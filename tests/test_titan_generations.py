@@ -15,6 +15,7 @@ from gdn2_titan.titan.byte_tokenizer import BYTE_TOKENIZER_DIR
 from gdn2_titan.titan.errors import ConfigError
 from gdn2_titan.titan.v03.counterparts import COUNTERPARTS, WITHOUT
 from tests.concerns import concerns_titan
+from tests.distributed import runs, test_recall
 from tests.distributed.runs import write_documents
 from tests.generations import only_functions, only_toml
 from tests.recorded_checkpoint import AFTER, CURVES, archive, continued, curves
@@ -70,6 +71,18 @@ def test_a_checkpoint_of_either_generation_continues_with_the_curve_of_the_one_t
     found = curves(tmp_path)
     for name, expected in json.loads((tmp_path / CURVES).read_text()).items():
         assert found[name] == pytest.approx(expected, rel=1e-5, abs=0)
+
+
+# Of 0.2.2 at steps 1, 10 and 20: right answers of 32 to one pair and of 96 to three, right sequences of 32 with three.
+RECALL = [(7, 9, 0), (18, 50, 1), (32, 62, 3)]
+
+
+@pytest.mark.slow
+def test_a_recall_task_is_validated_with_the_accuracies_of_0_2_2(tmp_path):
+    [curves] = runs.train(1, tmp_path / "out", test_recall.run(tmp_path))
+    names = [("accuracy/pairs=1", 32), ("accuracy/pairs=3", 96), ("exact/pairs=3", 32)]
+    found = [[said[f"validation_metrics/{name},length=32"] * of for name, of in names] for said in curves.recall]
+    assert found == [pytest.approx(right) for right in RECALL]
 
 
 def _leaves(config, prefix=""):

@@ -13,6 +13,7 @@ END = "<!-- end of versions -->"
 LAYOUTS, RUNS, CONFIG = "distributed/test_layouts.py", "test_training_runs.py", "test_titan_config.py"
 GENERATIONS, RECORDED, CONVERT = "test_titan_generations.py", "distributed/test_recorded.py", "test_convert_titan.py"
 TRAINS, SAME_CURVE = "test_a_layout_trains_as_one_process", "test_the_same_global_batches"
+TASKS = "^(copying|mqar|needle|overwrite|parity|permutations|selective_erase)$"
 # Feature: tests, by file, by how the name begins and by what its parameters say.
 FEATURES = {
     "FSDP2": [(LAYOUTS, TRAINS, r"\bfsdp"), (RUNS, SAME_CURVE, "fsdp")],
@@ -41,8 +42,11 @@ FEATURES = {
     "gate telemetry": [(RUNS, "test_the_loss_falls"), (LAYOUTS, TRAINS)],
     "recall tasks": [
         ("test_tasks.py", "test_"), ("distributed/test_recall.py", "test_"), ("test_study_recall.py", "test_"),
+        (GENERATIONS, "test_a_recall_task"), (RECORDED, "test_", TASKS),
     ],
-    "every file in train_configs starts": [(CONFIG, "test_every_shipped_config"), (RUNS, "test_every_shipped_config")],
+    "every file in train_configs starts": [
+        (CONFIG, "test_every_shipped_config"), (RUNS, "test_every_shipped_config"), (RECORDED, "test_", TASKS),
+    ],
     "a wrong config ends with one sentence": [
         (CONFIG, "test_a_config_that_cannot_train"), (CONFIG, "test_a_layout_that_eight"),
         (CONFIG, "test_a_wrong_toml"), (GENERATIONS, "test_a_field_without_counterpart"),

@@ -15,7 +15,7 @@ from .runs import GLOBAL_BATCH, arguments, train, write_documents
 
 pytestmark = pytest.mark.slow
 
-# Of one process or several, whatever the torch.
+# Under "options": losses and gradient norms of each step, tokens seen, losses of validations.
 CURVES = ROOT / "tests" / "curves_of_0_2_2.json"
 STEPS = ("--training.steps=3", "--validation.freq=3")
 FLOAT8, MX = "--quantize.linear.float8", "--quantize.linear.mx"
