@@ -66,8 +66,8 @@ def test_a_run_writes_the_column_of_its_versions_and_keeps_the_others(tmp_path):
     for count in (3, 4):  # the second time in its place
         versions.write_column(path, dict.fromkeys(versions.FEATURES, f"{count} passed"))
     lines = path.read_text().splitlines()
-    head = f"| | TorchTitan 9.9.9, torch 9.9 | {versions.installed()} |"
-    table = [f"| {first} | not run | 4 passed |", f"| {second} | 7 passed | 4 passed |"]
+    head = f"| | {versions.installed()} | TorchTitan 9.9.9, torch 9.9 |"  # the older version first
+    table = [f"| {first} | 4 passed | not run |", f"| {second} | 4 passed | 7 passed |"]
     assert lines[:4] == ["Before", "", versions.BEGIN, head] and lines[5:7] == table
     assert len(lines) == 5 + len(versions.FEATURES) + 3 and lines[-3:] == [versions.END, "", "After | as it was"]
 

@@ -80,8 +80,7 @@ def write_column(path, cells):
     """Puts what FEATURES gave, {feature: cell}, in the column of the installed versions; keeps the others."""
     text, mine = path.read_text(), installed()
     heads, rows = read_table(text)
-    if mine not in heads:
-        heads.append(mine)
+    heads = sorted({*heads, mine})
     table = [["", *heads], ["---"] * (len(heads) + 1)]
     for feature, cell in cells.items():
         said = rows.get(feature, {}) | {mine: cell.replace("|", "/")}
