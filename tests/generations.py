@@ -25,6 +25,7 @@ else:
     from gdn2_titan.titan.v03 import parallelize as generation_parallelize
     from gdn2_titan.titan.v03.data import deal_out
     from gdn2_titan.titan.v03.job_config import trainer_config
+    from gdn2_titan.titan.v03.trainer import hand_on
 
 __all__ = [
     "HAS_TOML",
@@ -60,8 +61,7 @@ def dimensions(world):
 def _parts(job_config):
     """TorchTitan 0.3's config, with the job config handed on as its trainer does."""
     config = trainer_config(job_config)
-    for part in (config.model_spec.model, config.metrics, config.dataloader, config.validator, config.loss):
-        part._job_config = job_config
+    hand_on(config, job_config)
     return config
 
 

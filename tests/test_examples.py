@@ -15,12 +15,10 @@ import torch
 
 pytest.importorskip("torchtitan")
 
-from tests.training import GRAD_NORM, HAS_TOML, LOSS, ROOT, environment, launcher, scalars
+from tests.generations import HAS_TOML, only_functions, only_toml
+from tests.training import GRAD_NORM, LOSS, ROOT, environment, launcher, scalars
 
 PAGE = (ROOT / "docs" / "forks.md").read_text()
-
-only_toml = pytest.mark.skipif(not HAS_TOML, reason="about TorchTitan 0.2.2")
-only_functions = pytest.mark.skipif(HAS_TOML, reason="about TorchTitan 0.3")
 
 # What a command says, in the words of the generation that is installed.
 if HAS_TOML:

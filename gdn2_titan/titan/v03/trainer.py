@@ -22,7 +22,7 @@ from .optimizer import GroupedOptimizers
 from .timeouts import settle_timeouts
 from .validator import GDN2Validator
 
-__all__ = ["GDN2Trainer", "check"]
+__all__ = ["GDN2Trainer", "check", "hand_on"]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -82,8 +82,7 @@ class GDN2Trainer(Trainer):
         check(config)
         job_config = job_config_of(config)
         validate_config(job_config)
-        for part in (config.model_spec.model, config.metrics, config.dataloader, config.validator, config.loss):
-            part._job_config = job_config
+        hand_on(config, job_config)
         settle_timeouts()
         super().__init__(config)
 
@@ -97,6 +96,12 @@ class GDN2Trainer(Trainer):
     def train_step(self, data_iterator):
         super().train_step(data_iterator)
         self.metrics_processor.finish(self.step)
+
+
+def hand_on(config, job_config):
+    """Give the job config to the parts of a trainer's config that are built from it."""
+    for part in (config.model_spec.model, config.metrics, config.dataloader, config.validator, config.loss):
+        part._job_config = job_config
 
 
 def check(config):
