@@ -9,11 +9,11 @@ from transformers.utils import can_return_tuple
 
 from gdn2_titan.models.attention import rotary_angles
 from gdn2_titan.models.decoder import Block
-from gdn2_titan.models.layer import GatedDeltaNet2
 from gdn2_titan.models.masks import continued_mask
 
 from .cache_gdn2 import GDN2Cache
 from .configuration_gdn2 import GDN2Config
+from .initial_gdn2 import BlockStart
 from .padding_gdn2 import text_begins
 
 __all__ = ["GDN2Decoder", "GDN2DecoderLayer", "GDN2ForCausalLM", "GDN2PreTrainedModel"]
@@ -24,6 +24,12 @@ IN_FP32 = ("A_log", "dt_bias")
 
 class GDN2DecoderLayer(GradientCheckpointingLayer, Block):
     """Block, which transformers can checkpoint, and accelerate can keep on another device or on disk."""
+
+    def __init__(self, args, layer):
+        super().__init__(args, layer)
+        start = BlockStart(args, layer)
+        for name, part in self.named_modules():
+            part.start_in_block = start, name  # for _init_weights, which is given a part and no more
 
     def forward(self, *args, **kwargs):
         decay = getattr(self.mixer, "decay", None)
@@ -49,31 +55,13 @@ class GDN2PreTrainedModel(PreTrainedModel):
     _is_stateful = True
 
     @torch.no_grad()
-    def initialize_weights(self):
-        """Give every parameter that no file gave a value the one that GDN2Model starts from.
-
-        By block and not by module, as transformers would: what a projection starts from depends on where it stands.
-        """
-        decoder = self.base_model
-        for module in (decoder.embed_tokens, *decoder.layers, decoder.norm, getattr(self, "lm_head", None)):
-            if module is not None and not getattr(module, "_is_hf_initialized", False):
-                self._init_weights(module)
-                module._is_hf_initialized = True
-        for module in decoder.layers.modules():
-            if isinstance(module, GatedDeltaNet2):
-                module.statistics.zero_()
-
     def _init_weights(self, module):
-        loaded = [p for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
-        values = [p.clone() for p in loaded]
-        if isinstance(module, Block):
-            module.init_weights()
-        elif isinstance(module, nn.RMSNorm):
-            nn.init.ones_(module.weight)
+        start = getattr(module, "start_in_block", None)
+        if start is None:
+            super()._init_weights(module)
         else:
-            nn.init.normal_(module.weight, std=self.config.init_std)
-        for p, value in zip(loaded, values, strict=True):
-            p.copy_(value)
+            block, name = start
+            block.fill(name, module)
 
 
 class GDN2Decoder(GDN2PreTrainedModel):
@@ -219,7 +207,8 @@ class GDN2ForCausalLM(GDN2PreTrainedModel, GenerationMixin):
         elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = GDN2Cache(self.config.n_layers)
 
-    def prepare_inputs_for_generation(self, *args, **kwargs):
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+    def prepare_inputs_for_generation(self, *args, inputs_embeds=None, **kwargs):
+        # Embeddings by name: transformers reads in this signature whether generation may start from them.
+        inputs = super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
         inputs.pop("position_ids", None)  # transformers 4 makes some up for a prompt in pieces
         return inputs
