@@ -60,7 +60,8 @@ def _write_hf(checkpoint: Checkpoint, out, dtype, shard_size, with_code=False):
     layout = {to_hf_name(name): Part(name) for name in tensors_of(checkpoint.record.model_args)}
     renamed = Renamed(checkpoint.source, layout, dtype)
     with new_path(out) as folder, _Bar(renamed, f"writing {out}") as source:
-        write_companions(folder, checkpoint.record, checkpoint.tokenizer, _dtype(source.tensors), checkpoint.step)
+        written = _dtype(source.tensors)
+        write_companions(folder, checkpoint.record, checkpoint.tokenizer, written, checkpoint.step, with_code)
         if with_code:
             _save_code(folder)
         write_safetensors(folder, source.tensors, source.read, shard_size)

@@ -20,11 +20,16 @@ __all__ = ["save_code"]
 
 PACKAGE = "gdn2_titan"
 LEFT_OUT = f"{PACKAGE}.ops.triton"
-ENTRIES = {f"{PACKAGE}.convert.hf.{name}": name for name in ("configuration_gdn2", "modeling_gdn2")}
+ENTRIES = {
+    f"{PACKAGE}.convert.hf.{name}": name for name in ("configuration_gdn2", "modeling_gdn2", "classification_gdn2")
+}
 AUTO_MAP = {
     "AutoConfig": "configuration_gdn2.GDN2Config",
     "AutoModel": "modeling_gdn2.GDN2Decoder",
     "AutoModelForCausalLM": "modeling_gdn2.GDN2ForCausalLM",
+    "AutoModelForQuestionAnswering": "classification_gdn2.GDN2ForQuestionAnswering",
+    "AutoModelForSequenceClassification": "classification_gdn2.GDN2ForSequenceClassification",
+    "AutoModelForTokenClassification": "classification_gdn2.GDN2ForTokenClassification",
 }
 HEADER = f"# Part of {PACKAGE} (Apache-2.0), written here by {PACKAGE}.convert.hf.save_code.\n"
 NAMESPACE_FILE = "gdn2_namespace"

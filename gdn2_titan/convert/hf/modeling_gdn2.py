@@ -202,6 +202,11 @@ class GDN2ForCausalLM(GDN2PreTrainedModel, GenerationMixin):
                 f"cache_implementation is {generation_config.cache_implementation!r}; it must be left out, "
                 "this model has a cache of its own"
             )
+        if generation_config.prefill_chunk_size is not None and model_kwargs.get("inputs_embeds") is not None:
+            raise ValueError(
+                f"prefill_chunk_size is {generation_config.prefill_chunk_size!r}; it must be left out where "
+                "inputs_embeds is given, transformers cuts ids alone in pieces"
+            )
         if model_kwargs.get("past_key_values") is not None:
             model_kwargs["past_key_values"]._is_user_defined = True
         elif generation_config.use_cache is not False:

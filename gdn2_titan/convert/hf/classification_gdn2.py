@@ -1,0 +1,159 @@
+"""The decoder with a small head in place of the vocabulary's: labels of texts, labels of tokens, answers in a text.
+
+transformers has heads of this kind for any decoder. Their text ends at the last id that is not the padding's, wherever
+that id stands, and embeddings are taken for texts without padding; here the attention mask says where a text ends.
+"""
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import (
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from transformers.utils import can_return_tuple
+
+from .modeling_gdn2 import GDN2Decoder, GDN2PreTrainedModel
+
+__all__ = ["GDN2ForQuestionAnswering", "GDN2ForSequenceClassification", "GDN2ForTokenClassification"]
+
+
+def _given(kwargs):
+    """Without what is None: peft names more than the decoder knows, and says nothing by it."""
+    return {name: value for name, value in kwargs.items() if value is not None}
+
+
+class GDN2ForSequenceClassification(GDN2PreTrainedModel):
+    """Token ids [B, T] -> logits [B, num_labels] at the last token of each text, and the loss where there are labels."""
+
+    accepts_loss_kwargs = False  # the loss is a mean over texts, whatever a trainer has counted
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = GDN2Decoder(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=False,
+        **kwargs,
+    ):
+        """As GDN2Decoder's, which also takes ``kwargs``. labels: [B] classes, or what ``config.problem_type`` wants.
+
+        Raises:
+            ValueError: several texts, and nothing tells where they end: neither a mask nor a padding id.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **_given(kwargs),
+        )
+        hidden = outputs.last_hidden_state
+        last = self._last_tokens(hidden, input_ids, attention_mask)
+        logits = self.score(hidden[torch.arange(len(hidden), device=hidden.device), last])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    def _last_tokens(self, hidden, input_ids, attention_mask):
+        """int64 [B], where in ``hidden`` [B, T, D] each text ends."""
+        rows, length = hidden.shape[:2]
+        if attention_mask is not None:
+            text = attention_mask[:, -length:] != 0  # a mask has also what a cache has seen
+        elif input_ids is not None and self.config.pad_token_id is not None:
+            text = input_ids != self.config.pad_token_id
+        elif rows == 1:
+            return torch.tensor([length - 1], device=hidden.device)
+        else:
+            raise ValueError(
+                f"attention_mask is None in a batch of {rows}; it must say where each text ends, where no pad_token_id "
+                "in the config does for input_ids"
+            )
+        positions = torch.arange(length, device=hidden.device)
+        return (positions * text.to(hidden.device)).argmax(-1)
+
+
+class GDN2ForTokenClassification(GDN2PreTrainedModel):
+    """Token ids [B, T] -> logits [B, T, num_labels], each of what is known up to its token, and the loss of labels."""
+
+    accepts_loss_kwargs = False
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = GDN2Decoder(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, use_cache=False, **kwargs):
+        """As GDN2Decoder's, which also takes ``kwargs``. labels: [B, T], -100 where there is no loss."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **_given(kwargs),
+        )
+        logits = self.score(outputs.last_hidden_state)
+        loss = None if labels is None else self.loss_function(logits, labels, self.config)
+        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+class GDN2ForQuestionAnswering(GDN2PreTrainedModel):
+    """Token ids [B, T] -> logits [B, T] of where an answer starts and of where it ends, and the loss of both."""
+
+    accepts_loss_kwargs = False
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = GDN2Decoder(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        start_positions=None,
+        end_positions=None,
+        use_cache=False,
+        **kwargs,
+    ):
+        """As GDN2Decoder's, which also takes ``kwargs``. start_positions and end_positions: [B], or neither."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **_given(kwargs),
+        )
+        start, end = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(start, end, start_positions, end_positions)
+        return QuestionAnsweringModelOutput(
+            loss=loss, start_logits=start, end_logits=end, hidden_states=outputs.hidden_states
+        )
