@@ -114,6 +114,9 @@ def test_the_code_is_flat_parses_and_names_no_other_module_of_this_package(tmp_p
         "AutoConfig": "configuration_gdn2.GDN2Config",
         "AutoModel": "modeling_gdn2.GDN2Decoder",
         "AutoModelForCausalLM": "modeling_gdn2.GDN2ForCausalLM",
+        "AutoModelForQuestionAnswering": "classification_gdn2.GDN2ForQuestionAnswering",
+        "AutoModelForSequenceClassification": "classification_gdn2.GDN2ForSequenceClassification",
+        "AutoModelForTokenClassification": "classification_gdn2.GDN2ForTokenClassification",
     }
     files = {path.stem: ast.parse(path.read_text()) for path in tmp_path.glob("*.py")}
     assert {"configuration_gdn2", "modeling_gdn2", "gdn2_ops_chunked", "gdn2_models_layer"} <= set(files)
