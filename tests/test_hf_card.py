@@ -1,4 +1,4 @@
-"""The model card and its neighbours: its lines run as they are written, and no folder of the writer's machine is named."""
+"""The model card and what lies beside it: its lines run as they are written, and nothing names a local path."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tests.convert_cases import HYBRID, TOKENIZER, convert, save_step
 
 # With what a card says of it.
 JOB = {
-    "job": {"dump_folder": "./outputs/debug", "config_file": "/home/alice/secret/run.toml", "description": "a and/or b"},
+    "job": {"dump_folder": "./outputs/debug", "config_file": "/home/alice/a b/run.toml", "description": "a and/or b"},
     "checkpoint": {"folder": "runs/ckpt", "initial_load_path": "~/old/step-5", "interval": 100},
     "model": {"hf_assets_path": None, "converters": ["C:\\Users\\alice\\mine"]},
     "training": {"dataset": "text", "dataset_path": "/home/alice/my texts/*.jsonl", "steps": 7, "lr": 1e-3},
@@ -46,7 +46,8 @@ def test_the_lines_of_a_card_load_the_folder(tmp_path, capsys, monkeypatch, toke
     exec(code, names)
     assert names["model"].config.model_args() == HYBRID
     if tokenizer is not None:
-        assert names["tokenizer"]("ab")["input_ids"] == PreTrainedTokenizerFast.from_pretrained(TOKENIZER)("ab").input_ids
+        expected = PreTrainedTokenizerFast.from_pretrained(TOKENIZER)
+        assert names["tokenizer"]("ab")["input_ids"] == expected("ab")["input_ids"]
 
 
 def test_the_lines_of_a_card_with_code_load_the_folder_without_this_package_and_without_a_question(tmp_path, capsys):

@@ -82,6 +82,7 @@ WRONG = [
     (dict(decay=None), "decay is None"),
     (dict(expand_v=1.3), r"expand_v is 1\.3; times head_dim = 128"),
     (dict(expand_v=0), "expand_v is 0"),
+    (dict(tie_word_embeddings=True), "tie_word_embeddings is True; it must be false"),
     (dict(num_heads=0), "num_heads is 0; it must be a whole number"),
     (dict(num_heads=True), "num_heads is True; it must be a whole number"),
     (dict(num_hidden_layers="3"), "n_layers is '3'; it must be a whole number"),
@@ -197,6 +198,13 @@ def test_a_prefix_of_keys_and_values_is_refused_since_states_are_no_keys():
         tuned(input_ids=tokens(1, 4))
 
 
+@pytest.mark.parametrize("pattern", [RECURRENT, ("attention",)], ids="+".join)
+def test_pages_of_keys_and_values_are_refused(pattern):
+    theirs, _ = pair(layer_pattern=pattern)
+    with pytest.raises(ValueError, match="generate_batch keeps keys and values in pages"):
+        theirs.generate_batch([[1, 2, 3]], max_new_tokens=2)
+
+
 # ---------------------------------------------------------------------------------------------- names of the modules
 
 
@@ -207,7 +215,7 @@ def test_the_modules_are_found_by_the_names_that_tools_ask_for():
     assert theirs.get_input_embeddings() is theirs.model.embed_tokens is theirs.model.get_input_embeddings()
     assert theirs.get_output_embeddings() is theirs.lm_head
     assert theirs.num_parameters() == sum(p.numel() for p in theirs.parameters())
-    assert theirs.num_parameters(exclude_embeddings=True) == theirs.num_parameters() - theirs.model.embed_tokens.weight.numel()
+    assert theirs.num_parameters(exclude_embeddings=True) == theirs.num_parameters() - 50 * 32
     assert theirs.dtype == torch.float32 and theirs.supports_gradient_checkpointing
     head = torch.nn.Linear(32, 50, bias=False)
     theirs.set_output_embeddings(head)

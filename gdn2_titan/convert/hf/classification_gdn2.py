@@ -24,7 +24,7 @@ def _given(kwargs):
 
 
 class GDN2ForSequenceClassification(GDN2PreTrainedModel):
-    """Token ids [B, T] -> logits [B, num_labels] at the last token of each text, and the loss where there are labels."""
+    """Token ids [B, T] -> logits [B, num_labels] at each text's last token, and the loss where there are labels."""
 
     accepts_loss_kwargs = False  # the loss is a mean over texts, whatever a trainer has counted
 

@@ -55,8 +55,7 @@ class GDN2Config(PretrainedConfig):
         tie_word_embeddings=False,
         **kwargs,
     ):
-        if tie_word_embeddings:
-            raise ValueError(f"tie_word_embeddings is {tie_word_embeddings!r}; it must be false, the head has its own")
+        self.tie_word_embeddings = tie_word_embeddings
         if "rope_scaling" in kwargs:  # its name in older files
             kwargs.setdefault("rope_parameters", kwargs.pop("rope_scaling"))
         derived = {name: value for name in DERIVED if (value := kwargs.pop(name, None)) is not None}
@@ -78,7 +77,7 @@ class GDN2Config(PretrainedConfig):
         # After it: some versions of it set these to their own defaults.
         self.use_cache = use_cache
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
-        self.tie_word_embeddings = False
+        self.tie_word_embeddings = tie_word_embeddings
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
@@ -98,6 +97,10 @@ class GDN2Config(PretrainedConfig):
         Raises:
             ValueError: as the config's; an attribute may have been set since it was made.
         """
+        if self.tie_word_embeddings:
+            raise ValueError(
+                f"tie_word_embeddings is {self.tie_word_embeddings!r}; it must be false, the head has its own"
+            )
         if not isinstance(self.layer_pattern, (list, tuple)):
             allowed = ", ".join(MIXERS)
             raise ValueError(f"layer_pattern is {self.layer_pattern!r}; it must be a non-empty list of: {allowed}")

@@ -212,6 +212,10 @@ class GDN2ForCausalLM(GDN2PreTrainedModel, GenerationMixin):
         elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = GDN2Cache(self.config.n_layers)
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """Raises ValueError: ``generate_batch`` keeps pages of keys and values, which this model's states are not."""
+        raise ValueError("generate_batch keeps keys and values in pages; this model has states, so it must be generate")
+
     def prepare_inputs_for_generation(self, *args, inputs_embeds=None, **kwargs):
         # Embeddings by name: transformers reads in this signature whether generation may start from them.
         inputs = super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
