@@ -60,6 +60,11 @@ def test_the_lines_of_a_card_with_code_load_the_folder_without_this_package_and_
         "from transformers import AutoModelForSequenceClassification as Labels",
         'labels = Labels.from_pretrained("this folder", trust_remote_code=True, num_labels=3)',
         "assert labels(**batch).logits.shape == (2, 3)",
+        # Not trusted, with nobody to answer: the tokenizer is no code and comes all the same.
+        "import contextlib, io",
+        "with contextlib.redirect_stdout(io.StringIO()):",
+        '    plain = AutoTokenizer.from_pretrained("this folder")',
+        'assert plain("ab")["input_ids"] == tokenizer("ab")["input_ids"]',
     ]
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
     environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
