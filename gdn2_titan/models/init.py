@@ -15,7 +15,10 @@ __all__ = ["depth_scale", "fill_", "xavier_"]
 
 @torch.no_grad()
 def fill_(param, draw):
-    """Fill a parameter or its shards by ``draw(tensor)``, which initialises a full-size tensor in place."""
+    """Fill a parameter or its shards by ``draw(tensor)``, which initialises a full-size tensor in place. One on the
+    meta device has nothing to fill."""
+    if param.is_meta:
+        return
     if isinstance(param, DTensor):
         full = torch.empty(param.shape, dtype=param.dtype, device=param.to_local().device)
         draw(full)
