@@ -73,6 +73,7 @@ class GDN2Config(PretrainedConfig):
                 f"rope_theta is {fields['rope_theta']!r} and in rope_parameters {self.rope_theta!r}; one of them must "
                 "be left out"
             )
+        self.model_args()  # once more: rope_parameters may have set another rope_theta
         super().__init__(**others)
         # After it: some versions of it set these to their own defaults.
         self.use_cache = use_cache
@@ -149,7 +150,6 @@ class GDN2Config(PretrainedConfig):
         if not isinstance(given, dict) or any(given[k] != known.get(k) for k in given if k != "rope_theta"):
             raise ValueError(f"rope_parameters is {value!r}; it must have rope_type 'default' and rope_theta alone")
         self.rope_theta = given.get("rope_theta", self.rope_theta)
-        self.model_args()
 
 
 def _fields(given):
