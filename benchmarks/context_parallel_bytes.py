@@ -2,6 +2,7 @@
 
     python benchmarks/context_parallel_bytes.py           # a table in Markdown; exit code 1 if count and formula differ
     python benchmarks/context_parallel_bytes.py --json    # the same as a list of rows
+    python benchmarks/context_parallel_bytes.py --write   # put the table into docs/context_parallel.md
 
 Processes over gloo run ``context_parallel_gdn2`` forward and backward at two lengths. Every collective that PyTorch is
 asked for is counted by its arguments: all that arrives from other ranks, one's own part of an all-gather does not.
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from marked_tables import write
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gdn2_titan.ops import context_parallel_gdn2
@@ -29,6 +31,7 @@ __all__ = ["flash_linear_attention", "rows", "table"]
 # The processes are forked from one that has imported what takes long.
 multiprocessing.set_forkserver_preload(["gdn2_titan.ops"])
 
+DOCUMENT = Path(__file__).parents[1] / "docs" / "context_parallel.md"
 RANKS = (2, 4, 8)
 EXCHANGES = ("gather", "scan")
 LENGTHS = (32, 192)  # tokens of a rank
@@ -143,9 +146,13 @@ def table(result):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--write", action="store_true", help=f"put the table into {DOCUMENT.name}")
     chosen = parser.parse_args()
     result = rows()
-    print(json.dumps(result) if chosen.json else table(result))
+    if chosen.write:
+        write(DOCUMENT, {"bytes": table(result)})
+    else:
+        print(json.dumps(result) if chosen.json else table(result))
     raise SystemExit(any(counted != row["formula"] for row in result for counted in row["counted"]))
 
 

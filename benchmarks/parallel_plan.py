@@ -1,18 +1,19 @@
-"""Which parallel layout for a 7B or 70B hybrid on 8 to 1,024 GPUs, what each rank then holds and sends, and how long.
+"""Which parallel layouts of a 7B or 70B hybrid fit on 8 to 1,024 GPUs, and what a rank then holds, sends and repeats.
 
     python benchmarks/parallel_plan.py            # the plans
     python benchmarks/parallel_plan.py --check    # the formulas against small runs in processes
     python benchmarks/parallel_plan.py --write    # both, into docs/parallelism.md
 
-A plan is the fastest of all layouts that fit, by ``parallel_costs`` and the assumptions below. Nothing here was timed.
+A plan lists the layouts that fit and that no other one beats in both bytes sent and work, by ``parallel_costs``. It
+predicts no times.
 """
 
 import argparse
 import itertools
 import math
-import re
 from pathlib import Path
 
+from marked_tables import write
 from parallel_costs import CHECKPOINTING, Costs, Layout
 from parallel_measured import measure_saved, measure_step
 
@@ -22,15 +23,12 @@ from gdn2_titan.parallel import check_tensor_parallel
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "parallelism.md"
 
-# Assumptions, of a cluster of H100s.
+# A GPU and its node.
 GPUS_OF_A_NODE = 8
 MEMORY = 80e9
 USABLE = 0.9  # the rest: CUDA, NCCL, fragmentation
-PEAK = 989e12  # bf16 FLOP/s
-EFFICIENCY = 0.45  # of PEAK, while a GPU computes
-NVLINK = 450e9  # bytes/s that a GPU sends within its node (900 GB/s both ways)
-NETWORK = 50e9  # bytes/s that a GPU sends to other nodes
-HOP = 5e-6  # seconds of each step around a ring
+MOST_STAGES = 16
+SHOWN = 6  # layouts of a plan, those of least work
 
 _hybrid = {"vocab_size": 128_000, "layer_pattern": ("gdn2", "swa"), "attn_kv_heads": 8}
 # name: shape, tokens of a sequence, sequences of a batch
@@ -44,10 +42,6 @@ MODELS = {
         4096, 2048,
     ),
 }  # fmt: skip
-KINDS = (
-    ("shard", "all-gather"), ("shard", "reduce-scatter"), ("replicate", "all-reduce"),
-    ("tp", "all-gather"), ("tp", "reduce-scatter"), ("tp", "all-reduce"), ("pp", "send"),
-)  # fmt: skip
 GPUS = (8, 64, 256, 1024)
 SEQUENCES = (1, 2, 4, 8)  # of a microbatch
 
@@ -104,74 +98,30 @@ def _saved(costs, name, tp):
     return rows
 
 
-def seconds(sent, ranks, stride, ring=1):
-    """Of collectives among ``ranks`` GPUs that lie ``stride`` apart, over tensors of ``sent`` bytes in all. The GPUs of
-    the group that share a node send through their own network ports. ring: times around it, 2 in an all-reduce."""
-    if ranks == 1 or not sent:
-        return 0.0
-    together = max(1, min(ranks, GPUS_OF_A_NODE // stride))
-    nodes = ranks // together
-    inside = sent * (together - 1) / together / NVLINK
-    between = sent * (nodes - 1) / nodes / (together * NETWORK)
-    return ring * max(inside, between)
-
-
 def estimate(costs, layout):
-    """{"memory": {what: bytes}} of the fullest rank and {"time": {what: seconds}} of a step."""
-    args, tp, pp, m = costs.args, layout.tp, layout.pp, layout.microbatches
+    """{"memory": {what: bytes} of the fullest rank, "sent": bytes of the busiest rank in a step, "work": FLOPs
+    of the busiest rank, repeated ones and the idle steps of its pipeline included, over an even share of the useful}."""
+    args, pp, m = costs.args, layout.pp, layout.microbatches
     stages = costs.stages(pp)
     memory = max((costs.memory(layout, i) for i in range(pp)), key=lambda x: sum(x.values()))
     sizes = {u: sum(math.prod(s) for s in costs.shapes[u].values()) for u in costs.names}
     total = costs.n_params - sizes["tok_embeddings"]
     flops = flops_per_token(args, costs.n_params, sizes["tok_embeddings"], costs.T)
-    tokens = layout.sequences * costs.T
 
-    def computing(units):
-        """(useful, repeated) seconds of a microbatch on a stage, forward and backward."""
+    def computed(units):
         useful = flops * sum(sizes[u] for u in units if u != "tok_embeddings") / total
-        repeated = 2 * sum(costs.repeated(u, layout.checkpointing) for u in units)
-        return [tokens * x / tp / (EFFICIENCY * PEAK) for x in (useful, repeated)]
+        return useful + 2 * sum(costs.repeated(u, layout.checkpointing) for u in units)
 
-    useful, repeated = max((computing(units) for units in stages), key=sum)
-    # Tensor parallelism waits for each of its collectives.
-    moved = [costs.tensor(layout, units) for units in stages]
-    t_tp = max(
-        seconds(x["tp", "all-gather"] + x["tp", "reduce-scatter"], tp, 1) + seconds(x["tp", "all-reduce"], tp, 1, 2)
-        for x in moved
-    ) / m  # fmt: skip
-    calls = max(4 * 2 * sum(u.isdigit() for u in units) + 4 for units in stages)
-    t_tp += calls * (tp - 1) * HOP
-    # FSDP communicates while a GPU computes: gathers for forward behind forward, the rest behind backward, which takes
-    # twice as long. Under pipeline parallelism there is one gather and one reduction, behind one microbatch.
-    fsdp = [costs.sharded(layout, units) for units in stages]
-    times = m if pp == 1 else 1
-    units = max(len(units) for units in stages) + 1
-    hops = (layout.shard - 1) * HOP * units * times
-    replicas = 2 * (layout.replicate - 1) * HOP * units * times
+    work = max(map(computed, stages)) * pp / flops * (m + pp - 1) / m
+    sent = max(sum(_sent_by_a_rank(layout, *x) for x in costs.sent(layout, units).items()) for units in stages)
+    return {"memory": memory, "sent": sent, "work": work}
 
-    def shard_seconds(collective, phase):
-        sent = max(x["shard", collective, phase] for x in fsdp)
-        return seconds(sent, layout.shard, tp) + hops * (sent > 0)
 
-    reduced = max(x["replicate", "all-reduce", "backward"] for x in fsdp)
-    t_replicate = seconds(reduced, layout.replicate, tp * layout.shard, 2) + replicas
-    forward = shard_seconds("all-gather", "forward")
-    backward = shard_seconds("all-gather", "backward") + shard_seconds("reduce-scatter", "backward") + t_replicate
-    microbatch = useful + repeated + t_tp
-    # The first unit's gather and the last unit's reduction have nothing to hide behind.
-    exposed = max(forward / units, forward - times * microbatch / 3)
-    exposed += max(backward / units, backward - times * microbatch * 2 / 3)
-    # Neighbouring stages are on different nodes: a send each way for every microbatch, not hidden.
-    hidden = layout.sequences * costs.T // tp * costs.D * layout.width
-    time = {
-        "compute": m * useful,
-        "recompute": m * repeated,
-        "tensor": m * t_tp,
-        "sharding, exposed": exposed,
-        "bubble": (pp - 1) * microbatch,
-        "sends": 2 * (m + pp - 1) * (hidden / NETWORK + HOP) * (pp > 1),
-    }
-    return {"memory": memory, "time": time, "sharding": forward + backward}
+def _sent_by_a_rank(layout, key, n):
+    """Of n bytes that its group gathers, adds up or sends."""
+    dimension, collective = key
+    ranks = getattr(layout, dimension)
+    return n if collective == "send" else n * (ranks - 1) / ranks * (2 if collective == "all-reduce" else 1)
 
 
 def layouts(costs, gpus, batch):
@@ -179,7 +129,7 @@ def layouts(costs, gpus, batch):
     in fp32."""
     powers = [1 << i for i in range(gpus.bit_length())]
     for tp, pp, shard in itertools.product(powers, repeat=3):
-        if tp > GPUS_OF_A_NODE or pp > 16 or shard == 1 or gpus % (tp * pp * shard):
+        if tp > GPUS_OF_A_NODE or pp > MOST_STAGES or shard == 1 or gpus % (tp * pp * shard):
             continue
         try:
             check_tensor_parallel(costs.args, tp)
@@ -193,15 +143,19 @@ def layouts(costs, gpus, batch):
 
 
 def plan(costs, gpus, batch):
-    """(layout, its estimate) of the shortest step, or None if nothing fits."""
-    best = None
+    """[(layout, its estimate)] of those that fit and that no other one beats in work and bytes, least work first."""
+    fitting = []
     for layout in layouts(costs, gpus, batch):
         found = estimate(costs, layout)
-        if sum(found["memory"].values()) > USABLE * MEMORY:
-            continue
-        if best is None or sum(found["time"].values()) < sum(best[1]["time"].values()):
-            best = layout, found
-    return best
+        if sum(found["memory"].values()) <= USABLE * MEMORY:
+            fitting.append((layout, found))
+    fitting.sort(key=lambda x: (round(x[1]["work"], 2), x[1]["sent"], sum(x[1]["memory"].values())))
+    best, least = [], math.inf
+    for layout, found in fitting:
+        if found["sent"] < least:
+            best.append((layout, found))
+            least = found["sent"]
+    return best[:SHOWN]
 
 
 def _table(head, rows):
@@ -244,51 +198,23 @@ def _description(name, costs, batch):
 def _plans_of(name):
     args, length, batch = MODELS[name]
     costs = Costs(args, length)
-    chosen, memories, traffic, times = [], [], [], []
+    degrees = ["replicate", "shard", "tensor", "pipeline", "sequences", "microbatches", "checkpointing"]
+    rows, memory = [], ()
     for gpus in GPUS:
-        found = plan(costs, gpus, batch)
-        if found is None:
+        for layout, found in plan(costs, gpus, batch):
+            memory = found["memory"]
+            numbers = (layout.replicate, layout.shard, layout.tp, layout.pp, layout.sequences, layout.microbatches)
+            held = [f"{x / 1e9:.1f}" for x in (*memory.values(), sum(memory.values()))]
+            work, sent = f"{found['work']:.2f}", f"{found['sent'] / 1e9:,.1f}"
+            rows.append([gpus, *numbers, layout.checkpointing, work, sent, *held])
+        if not rows or rows[-1][0] != gpus:
             least = min(sum(estimate(costs, layout)["memory"].values()) for layout in layouts(costs, gpus, batch))
-            chosen.append([gpus, f"none fits: the least is {least / 1e9:.0f} GB a GPU", *[""] * 6])
-            continue
-        layout, cost = found
-        degrees = (layout.replicate, layout.shard, layout.tp, layout.pp)
-        chosen.append([gpus, *degrees, layout.sequences, layout.microbatches, layout.checkpointing])
-        memory, time = cost["memory"], cost["time"]
-        memories.append([gpus, *(f"{x / 1e9:.1f}" for x in (*memory.values(), sum(memory.values())))])
-        stages = [costs.sent(layout, units) for units in costs.stages(layout.pp)]
-        most = {key: max(stage.get(key, 0) for stage in stages) / 1e9 for key in KINDS}
-        traffic.append([gpus, *(f"{x:,.1f}" if x else "" for x in most.values())])
-        step, share = sum(time.values()), time["compute"] / sum(time.values())
-        numbers = [f"{1e3 * x:,.0f}" for x in (*time.values(), step, cost["sharding"])]
-        times.append([gpus, *numbers, f"{share:.0%}", f"{share * EFFICIENCY:.0%}"])
-    degrees = ("replicate", "shard", "tensor", "pipeline", "sequences", "microbatches", "checkpointing")
-    return [
-        _description(name, costs, batch),
-        _table(["GPUs", *degrees], chosen),
-        "GB of the fullest rank:",
-        _table(["GPUs", *memory, "sum"], memories),
-        "GB that the groups of a rank gather, add up or send in a step:",
-        _table(["GPUs", *map(" ".join, KINDS)], traffic),
-        "Milliseconds of a step, and of FSDP2's communication, hidden or not:",
-        _table(["GPUs", *time, "step", "sharding in all", "share of compute", "MFU"], times),
-    ]
+            rows.append([gpus, f"none fits: the least is {least / 1e9:.0f} GB a GPU", *[""] * 15])
+    return [_description(name, costs, batch), _table(["GPUs", *degrees, "work", "GB sent", *memory, "GB held"], rows)]
 
 
 def plan_tables():
     return "\n\n".join(part for name in MODELS for part in _plans_of(name))
-
-
-def write(tables):
-    """Put each table between its two marks in the document."""
-    text = DOCUMENT.read_text()
-    for name, table in tables.items():
-        marks = [f"<!-- {name} -->", f"<!-- end of {name} -->"]
-        text, n = re.subn(
-            "(?s)" + ".*".join(map(re.escape, marks)), lambda _: f"{marks[0]}\n\n{table}\n\n{marks[1]}", text
-        )
-        assert n == 1, f"{DOCUMENT} must have {marks[0]} and {marks[1]} once"
-    DOCUMENT.write_text(text)
 
 
 def main():
@@ -308,7 +234,7 @@ def main():
     if chosen.write or not rows:
         tables["plans"] = plan_tables()
     if chosen.write:
-        write(tables)
+        write(DOCUMENT, tables)
     else:
         print("\n\n".join(tables.values()))
     raise SystemExit(any(formula != measured for *_, formula, measured in rows))
