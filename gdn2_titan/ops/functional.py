@@ -28,7 +28,7 @@ def _call(
     numbers = (
         scale, use_qk_l2norm_in_kernel, use_gate_in_kernel, use_sigmoid_in_kernel, float(erase_scale), backend,
     )  # fmt: skip
-    segments = segments_of(q, v, num_segments)
+    segments = segments_of(q, v, num_segments, backend)
     if segments > 1 and cu_seqlens is None:
         o, final_state = split_gdn2(op, segments, q, k, v, g, b, w, A_log, dt_bias, initial_state, resets, numbers)
     else:
@@ -77,8 +77,9 @@ def chunk_gdn2(
             afresh, or at initial_state[n], in each. Empty sequences are allowed.
         resets: bool [B, T], True where a token begins a new document: the state before it is forgotten, the initial
             state included. Fixed shapes, so it compiles once and shards with the sequence.
-        backend: "auto" (Triton on a GPU unless the inputs are float64, otherwise chunked PyTorch), "triton", "torch",
-            or "reference" (token by token, autograd).
+        backend: "auto" (Triton on a GPU that it serves, otherwise chunked PyTorch; on a GPU that is said in the log
+            once: no Triton, older than sm_80, float64, heads above 256), "triton", "torch", or "reference" (token by
+            token, autograd).
         num_segments: cut the sequence in so many segments that run side by side, for long sequences of few heads on a
             GPU that they do not fill; "auto" does so where it should pay. Costs K more value columns, and one tensor
             like q saved for backward. Has no effect with cu_seqlens.

@@ -5,6 +5,7 @@ torch.compile and costs no host synchronisation.
 """
 
 import math
+import numbers
 
 import torch
 
@@ -113,7 +114,7 @@ def check_inputs(
         )
     if scale is None:
         return K**-0.5
-    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not math.isfinite(scale):
         raise ValueError(f"scale is {scale!r}; it must be a finite number or None for K**-0.5")
     return float(scale)
 
