@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import windowed_conv1d
 from .dispatch import BACKENDS, use_triton
 from .transforms import differentiable, once
-from .validation import FLOAT_DTYPES, check_choice, check_cu_seqlens, check_packing
+from .validation import FLOAT_DTYPES, check_choice, check_cu_seqlens, check_flags, check_packing
 
 __all__ = ["causal_conv1d", "check_conv_inputs"]
 
@@ -183,6 +183,7 @@ def causal_conv1d(
             cu_seqlens that do not run from 0 to T without falling.
     """
     check_choice("backend", backend, BACKENDS)
+    check_flags(output_final_state=output_final_state)
     check_conv_inputs(x, weight, bias, activation, initial_state, cu_seqlens, resets)
     y, final_state = _differentiable(x, weight, bias, activation in SILU, initial_state, cu_seqlens, resets, backend)
     return y, final_state if output_final_state else None

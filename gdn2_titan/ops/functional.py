@@ -6,7 +6,7 @@ from .dispatch import BACKENDS
 from .library import differentiable_chunk_gdn2, differentiable_recurrent_gdn2, recurrent_gdn2_inplace_op
 from .reference import naive_recurrent_gdn2
 from .split import segments_of, split_gdn2
-from .validation import check_choice, check_inputs, check_state
+from .validation import check_choice, check_flags, check_inputs, check_state
 
 __all__ = ["chunk_gdn2", "fused_recurrent_gdn2", "recurrent_gdn2", "recurrent_gdn2_"]
 
@@ -16,6 +16,10 @@ def _call(
     A_log, dt_bias, use_sigmoid_in_kernel, erase_scale, cu_seqlens, resets, backend, num_segments=1,
 ):  # fmt: skip
     check_choice("backend", backend, (*BACKENDS, "reference"))
+    check_flags(
+        output_final_state=output_final_state, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        use_gate_in_kernel=use_gate_in_kernel, use_sigmoid_in_kernel=use_sigmoid_in_kernel,
+    )  # fmt: skip
     if backend == "reference":
         return naive_recurrent_gdn2(
             q, k, v, g, b, w, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
@@ -160,6 +164,10 @@ def recurrent_gdn2_(
         TypeError, ValueError: naming the argument, what came and what is allowed. ``state`` is then as it was.
     """
     check_choice("backend", backend, (*BACKENDS, "reference"))
+    check_flags(
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, use_gate_in_kernel=use_gate_in_kernel,
+        use_sigmoid_in_kernel=use_sigmoid_in_kernel,
+    )  # fmt: skip
     scale = check_inputs(
         q, k, v, g, b, w, scale, None, use_gate_in_kernel, A_log, dt_bias,
         use_sigmoid_in_kernel, erase_scale, cu_seqlens, resets,

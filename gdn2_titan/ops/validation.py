@@ -11,7 +11,9 @@ import torch
 
 from .gates import compute_dtype
 
-__all__ = ["FLOAT_DTYPES", "check_choice", "check_cu_seqlens", "check_inputs", "check_packing", "check_state"]
+__all__ = [
+    "FLOAT_DTYPES", "check_choice", "check_cu_seqlens", "check_flags", "check_inputs", "check_packing", "check_state",
+]  # fmt: skip
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -20,6 +22,13 @@ def check_choice(name, value, allowed):
     """Raise ValueError unless an argument is one of the ``allowed``."""
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
+
+
+def check_flags(**flags):
+    """Raise ValueError unless options that are on or off are bools: a "no" would be on."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r}; it must be True or False")
 
 
 def _require_tensor(name, x):
