@@ -26,8 +26,8 @@ def _dense_mask(length, window, documents, device):
 
 
 def _is_dense(device, backend):
-    # Compiled, flex attention is a kernel in Triton.
-    return device.type == "cpu" or not triton_serves_device(device, backend)
+    # Compiled, flex attention is a kernel in Triton; on Apple's GPUs there is none.
+    return device.type in ("cpu", "mps") or not triton_serves_device(device, backend)
 
 
 @functools.cache
