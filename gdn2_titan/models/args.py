@@ -1,11 +1,13 @@
 """What a model is made of: one dataclass, checked when a model is built from it."""
 
-from dataclasses import dataclass
+import numbers
+from dataclasses import dataclass, fields
+
+from .checks import check_attention, check_count, check_gdn2, check_number
 
 __all__ = ["GDN2ModelArgs", "MIXERS"]
 
 MIXERS = ("gdn2", "swa", "attention")
-GATES = ("channel", "scalar")
 
 
 @dataclass
@@ -45,6 +47,15 @@ class GDN2ModelArgs:
     attn_kv_heads: int | None = None
     window: int = 2048
     rope_theta: float = 10000.0
+    # How it is computed, not what: "triton", "torch", or "auto", which takes Triton's kernels where they can serve.
+    backend: str = "auto"
+
+    def __post_init__(self):
+        # Numbers of other libraries become Python's, which files can hold.
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, numbers.Real) and not isinstance(value, (bool, int, float)):
+                setattr(self, field.name, int(value) if isinstance(value, numbers.Integral) else float(value))
 
     def mixer(self, layer):
         """The mixer's name for a layer index."""
@@ -56,43 +67,22 @@ class GDN2ModelArgs:
 
     def validate(self):
         """Raise ValueError, one sentence with field, value and what is allowed, unless a model can be built."""
-        for field in (
-            "vocab_size", "hidden_size", "n_layers", "mlp_size", "num_heads", "head_dim", "attn_heads", "window",
-        ):  # fmt: skip
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{field} is {value!r}; it must be a whole number of at least 1")
-        if not self.layer_pattern or any(name not in MIXERS for name in self.layer_pattern):
-            allowed = ", ".join(MIXERS)
-            raise ValueError(f"layer_pattern is {list(self.layer_pattern)}; it must be a non-empty list of: {allowed}")
-        for field, allowed in (
-            ("erase_gate", GATES), ("write_gate", GATES), ("decay", GATES), ("output_gate", ("silu", "sigmoid")),
-        ):  # fmt: skip
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"{field} is {getattr(self, field)!r}; it must be {' or '.join(map(repr, allowed))}")
-        if self.conv_size not in (2, 3, 4):
-            raise ValueError(f"conv_size is {self.conv_size!r}; it must be 2, 3 or 4")
-        v_heads = self.num_heads if self.num_v_heads is None else self.num_v_heads
-        if v_heads < 1 or v_heads % self.num_heads:
-            raise ValueError(f"num_v_heads is {v_heads}; it must be a multiple of num_heads = {self.num_heads}")
-        value_dim = self.head_dim * self.expand_v
-        if value_dim < 1 or value_dim != int(value_dim):
-            raise ValueError(
-                f"expand_v is {self.expand_v}; times head_dim = {self.head_dim} it must be a whole number of at least 1"
-            )
-        for field in ("norm_eps", "init_std", "mixer_gain", "dt_min"):
-            if getattr(self, field) <= 0:
-                raise ValueError(f"{field} is {getattr(self, field)}; it must be greater than 0")
+        for field in ("vocab_size", "hidden_size", "n_layers", "mlp_size", "attn_heads", "window"):
+            check_count(field, getattr(self, field))
+        names = self.layer_pattern
+        if not isinstance(names, (tuple, list)) or not names or any(name not in MIXERS for name in names):
+            said = list(names) if isinstance(names, (tuple, list)) else names
+            raise ValueError(f"layer_pattern is {said!r}; it must be a non-empty list of: {', '.join(MIXERS)}")
+        check_gdn2(
+            self.num_heads, self.head_dim, self.num_v_heads, self.expand_v, self.conv_size, self.erase_gate,
+            self.write_gate, self.tied_gates, self.decay, self.allow_neg_eigval, self.output_gate, self.norm_eps,
+            self.backend,
+        )  # fmt: skip
+        for field in ("init_std", "mixer_gain", "dt_min", "dt_max", "rope_theta"):
+            check_number(field, getattr(self, field))
         if self.dt_max < self.dt_min:
             raise ValueError(f"dt_max is {self.dt_max}; it must be at least dt_min = {self.dt_min}")
+        if self.attn_kv_heads is not None:
+            check_count("attn_kv_heads", self.attn_kv_heads)
         if self.mixers() - {"gdn2"}:
-            if self.hidden_size % self.attn_heads or self.hidden_size // self.attn_heads % 2:
-                raise ValueError(
-                    f"attn_heads is {self.attn_heads}; it must divide hidden_size = {self.hidden_size} "
-                    "into heads of even size"
-                )
-            kv_heads = self.attn_heads if self.attn_kv_heads is None else self.attn_kv_heads
-            if kv_heads < 1 or self.attn_heads % kv_heads:
-                raise ValueError(f"attn_kv_heads is {kv_heads}; it must divide attn_heads = {self.attn_heads}")
-            if self.rope_theta <= 0:
-                raise ValueError(f"rope_theta is {self.rope_theta}; it must be greater than 0")
+            check_attention(self.hidden_size, self.attn_heads, self.attn_kv_heads, "attn_heads", "attn_kv_heads")

@@ -10,6 +10,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from gdn2_titan.ops.exchange_tokens import gather_sequence, preceding
 
+from .checks import check_attention, check_count
 from .init import fill_
 from .masks import reach
 
@@ -51,7 +52,10 @@ class Attention(nn.Module):
 
     def __init__(self, hidden_size, num_heads, num_kv_heads=None, window=None):
         super().__init__()
-        num_kv_heads = num_kv_heads or num_heads
+        check_attention(hidden_size, num_heads, num_kv_heads)
+        if window is not None:
+            check_count("window", window)
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.head_dim = hidden_size // num_heads
         self.grouped = num_kv_heads != num_heads
         self.window = window

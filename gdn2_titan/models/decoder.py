@@ -8,6 +8,7 @@ from gdn2_titan.ops.exchange_tokens import gather_sequence
 
 from .args import GDN2ModelArgs
 from .attention import Attention, rotary_angles
+from .checks import check_count
 from .init import depth_scale, fill_
 from .layer import GatedDeltaNet2
 from .masks import attention_mask, context_mask
@@ -20,6 +21,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, hidden_size, size):
         super().__init__()
+        check_count("hidden_size", hidden_size)
+        check_count("size", size)
         self.gate_proj = nn.Linear(hidden_size, size, bias=False)
         self.up_proj = nn.Linear(hidden_size, size, bias=False)
         self.down_proj = nn.Linear(size, hidden_size, bias=False)
@@ -57,6 +60,7 @@ class Block(nn.Module):
                 allow_neg_eigval=args.allow_neg_eigval,
                 output_gate=args.output_gate,
                 norm_eps=args.norm_eps,
+                backend=args.backend,
             )
         else:
             window = args.window if self.kind == "swa" else None
@@ -132,13 +136,18 @@ class GDN2Model(nn.Module):
         windows = {kind: args.window if kind == "swa" else None for kind in kinds}
         if shards is None:
             positions = torch.arange(T, device=device)
-            masks = {kind: attention_mask(B, T, window, resets, device) for kind, window in windows.items()}
+            masks = {
+                kind: attention_mask(B, T, window, resets, device, args.backend) for kind, window in windows.items()
+            }
         else:
             positions = shards.positions(T, device)
             # As bytes: not every backend of torch.distributed moves bool.
             begins = None if resets is None else gather_sequence(resets.to(torch.uint8), shards)
             documents = None if begins is None else begins.long().cumsum(1)
-            masks = {kind: context_mask(B, T, window, documents, shards, device) for kind, window in windows.items()}
+            masks = {
+                kind: context_mask(B, T, window, documents, shards, device, args.backend)
+                for kind, window in windows.items()
+            }
         return rotary_angles(positions, args.hidden_size // args.attn_heads, args.rope_theta), masks
 
     def init_weights(self, buffer_device=None):

@@ -3,6 +3,7 @@
 from gdn2_titan.ops.flops import forward_flops
 
 from .args import GDN2ModelArgs
+from .checks import value_head_dim
 
 __all__ = ["flops_per_token", "mixing_flops", "parameter_counts"]
 
@@ -24,7 +25,7 @@ def mixing_flops(args: GDN2ModelArgs, layer, seq_len):
     kind = args.mixer(layer)
     if kind == "gdn2":
         v_heads = args.num_v_heads or args.num_heads
-        value_dim = v_heads // args.num_heads * int(args.head_dim * args.expand_v)
+        value_dim = v_heads // args.num_heads * value_head_dim(args.head_dim, args.expand_v)
         return forward_flops(1, args.num_heads, args.head_dim, value_dim)
     return 4 * args.hidden_size * _visible_tokens(seq_len, args.window if kind == "swa" else seq_len)
 

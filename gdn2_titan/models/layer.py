@@ -15,6 +15,8 @@ from gdn2_titan.ops import causal_conv1d, chunk_gdn2, recurrent_gdn2
 from gdn2_titan.ops.context_parallel import begin_gdn2
 from gdn2_titan.ops.halo import halos
 
+from .checks import check_convolution, check_count, check_gdn2, value_head_dim
+from .decay import DecayParameters
 from .init import fill_, xavier_
 
 __all__ = ["GDN2State", "GatedDeltaNet2", "STATISTICS"]
@@ -42,41 +44,23 @@ def _of_this_rank(param):
 
 
 class ShortConvolution(nn.Module):
-    """Depthwise causal convolution and SiLU over [B, T, channels]."""
+    """Depthwise causal convolution and SiLU over [B, T, channels]. width: 2, 3 or 4; backend: of ``causal_conv1d``."""
 
-    def __init__(self, channels, width):
+    def __init__(self, channels, width, backend="auto"):
         super().__init__()
+        check_convolution(channels, width, backend)
+        self.backend = backend
         self.weight = nn.Parameter(torch.empty(channels, width))
 
     def forward(self, x, resets=None, state=None, return_state=False):
         return causal_conv1d(
             x, _of_this_rank(self.weight), activation="silu",
-            initial_state=state, output_final_state=return_state, resets=resets,
+            initial_state=state, output_final_state=return_state, resets=resets, backend=self.backend,
         )  # fmt: skip
 
     def init_weights(self):
         bound = self.weight.shape[1] ** -0.5  # as nn.Conv1d: fan-in is the width
         fill_(self.weight, lambda x: nn.init.uniform_(x, -bound, bound))
-
-
-class DecayParameters(nn.Module):
-    """A_log [H] and dt_bias [H, K] (or [H, 1] for a scalar decay), a module of their own so that a parallel plan can
-    keep them in fp32 while it casts the layer around them. Read, never called: see ``gdn2_titan.parallel.fsdp``."""
-
-    def __init__(self, num_heads, channels):
-        super().__init__()
-        self.A_log = nn.Parameter(torch.empty(num_heads))
-        self.dt_bias = nn.Parameter(torch.empty(num_heads, channels))
-
-    def init_weights(self, dt_min=1e-3, dt_max=1e-1):
-        """A ~ U(1, 16); softplus(dt_bias) log-uniform in [dt_min, dt_max]: by default half-lives of 1 to 700 tokens."""
-
-        def draw_dt_bias(x):
-            dt = torch.rand_like(x).mul_(math.log(dt_max / dt_min)).add_(math.log(dt_min)).exp_()
-            x.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-
-        fill_(self.A_log, lambda x: x.uniform_(1, 16).log_())
-        fill_(self.dt_bias, draw_dt_bias)
 
 
 class GatedDeltaNet2(nn.Module):
@@ -94,6 +78,15 @@ class GatedDeltaNet2(nn.Module):
         allow_neg_eigval: the erase gate spans [0, 2] instead of [0, 1].
         output_gate: "silu" or "sigmoid".
         norm_eps: of the RMS norm on each value head.
+        backend: of the ops and convolutions: "triton", "torch", or "auto", which takes Triton's kernels on a GPU that
+            they can serve.
+
+    Whatever dtype the layer is cast to, or built in, A_log and dt_bias stay in fp32 at least (see
+    ``decay.DecayParameters``); x has the dtype of the projections. FSDP2 wants one dtype in a unit: a layer that was
+    cast to 16 bits is sharded after ``parallel.shard_decays``.
+
+    Raises:
+        ValueError: naming the argument, its value and what is allowed.
     """
 
     def __init__(
@@ -111,15 +104,22 @@ class GatedDeltaNet2(nn.Module):
         allow_neg_eigval=False,
         output_gate="silu",
         norm_eps=1e-5,
+        backend="auto",
     ):
         super().__init__()
+        check_count("hidden_size", hidden_size)
+        check_gdn2(
+            num_heads, head_dim, num_v_heads, expand_v, conv_size, erase_gate, write_gate, tied_gates, decay,
+            allow_neg_eigval, output_gate, norm_eps, backend,
+        )  # fmt: skip
+        self.backend = backend
         self.head_dim = head_dim
-        self.head_v_dim = int(head_dim * expand_v)
+        self.head_v_dim = value_head_dim(head_dim, expand_v)
         self.erase_scale = 2.0 if allow_neg_eigval else 1.0
         self.tied_gates = tied_gates
         self.norm_eps = norm_eps
         self.output_gate = {"silu": F.silu, "sigmoid": torch.sigmoid}[output_gate]
-        num_v_heads = num_v_heads or num_heads
+        num_v_heads = num_heads if num_v_heads is None else num_v_heads
         key_size, value_size = num_heads * head_dim, num_v_heads * self.head_v_dim
 
         def linear(inputs, outputs, bias=False):
@@ -128,9 +128,9 @@ class GatedDeltaNet2(nn.Module):
         self.q_proj = linear(hidden_size, key_size)
         self.k_proj = linear(hidden_size, key_size)
         self.v_proj = linear(hidden_size, value_size)
-        self.q_conv1d = ShortConvolution(key_size, conv_size)
-        self.k_conv1d = ShortConvolution(key_size, conv_size)
-        self.v_conv1d = ShortConvolution(value_size, conv_size)
+        self.q_conv1d = ShortConvolution(key_size, conv_size, backend)
+        self.k_conv1d = ShortConvolution(key_size, conv_size, backend)
+        self.v_conv1d = ShortConvolution(value_size, conv_size, backend)
         if decay == "channel":
             self.decay_proj = nn.Sequential(linear(hidden_size, self.head_v_dim), linear(self.head_v_dim, key_size))
         else:
@@ -190,6 +190,7 @@ class GatedDeltaNet2(nn.Module):
             use_sigmoid_in_kernel=True,
             erase_scale=self.erase_scale,
             resets=resets,
+            backend=self.backend,
         )
         if self.shards is None:
             if x.shape[1] == 1 and state is not None:

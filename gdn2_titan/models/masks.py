@@ -6,6 +6,8 @@ import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.attention.flex_attention import create_block_mask
 
+from gdn2_titan.ops.dispatch import triton_serves_device
+
 __all__ = ["attention_mask", "context_mask", "continued_mask", "reach"]
 
 
@@ -23,6 +25,11 @@ def _dense_mask(length, window, documents, device):
     return mask.view(-1, 1, length, length)
 
 
+def _is_dense(device, backend):
+    # Compiled, flex attention is a kernel in Triton; on Apple's GPUs there is none.
+    return device.type in ("cpu", "mps") or not triton_serves_device(device, backend)
+
+
 @functools.cache
 def _compiled_block_mask():
     return torch.compile(create_block_mask)  # eager, it would build the dense mask first
@@ -36,18 +43,19 @@ def _block_mask(batch, length, window, documents, device, create=create_block_ma
     return create(mask_mod, None if documents is None else batch, None, length, length, device=device)
 
 
-def attention_mask(batch, length, window, resets, device):
+def attention_mask(batch, length, window, resets, device, backend="auto"):
     """The mask of one kind of softmax layer, shared by all layers of the kind.
 
     window: tokens a query sees, itself included; None for all. resets: bool [B, T] or None; attention stays within
-    a document. Returns None where plain causal attention is meant, a bool tensor [B or 1, 1, T, T] for
-    ``scaled_dot_product_attention`` on CPU, a BlockMask for flex attention on other devices.
+    a document. backend: of the layers, "auto", "triton" or "torch". Returns None where plain causal attention is meant,
+    a bool tensor [B or 1, 1, T, T] for ``scaled_dot_product_attention`` on CPU and where there shall be or can be no
+    Triton, a BlockMask for flex attention elsewhere.
     """
     # A compiler for whom the length is open is not asked: its graph would serve only one of the cases.
     if window is not None and statically_known_true(window >= length):
         window = None
     documents = None if resets is None else resets.long().cumsum(1)
-    if device.type == "cpu":
+    if _is_dense(device, backend):
         if window is None and documents is None:
             return None
         return _dense_mask(length, window, documents, device)
@@ -79,7 +87,7 @@ def reach(window, length, shards):
     return None if window is None or window - 1 > length // shards.per_rank else window - 1
 
 
-def context_mask(batch, length, window, documents, shards, device):
+def context_mask(batch, length, window, documents, shards, device, backend="auto"):
     """``attention_mask`` for a rank that has ``length`` tokens of every sequence, by their places in the whole of it.
 
     documents: int64 [B, T], the document of every token of all ranks, or None. With the keys of all T tokens, queries
@@ -88,7 +96,7 @@ def context_mask(batch, length, window, documents, shards, device):
     never None: where the queries are not the first tokens, plain causal attention is none for the kernels.
     """
     rows = _context_rows(batch, length, window, documents, shards, device)
-    if device.type == "cpu":
+    if _is_dense(device, backend):
         return _dense_mask_of_rows(window, *rows)
     return _block_mask_of_rows(window, *rows, _compiled_block_mask())
 

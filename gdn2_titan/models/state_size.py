@@ -1,6 +1,7 @@
 """What a model keeps of a sequence that it has read, in bytes."""
 
 from .args import GDN2ModelArgs
+from .checks import value_head_dim
 
 __all__ = ["state_bytes"]
 
@@ -18,6 +19,6 @@ def _layer_bytes(args, kind, tokens, itemsize):
     if kind != "gdn2":
         kept = tokens if kind == "attention" else min(tokens, args.window - 1)
         return 2 * (args.attn_kv_heads or args.attn_heads) * (args.hidden_size // args.attn_heads) * kept * itemsize
-    value_heads, value_dim = args.num_v_heads or args.num_heads, int(args.head_dim * args.expand_v)
+    value_heads, value_dim = args.num_v_heads or args.num_heads, value_head_dim(args.head_dim, args.expand_v)
     channels = 2 * args.num_heads * args.head_dim + value_heads * value_dim
     return 4 * value_heads * args.head_dim * value_dim + (args.conv_size - 1) * channels * itemsize

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import windowed_conv1d
 from .dispatch import BACKENDS, use_triton
 from .transforms import differentiable, once
-from .validation import FLOAT_DTYPES, check_choice, check_cu_seqlens, check_packing
+from .validation import FLOAT_DTYPES, check_choice, check_cu_seqlens, check_flags, check_packing
 
 __all__ = ["causal_conv1d", "check_conv_inputs"]
 
@@ -169,7 +169,8 @@ def causal_conv1d(
             reads the values on the host to check them; `resets` needs no such synchronisation.
         resets: [B, T] bool, True where a token begins a new document: no tap reaches a token before it, nor the
             initial state, and the final state holds zeros for tokens of earlier documents than the last token's.
-        backend: "auto" (Triton on a GPU unless x, weight or bias is float64, otherwise PyTorch), "triton" or "torch".
+        backend: "auto" (Triton on a GPU that it serves, otherwise PyTorch; on a GPU that is said in the log once: no
+            Triton, older than sm_80, x, weight or bias in float64), "triton" or "torch".
 
     Returns:
         y [B, T, D] in x's dtype, and final_state [N, D, W - 1] in x's dtype or None. Computed in float32, or float64
@@ -182,6 +183,7 @@ def causal_conv1d(
             cu_seqlens that do not run from 0 to T without falling.
     """
     check_choice("backend", backend, BACKENDS)
+    check_flags(output_final_state=output_final_state)
     check_conv_inputs(x, weight, bias, activation, initial_state, cu_seqlens, resets)
     y, final_state = _differentiable(x, weight, bias, activation in SILU, initial_state, cu_seqlens, resets, backend)
     return y, final_state if output_final_state else None

@@ -6,7 +6,7 @@ from .exchange_cost import choose
 from .functional import chunk_gdn2
 from .gates import compute_dtype
 from .shards import SequenceShards
-from .validation import check_choice, check_inputs
+from .validation import check_choice, check_flags, check_inputs
 
 __all__ = ["begin_gdn2", "context_parallel_gdn2"]
 
@@ -40,6 +40,10 @@ def begin_gdn2(
     the results. shards: a ``SequenceShards``."""
     check_choice("backend", backend, BACKENDS)
     check_choice("exchange", exchange, ("auto", *handoff.FORMS))
+    check_flags(
+        output_final_state=output_final_state, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        use_gate_in_kernel=use_gate_in_kernel, use_sigmoid_in_kernel=use_sigmoid_in_kernel,
+    )  # fmt: skip
     options = (use_qk_l2norm_in_kernel, use_gate_in_kernel, use_sigmoid_in_kernel, float(erase_scale), backend)
     if shards.size == 1:
         return _Done(

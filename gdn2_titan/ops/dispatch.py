@@ -1,24 +1,58 @@
-"""Which kernels serve a call: PyTorch's on any device, Triton's on GPUs."""
+"""Which kernels serve a call: PyTorch's on any device, Triton's on GPUs where they can."""
+
+import logging
 
 import torch
 
 try:
-    from .triton.target import check_target
+    from .triton.target import obstacle, obstacle_on
 except ImportError:  # a copy without the Triton kernels, such as ``convert.hf.save_code`` puts beside a model
-    check_target = None
 
-__all__ = ["BACKENDS", "use_triton"]
+    def obstacle_on(device):
+        return f"is on {device}; this copy of gdn2_titan has no Triton kernels"
+
+    def obstacle(x, head_sizes):
+        return obstacle_on(x.device)
+
+
+__all__ = ["BACKENDS", "triton_can_serve", "triton_serves_device", "use_triton"]
 
 BACKENDS = ("auto", "triton", "torch")
+_logger = logging.getLogger(__name__)
+_said = set()
+
+
+def _on_gpu(device):
+    return device.type == "cuda"
 
 
 def use_triton(name, x, backend, head_sizes=()):
-    """Whether the Triton kernels serve a call on the argument ``name``; ValueError where they should and cannot."""
-    if backend == "torch" or (backend == "auto" and (x.device.type != "cuda" or x.dtype == torch.float64)):
+    """Whether the Triton kernels serve a call on the argument ``name``; for bodies of operators, which nothing traces.
+
+    Where "auto" cannot have them on a GPU it takes PyTorch's, and says so in the log, once for each reason.
+
+    Raises:
+        ValueError: backend is "triton", and they cannot serve the call.
+    """
+    if backend == "torch" or (backend == "auto" and not _on_gpu(x.device)):
         return False
-    if check_target is None:
-        if backend == "triton":
-            raise ValueError("backend is 'triton'; this copy of gdn2_titan has no Triton kernels, it must be 'torch'")
-        return False
-    check_target(name, x, head_sizes)
-    return True
+    found = obstacle(x, head_sizes)
+    if found is None:
+        return True
+    if backend == "triton":
+        subject = name if obstacle_on(x.device) is None else f"backend is 'triton' and {name}"
+        raise ValueError(f"{subject} {found}, use backend='torch'")
+    if found not in _said:
+        _said.add(found)
+        _logger.warning("The PyTorch kernels serve a call that the Triton kernels cannot: %s %s", name, found)
+    return False
+
+
+def triton_can_serve(x, backend, head_sizes=()):
+    """What ``use_triton`` would say, where a compiler may trace it: it writes no log and raises nothing."""
+    return backend != "torch" and _on_gpu(x.device) and obstacle(x, head_sizes) is None
+
+
+def triton_serves_device(device, backend):
+    """Whether a model on a device may run kernels made of Triton, flex attention's among them."""
+    return backend != "torch" and not (_on_gpu(device) and obstacle_on(device) is not None)

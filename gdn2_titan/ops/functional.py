@@ -6,7 +6,7 @@ from .dispatch import BACKENDS
 from .library import differentiable_chunk_gdn2, differentiable_recurrent_gdn2, recurrent_gdn2_inplace_op
 from .reference import naive_recurrent_gdn2
 from .split import segments_of, split_gdn2
-from .validation import check_choice, check_inputs, check_state
+from .validation import check_choice, check_flags, check_inputs, check_state
 
 __all__ = ["chunk_gdn2", "fused_recurrent_gdn2", "recurrent_gdn2", "recurrent_gdn2_"]
 
@@ -16,6 +16,10 @@ def _call(
     A_log, dt_bias, use_sigmoid_in_kernel, erase_scale, cu_seqlens, resets, backend, num_segments=1,
 ):  # fmt: skip
     check_choice("backend", backend, (*BACKENDS, "reference"))
+    check_flags(
+        output_final_state=output_final_state, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        use_gate_in_kernel=use_gate_in_kernel, use_sigmoid_in_kernel=use_sigmoid_in_kernel,
+    )  # fmt: skip
     if backend == "reference":
         return naive_recurrent_gdn2(
             q, k, v, g, b, w, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
@@ -28,7 +32,7 @@ def _call(
     numbers = (
         scale, use_qk_l2norm_in_kernel, use_gate_in_kernel, use_sigmoid_in_kernel, float(erase_scale), backend,
     )  # fmt: skip
-    segments = segments_of(q, v, num_segments)
+    segments = segments_of(q, v, num_segments, backend)
     if segments > 1 and cu_seqlens is None:
         o, final_state = split_gdn2(op, segments, q, k, v, g, b, w, A_log, dt_bias, initial_state, resets, numbers)
     else:
@@ -77,8 +81,9 @@ def chunk_gdn2(
             afresh, or at initial_state[n], in each. Empty sequences are allowed.
         resets: bool [B, T], True where a token begins a new document: the state before it is forgotten, the initial
             state included. Fixed shapes, so it compiles once and shards with the sequence.
-        backend: "auto" (Triton on a GPU unless the inputs are float64, otherwise chunked PyTorch), "triton", "torch",
-            or "reference" (token by token, autograd).
+        backend: "auto" (Triton on a GPU that it serves, otherwise chunked PyTorch; on a GPU that is said in the log
+            once: no Triton, older than sm_80, float64, heads above 256), "triton", "torch", or "reference" (token by
+            token, autograd).
         num_segments: cut the sequence in so many segments that run side by side, for long sequences of few heads on a
             GPU that they do not fill; "auto" does so where it should pay. Costs K more value columns, and one tensor
             like q saved for backward. Has no effect with cu_seqlens.
@@ -159,6 +164,10 @@ def recurrent_gdn2_(
         TypeError, ValueError: naming the argument, what came and what is allowed. ``state`` is then as it was.
     """
     check_choice("backend", backend, (*BACKENDS, "reference"))
+    check_flags(
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, use_gate_in_kernel=use_gate_in_kernel,
+        use_sigmoid_in_kernel=use_sigmoid_in_kernel,
+    )  # fmt: skip
     scale = check_inputs(
         q, k, v, g, b, w, scale, None, use_gate_in_kernel, A_log, dt_bias,
         use_sigmoid_in_kernel, erase_scale, cu_seqlens, resets,

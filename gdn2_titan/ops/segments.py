@@ -20,7 +20,7 @@ from .flops import forward_flops
 from .gates import compute_dtype
 from .library import chunk_gdn2_backward_once, kernel_options, kernels, no_autocast
 from .transforms import differentiable
-from .validation import check_choice, check_inputs
+from .validation import check_choice, check_flags, check_inputs
 
 __all__ = ["segment_gdn2_op", "segment_summary"]
 
@@ -113,6 +113,10 @@ def segment_summary(
         TypeError, ValueError: naming the argument, what came and what is allowed.
     """
     check_choice("backend", backend, BACKENDS)
+    check_flags(
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, use_gate_in_kernel=use_gate_in_kernel,
+        use_sigmoid_in_kernel=use_sigmoid_in_kernel,
+    )  # fmt: skip
     scale = check_inputs(
         k, k, v, g, b, w, 1.0, None, use_gate_in_kernel, A_log, dt_bias,
         use_sigmoid_in_kernel, erase_scale, None, resets,

@@ -1,8 +1,11 @@
 """A long sequence on one device as segments side by side, where batch and heads are too few to fill the device."""
 
+import numbers
+
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from .dispatch import triton_can_serve
 from .flops import CHUNK
 from .handoff import begin
 from .shards import SequenceShards
@@ -23,16 +26,16 @@ def number_of_segments(B, T, H, HV, K, V, processors):
     return 1
 
 
-def segments_of(q, v, num_segments):
-    """The number asked for, "auto" resolved. On a CPU the chunkwise form gains nothing by segments."""
+def segments_of(q, v, num_segments, backend="auto"):
+    """The number asked for, "auto" resolved: PyTorch's kernels gain nothing by segments."""
     if num_segments == "auto":
-        if q.device.type != "cuda":
+        if not triton_can_serve(q, backend, (q.shape[-1], v.shape[-1])):
             return 1
         processors = torch.cuda.get_device_properties(q.device).multi_processor_count
         return number_of_segments(*q.shape[:3], v.shape[2], *q.shape[3:], *v.shape[3:], processors)
-    if isinstance(num_segments, bool) or not isinstance(num_segments, int) or num_segments < 1:
+    if isinstance(num_segments, bool) or not isinstance(num_segments, numbers.Integral) or num_segments < 1:
         raise ValueError(f"num_segments is {num_segments!r}; it must be 'auto' or a whole number of at least 1")
-    return num_segments
+    return int(num_segments)
 
 
 def split_gdn2(op, count, q, k, v, g, b, w, A_log, dt_bias, initial_state, resets, numbers):

@@ -5,12 +5,15 @@ torch.compile and costs no host synchronisation.
 """
 
 import math
+import numbers
 
 import torch
 
 from .gates import compute_dtype
 
-__all__ = ["FLOAT_DTYPES", "check_choice", "check_cu_seqlens", "check_inputs", "check_packing", "check_state"]
+__all__ = [
+    "FLOAT_DTYPES", "check_choice", "check_cu_seqlens", "check_flags", "check_inputs", "check_packing", "check_state",
+]  # fmt: skip
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -19,6 +22,13 @@ def check_choice(name, value, allowed):
     """Raise ValueError unless an argument is one of the ``allowed``."""
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
+
+
+def check_flags(**flags):
+    """Raise ValueError unless options that are on or off are bools: a "no" would be on."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r}; it must be True or False")
 
 
 def _require_tensor(name, x):
@@ -113,7 +123,7 @@ def check_inputs(
         )
     if scale is None:
         return K**-0.5
-    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not math.isfinite(scale):
         raise ValueError(f"scale is {scale!r}; it must be a finite number or None for K**-0.5")
     return float(scale)
 

@@ -4,7 +4,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from gdn2_titan.models.layer import DecayParameters
+from gdn2_titan.models.decay import DecayParameters
 
 __all__ = ["apply_fsdp", "shard_decays", "sum_gradients"]
 

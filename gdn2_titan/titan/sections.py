@@ -46,6 +46,8 @@ class GDN2:
     """Tokens that a "swa" layer sees, the query itself included"""
     rope_theta: float | None = None
     """Base of the rotary frequencies"""
+    backend: str | None = None
+    """Kernels of the GDN-2 layers: "auto", "triton" or "torch" """
     document_resets: bool = True
     """Forget the state, and mask attention, where a packed document begins"""
     statistics_freq: int = 50

@@ -6,7 +6,7 @@ from gdn2_titan.convert.names import to_hf_name
 from gdn2_titan.convert.record import args_to_fields
 
 from .configuration_gdn2 import GDN2Config
-from .modeling_gdn2 import IN_FP32, GDN2ForCausalLM
+from .modeling_gdn2 import GDN2ForCausalLM
 
 __all__ = ["load_checkpoint"]
 
@@ -23,9 +23,6 @@ def load_checkpoint(checkpoint, dtype=None, device="cpu"):
     with torch.device("meta"):
         model = GDN2ForCausalLM(GDN2Config(**args_to_fields(checkpoint.record.model_args)))
     model.to(dtype or source.tensors["lm_head.weight"].dtype)
-    for name, p in model.named_parameters():
-        if name.endswith(IN_FP32):
-            p.data = p.data.float()
     model.to_empty(device=device)
     places = model.state_dict()
     for name in source.tensors:

@@ -8,6 +8,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from gdn2_titan.models.attention import rotary_angles
+from gdn2_titan.models.decay import DECAYS, DecayParameters
 from gdn2_titan.models.decoder import Block
 from gdn2_titan.models.masks import continued_mask
 
@@ -18,8 +19,12 @@ from .padding_gdn2 import text_begins
 
 __all__ = ["GDN2Decoder", "GDN2DecoderLayer", "GDN2ForCausalLM", "GDN2PreTrainedModel"]
 
-# A decay that is rounded to bf16 is another decay.
-IN_FP32 = ("A_log", "dt_bias")
+
+class GDN2Decays(DecayParameters, nn.LayerNorm):
+    """DecayParameters that transformers' Trainer does not decay: it spares biases and norms, by a part of a name or by
+    this class, and A_log has no such name."""
+
+    extra_repr = nn.Module.extra_repr
 
 
 class GDN2DecoderLayer(GradientCheckpointingLayer, Block):
@@ -30,6 +35,8 @@ class GDN2DecoderLayer(GradientCheckpointingLayer, Block):
         start = BlockStart(args, layer)
         for name, part in self.named_modules():
             part.start_in_block = start, name  # for _init_weights, which is given a part and no more
+        if self.kind == "gdn2":
+            self.mixer.decay.__class__ = GDN2Decays
 
     def forward(self, *args, **kwargs):
         decay = getattr(self.mixer, "decay", None)
@@ -50,7 +57,7 @@ class GDN2PreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["GDN2DecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = IN_FP32
+    _keep_in_fp32_modules_strict = DECAYS
     _supports_sdpa = True
     _is_stateful = True
 

@@ -1,17 +1,28 @@
-"""What the kernels run on: NVIDIA from Ampere on, AMD, or Triton's interpreter on a CPU; all else is refused.
+"""What the kernels run on: NVIDIA from Ampere on, AMD, or Triton's interpreter on a CPU; nothing else.
 
-Does not import Triton, so that the refusals can be had where it is not installed.
+Does not import Triton, so that the obstacles can be had where it is not installed.
 """
 
+import importlib.util
 import os
 
 import torch
 
-__all__ = ["MAX_HEAD_SIZE", "arch", "check_target", "interpreted", "precision"]
+__all__ = ["MAX_HEAD_SIZE", "arch", "interpreted", "obstacle", "obstacle_on", "precision"]
 
 MAX_HEAD_SIZE = 256
 OLDEST = (8, 0)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _installed():
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except (ImportError, ValueError):  # somebody blocks it, or left a module without a spec in its place
+        return False
+
+
+INSTALLED = _installed()
 
 
 def interpreted():
@@ -19,28 +30,37 @@ def interpreted():
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
-def check_target(name, x, head_sizes):
-    """Raise ValueError unless the kernels can serve the argument ``name``. head_sizes: those of the call."""
-    if x.device.type != "cuda" and not interpreted():
-        raise ValueError(
-            f"backend is 'triton' and {name} is on {x.device}; it must be on a GPU, use backend='torch' elsewhere"
-        )
+def capability(device):
+    """That of an NVIDIA GPU, such as (8, 0); None for all else."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.minor
+
+
+def obstacle_on(device):
+    """Why no kernel runs on a device, as the rest of a sentence, or None. A compiler may trace it."""
+    if device.type != "cuda" and not interpreted():
+        return f"is on {device}; it must be on a GPU"
+    if not INSTALLED:
+        return f"is on {device}; the package triton must be installed"
+    found = capability(device)
+    if found is not None and found < OLDEST:
+        return "is on a GPU of sm_{}{}; it must be sm_80 or newer".format(*found)
+    return None
+
+
+def obstacle(x, head_sizes):
+    """The same of a call on x whose heads have these sizes."""
+    found = obstacle_on(x.device)
+    if found is not None:
+        return found
     if x.dtype not in DTYPES:
-        raise ValueError(
-            f"{name} has dtype {x.dtype}; for the Triton kernels it must be float16, bfloat16 or float32, "
-            "use backend='torch'"
-        )
-    if x.device.type == "cuda" and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(x.device)
-        if capability < OLDEST:
-            found = "sm_{}{}".format(*capability)
-            raise ValueError(f"{name} is on a GPU of {found}; it must be sm_80 or newer, use backend='torch'")
+        return f"has dtype {x.dtype}; for the Triton kernels it must be float16, bfloat16 or float32"
     for size in head_sizes:
         if size > MAX_HEAD_SIZE:
-            raise ValueError(
-                f"{name} has head size {size}; for the Triton kernels it must be at most {MAX_HEAD_SIZE}, "
-                "use backend='torch'"
-            )
+            return f"has head size {size}; for the Triton kernels it must be at most {MAX_HEAD_SIZE}"
+    return None
 
 
 def arch(x):

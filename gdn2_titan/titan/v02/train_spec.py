@@ -8,6 +8,7 @@ from ..errors import refusing
 from ..state_dict_adapter import GDN2StateDictAdapter
 from ..validate_config import check_vocabulary, validate_config
 from .context import deal_out_resets
+from .export import export_exact_decays
 from .float8 import register_converters
 from .loss import build_loss
 from .lr_scheduler import build_lr_schedulers
@@ -54,3 +55,4 @@ def register(name="gdn2"):
         titan_specs.register_train_spec(name, get_train_spec())
     register_converters()
     deal_out_resets()
+    export_exact_decays()

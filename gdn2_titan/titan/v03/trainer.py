@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torchtitan.components.checkpointer import CheckpointManager
+from torchtitan.components.checkpointer.base import MODEL
 from torchtitan.config.configs import ParallelismConfig, TrainingConfig
 from torchtitan.trainer import Trainer
 
@@ -12,6 +13,7 @@ from gdn2_titan.models import flavors
 from .. import pipeline
 from ..byte_tokenizer import BYTE_TOKENIZER_DIR
 from ..errors import ConfigError, refusing
+from ..export import exact_decays
 from ..sections import GDN2, Data, Float8Linear, MXLinear, Task
 from ..validate_config import validate_config
 from .activation_checkpoint import Policy
@@ -53,6 +55,10 @@ class Checkpoints(CheckpointManager):
     class Config(CheckpointManager.Config):
         last_save_model_only: bool = False
         """Stock TorchTitan says true; with false a finished run can be continued for more steps"""
+
+    def dcp_save(self, state_dict, *args, **kwargs):
+        # Whatever checkpoint.export_dtype made of A_log and dt_bias.
+        return super().dcp_save(exact_decays(state_dict, self.states[MODEL]), *args, **kwargs)
 
 
 class GDN2Trainer(Trainer):
