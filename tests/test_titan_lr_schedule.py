@@ -75,7 +75,8 @@ def test_after_its_schedule_a_training_keeps_the_rate_of_its_end(shape, warmup, 
 
 
 def test_a_schedule_longer_than_the_training_is_followed_as_far_as_it_goes():
-    assert rates(*schedule(4, 2, total=40), 4) == pytest.approx([rate(n, 40, 2, None, "linear", 0) for n in range(1, 5)])
+    expected = [rate(n, 40, 2, None, "linear", 0) for n in range(1, 5)]
+    assert rates(*schedule(4, 2, total=40), 4) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("saved", [0, 1, 3, 6, 7])

@@ -8,6 +8,7 @@ from typing import Any
 
 from .errors import ConfigError
 from .generation import HAS_TOML
+from .processes import number_of_processes
 
 __all__ = ["check_checkpoint"]
 
@@ -32,9 +33,10 @@ def check_checkpoint(job_config: Any) -> None:
     if checkpoint.load_only:
         for name in ("create_seed_checkpoint", "enable_first_step_checkpoint"):
             if getattr(checkpoint, name):
-                raise ConfigError(f"checkpoint.{name} is true; with checkpoint.load_only, which saves nothing, it must be false")
-    processes = int(os.environ.get("WORLD_SIZE", os.environ.get("NGPU", "1")))
-    if checkpoint.create_seed_checkpoint and processes > 1:
+                raise ConfigError(
+                    f"checkpoint.{name} is true; with checkpoint.load_only, which saves nothing, it must be false"
+                )
+    if checkpoint.create_seed_checkpoint and (processes := number_of_processes()) > 1:
         raise ConfigError(f"checkpoint.create_seed_checkpoint is true; with {processes} processes it must be false")
     folder = os.path.join(job_config.job.dump_folder, checkpoint.folder)
     if "://" not in folder:
@@ -68,15 +70,16 @@ def _check_begin(job_config, folder):
     own, exported = _steps(folder)
     step = checkpoint.load_step
     if step != -1 and step not in own:
-        there = ", ".join(map(str, own)) if own else "there is none"
+        there = ", ".join(map(str, own)) or "there is none"
         raise ConfigError(
-            f"checkpoint.load_step is {step}; it must be -1 (the latest) or the step of a checkpoint in {folder!r}: {there}"
+            f"checkpoint.load_step is {step}; it must be -1 (the latest) or the step of a checkpoint in {folder!r}: "
+            f"{there}"
         )
     if step == -1 and exported and exported[-1] > max(own, default=-1):
+        allowed = f"it must be one of {', '.join(map(str, own))}" if own else "job.dump_folder must be another folder"
         raise ConfigError(
-            f"checkpoint.load_step is -1, for the latest; the latest in {folder!r} is of step {exported[-1]}, in Hugging "
-            f"Face's format, and none to continue from: it must be one of {', '.join(map(str, own)) or 'none'}, or "
-            "job.dump_folder another folder"
+            f"checkpoint.load_step is -1, the latest, which in {folder!r} is step {exported[-1]}, in Hugging Face's "
+            f"format and none to continue from; {allowed}"
         )
     if own or not (checkpoint.initial_load_path or checkpoint.initial_load_in_hf):
         return

@@ -44,7 +44,7 @@ def check_combinations(job_config: Any) -> None:
 
 
 def _check_folder(path):
-    """What a training writes goes there: the nearest folder that is there already must be one that can be written in."""
+    """What a training writes goes there: the nearest folder that is there already must be one to write in."""
     there = os.path.abspath(path)
     while not os.path.lexists(there):
         there = os.path.dirname(there)

@@ -18,6 +18,7 @@ from .float8 import check_float8
 from .generation import HAS_TOML
 from .model_args import model_args
 from .pipeline import check_pipeline
+from .processes import number_of_processes
 from .sections import GDN2, compiles, section
 from .setting_ranges import check_ranges
 from .tasks import check_task
@@ -46,8 +47,7 @@ def _check_model(job_config):
 
 def _check_processes(job_config):
     parallelism = job_config.parallelism
-    world = int(os.environ.get("WORLD_SIZE", os.environ.get("NGPU", "1")))
-    rest = world
+    rest = world = number_of_processes()
     for name in (
         "pipeline_parallel_degree",
         "context_parallel_degree",

@@ -11,8 +11,8 @@ from ..cpu import settle_device
 from ..errors import refusing
 from ..toml_check import check_table, config_file, read_toml
 from ..validate_config import validate_config as validate
-from .sections import JobConfig
 from .parsing import UncheckedConfigManager
+from .sections import JobConfig
 from .train_spec import register
 
 __all__ = ["JobConfig", "build", "parse", "validate"]

@@ -22,17 +22,15 @@ class UncheckedConfigManager(ConfigManager):
 
 
 def _is_ours(job_config):
-    """Whether this package's model is asked for, or one that TorchTitan does not know."""
-    if job_config.experimental.custom_import:  # which may register the model, and is not imported yet
-        return False
+    """Whether this package's model is asked for, or one that nobody knows or will register."""
     try:
         return issubclass(train_spec.get_train_spec(job_config.model.name).model_cls, GDN2Model)
     except ValueError:
-        return True
+        return not job_config.experimental.custom_import
 
 
 def check_parsed_configs():
-    """Let TorchTitan's launch end with our sentence where a config cannot train. Once per process; again is harmless."""
+    """Let a launch end with our sentence where its config cannot train. Once per process; again is harmless."""
 
     @functools.wraps(STOCK)
     def check(manager):
