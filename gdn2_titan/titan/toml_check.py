@@ -10,7 +10,7 @@ from dataclasses import fields, is_dataclass
 from .errors import ConfigError
 from .setting_ranges import check_range, describe, fits
 
-__all__ = ["check_known", "check_table", "check_toml", "config_file", "read_toml"]
+__all__ = ["check_known", "check_table", "config_file", "read_toml"]
 
 FLAGS = ("--job.config_file", "--job.config-file")
 
@@ -65,8 +65,3 @@ def read_toml(path):
 def check_table(table, cls):
     """Raise ConfigError unless what a file says fits the (merged) config class."""
     _check_table(table, cls, "")
-
-
-def check_toml(path, cls):
-    """Raise ConfigError unless the file is there, is TOML, and fits the (merged) config class."""
-    check_table(read_toml(path), cls)
