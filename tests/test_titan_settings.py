@@ -71,6 +71,7 @@ WRONG = {
     "training.max_norm": [0, -1, -0.5, NAN, -INF],
     "training.steps": NO_COUNT,
     "training.dtype": DTYPES,
+    "training.gc_debug": [(True, {})],
     "training.mixed_precision_param": DTYPES,
     "training.mixed_precision_reduce": ["bfloat16", *DTYPES],
     "training.gc_freq": NO_COUNT,
@@ -167,8 +168,8 @@ WRONG = {
     "debug.moe_force_load_balance": [True],
 }  # fmt: skip
 
-# What is wrong only on some machines, or only of fields that others refuse by their name.
-ON_A_CPU = {
+# Switches whose own tests are elsewhere, and those that are wrong only with what other fields say.
+SWITCHES = {
     "profiling.enable_profiling", "profiling.enable_memory_snapshot", "training.enable_cpu_offload",
     "metrics.enable_wandb", "validation.enable", "compile.enable", "checkpoint.load_only", "job.config_file",
 }  # fmt: skip
@@ -233,7 +234,7 @@ def test_every_field_of_every_section_has_its_values_checked_or_a_reason_why_any
     for field in LEAVES:
         assert field in tables or field.startswith(OURS), f"{field} is in no table of setting_ranges.py"
         if field not in free and not field.startswith(OURS):
-            assert field in WRONG or field in ON_A_CPU, f"{field} has no case here that shows how it is refused"
+            assert field in WRONG or field in SWITCHES, f"{field} has no case here that shows how it is refused"
     assert not HAS_TOML or set(tables) == {field for field in LEAVES if not field.startswith(OURS)}
 
 

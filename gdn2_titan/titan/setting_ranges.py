@@ -162,7 +162,7 @@ ELSEWHERE = {
     *("job.config_file", "job.dump_folder", "job.custom_config_module", "experimental.custom_import"),
     *("model.name", "model.flavor", "model.hf_assets_path", "model.tokenizer_path", "model.converters"),
     *("profiling.enable_profiling", "profiling.enable_memory_snapshot", "metrics.enable_wandb"),
-    *(f"training.{name}" for name in ("dataset", "dataset_path", "enable_cpu_offload")),
+    *(f"training.{name}" for name in ("dataset", "dataset_path", "enable_cpu_offload", "gc_debug")),
     *("validation.enable", "validation.dataset", "validation.dataset_path"),
     *(f"{part}.dataloader.persistent_workers" for part in ("training", "validation")),
     *(f"parallelism.{name}_degree" for name in ("data_parallel_replicate", "data_parallel_shard", "tensor_parallel")),
@@ -188,7 +188,7 @@ ANY = {
     ),
     "a switch that works by itself": (
         *("job.print_config", "metrics.enable_tensorboard", "metrics.disable_color_printing"),
-        *("metrics.save_for_all_ranks", "model.print_after_conversion", "training.gc_debug"),
+        *("metrics.save_for_all_ranks", "model.print_after_conversion"),
         *("training.dataloader.pin_memory", "validation.dataloader.pin_memory", "parallelism.disable_loss_parallel"),
         *("checkpoint.enable", "checkpoint.initial_load_model_only", "checkpoint.last_save_model_only"),
         *("activation_checkpoint.early_stop", "activation_checkpoint.visualize_memory_budget_pareto"),

@@ -127,10 +127,9 @@ def _check_rest(job_config):
         for name in ("enable_profiling", "enable_memory_snapshot"):
             if getattr(job_config.profiling, name):
                 raise ConfigError(f"profiling.{name} is true; it must be false on a machine without an accelerator")
-        if job_config.training.enable_cpu_offload:
-            raise ConfigError(
-                "training.enable_cpu_offload is true; it must be false on a machine without an accelerator"
-            )
+        for name in ("enable_cpu_offload", "gc_debug"):
+            if getattr(job_config.training, name):
+                raise ConfigError(f"training.{name} is true; it must be false on a machine without an accelerator")
         if job_config.checkpoint.enable and job_config.checkpoint.async_mode == "async_with_pinned_mem":
             raise ConfigError(
                 "checkpoint.async_mode is 'async_with_pinned_mem'; on a machine without an accelerator it must be "
