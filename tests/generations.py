@@ -41,6 +41,7 @@ __all__ = [
     "only_toml",
     "optimizers_of",
     "parallelized",
+    "schedule_of",
     "validator_of",
 ]
 
@@ -81,6 +82,15 @@ def optimizers_of(model, job_config):
     if HAS_TOML:
         return get_train_spec("gdn2").build_optimizers_fn([model], job_config.optimizer, None)
     return trainer_config(job_config).optimizer.build(model_parts=[model])
+
+
+def schedule_of(optimizers, job_config):
+    """TorchTitan's container of the schedules of a container of optimizers."""
+    if HAS_TOML:
+        build = get_train_spec("gdn2").build_lr_schedulers_fn
+        return build(optimizers, job_config.lr_scheduler, job_config.training.steps)
+    settings = trainer_config(job_config).lr_scheduler
+    return settings.build(optimizers=optimizers, training_steps=job_config.training.steps)
 
 
 def loader_of(job_config):

@@ -88,7 +88,9 @@ def test_the_last_steps_hugging_face_folder_gets_config_and_tokenizer(tmp_path):
 def test_what_torchtitan_would_find_out_too_late_is_refused_at_the_start(tmp_path, name, other):
     with pytest.raises(ConfigError, match=f"checkpoint.{name} is true; then checkpoint.{other} must be true"):
         validate_config(job(tmp_path, **{name: True, other: False}))
-    validate_config(job(tmp_path, **{name: True, other: True}))
+    for file in (".metadata", "model.safetensors"):  # of checkpoints of either format
+        (tmp_path / file).touch()
+    validate_config(job(tmp_path, initial_load_path=str(tmp_path), **{name: True, other: True}))
 
 
 def test_quantized_weights_are_refused(tmp_path):

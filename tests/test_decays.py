@@ -13,8 +13,8 @@ from torch.nn.utils import parametrize
 from gdn2_titan.models import GatedDeltaNet2, GDN2Model, GDN2ModelArgs
 from gdn2_titan.parallel import apply_fsdp
 from tests.processes import run
-from tests.test_models import SMALL, by_hand, gate_structures, layer
 from tests.test_models import GATES as STRUCTURES
+from tests.test_models import SMALL, by_hand, gate_structures, layer
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 NARROW = (BF16, FP16)

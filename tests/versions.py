@@ -50,7 +50,7 @@ FEATURES = {
     "a wrong config ends with one sentence": [
         (CONFIG, "test_a_config_that_cannot_train"), (CONFIG, "test_a_layout_that_eight"),
         (CONFIG, "test_a_wrong_toml"), (GENERATIONS, "test_a_field_without_counterpart"),
-        (GENERATIONS, "test_a_config_that_cannot_train"),
+        (GENERATIONS, "test_a_config_that_cannot_train"), ("test_titan_settings.py", "test_"),
     ],
     "the lines above that launch": [(RUNS, "test_a_line_of_the_readme")],
 }  # fmt: skip

@@ -2,8 +2,6 @@
 
 import logging
 
-import torch
-
 try:
     from .triton.target import obstacle, obstacle_on
 except ImportError:  # a copy without the Triton kernels, such as ``convert.hf.save_code`` puts beside a model

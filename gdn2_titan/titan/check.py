@@ -4,20 +4,28 @@ Prints the rank whose log has the loss and exits with 0, or prints one sentence 
 processes from NGPU.
 """
 
-import os
 import sys
 
 
 def main():
-    from . import errors, job_config, pipeline
+    from .errors import ConfigError
+    from .processes import number_of_processes
 
     try:
+        from . import job_config, pipeline
+
         config = job_config.parse(sys.argv[1:])
         job_config.validate(config)
-    except errors.ConfigError as error:
+        rank = pipeline.rank_with_loss(config.parallelism, number_of_processes())
+    except ConfigError as error:
         print(f"Config error: {error}", file=sys.stderr)
         return 2
-    print(pipeline.rank_with_loss(config.parallelism, int(os.environ.get("NGPU", "1"))))
+    except SystemExit as end:  # of the import, which checks what this command line says, or of --help
+        if not isinstance(end.code, str):
+            raise
+        print(end.code, file=sys.stderr)
+        return 2
+    print(rank)
     return 0
 
 

@@ -89,11 +89,13 @@ def check_pipeline(job_config, n_layers):
         field = "module_fqns_per_model_part" if stages is not None else "pipeline_parallel_layers_per_stage"
         raise ConfigError(f"parallelism.{field} makes {count} stages; with schedule {name!r} they must be {allowed}")
     try:
-        modules_of_stages(parallelism, n_layers)
+        modules = modules_of_stages(parallelism, n_layers)
     except ValueError as error:
         raise ConfigError(
             f"parallelism.pipeline_parallel_degree is {degree}; {n_layers} layers do not fill {count} stages ({error})"
         ) from error
+    if stages is not None:
+        _check_modules(modules, n_layers, stages)
     batch = f"training.local_batch_size is {training.local_batch_size}, or {microbatches} microbatches of {microbatch}"
     if microbatches < count and issubclass(schedule, (Schedule1F1B, ScheduleDualPipeV)):
         raise ConfigError(f"{batch}; schedule {name!r} wants at least one for each of {count} stages")
@@ -121,6 +123,17 @@ def check_pipeline(job_config, n_layers):
         raise ConfigError(
             f"parallelism.pipeline_parallel_degree is {degree}; with training.dataset = {task.name!r} it must be 1 "
             "unless all sequences have the same number of answers, by which a pipeline's gradient is divided"
+        )
+
+
+def _check_modules(modules, n_layers, said):
+    """TorchTitan trains without a module that no stage has, and passes over a name that no module has."""
+    order = ["tok_embeddings", *(f"layers.{layer}" for layer in range(n_layers)), "norm", "lm_head"]
+    place = {name: i for i, name in enumerate(order)}
+    if [name for stage in modules for name in sorted(stage, key=lambda name: place.get(name, -1))] != order:
+        raise ConfigError(
+            f"parallelism.module_fqns_per_model_part is {said!r}; it must have each of {', '.join(order)} once, in "
+            "this order of stages"
         )
 
 

@@ -5,13 +5,12 @@ TorchTitan itself does not check the types of TOML values, and reports unknown f
 
 import difflib
 import tomllib
-import types
-import typing
 from dataclasses import fields, is_dataclass
 
 from .errors import ConfigError
+from .setting_ranges import check_range, describe, fits
 
-__all__ = ["check_table", "check_toml", "config_file", "read_toml"]
+__all__ = ["check_known", "check_table", "config_file", "read_toml"]
 
 FLAGS = ("--job.config_file", "--job.config-file")
 
@@ -25,51 +24,31 @@ def config_file(argv):
     return None
 
 
-def _fits(value, annotation):
-    origin = typing.get_origin(annotation)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, part) for part in typing.get_args(annotation))
-    if origin is typing.Literal:
-        return value in typing.get_args(annotation)
-    if origin is list:
-        (item,) = typing.get_args(annotation)
-        return isinstance(value, list) and all(_fits(x, item) for x in value)
-    if annotation is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, annotation)
-
-
-def _describe(annotation):
-    origin = typing.get_origin(annotation)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_describe(part) for part in typing.get_args(annotation) if part is not type(None))
-    if origin is typing.Literal:
-        return "one of " + ", ".join(map(repr, typing.get_args(annotation)))
-    if origin is list:
-        return f"a list of {_describe(typing.get_args(annotation)[0])}"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}.get(
-        annotation, getattr(annotation, "__name__", str(annotation))
-    )
+def check_known(name, value, cls, prefix):
+    """Raise ConfigError unless a config class has a field of that name; ``prefix`` is its section's, with a dot."""
+    known = {f.name for f in fields(cls)}
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        allowed = ", ".join(sorted(known))
+        path = f"{prefix}{name}"
+        what = f"[{path}] is no section" if isinstance(value, dict) else f"{path} = {value!r}: no such field"
+        raise ConfigError(f"{what}; {hint}allowed are: {allowed}")
 
 
 def _check_table(table, cls, prefix):
-    known = {f.name: f.type for f in fields(cls)}
+    types = {f.name: f.type for f in fields(cls)}
     for name, value in table.items():
         path = f"{prefix}{name}"
-        if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            allowed = ", ".join(sorted(known))
-            what = f"[{path}] is no section" if isinstance(value, dict) else f"{path} = {value!r}: no such field"
-            raise ConfigError(f"{what}; {hint}allowed are: {allowed}")
-        if is_dataclass(known[name]):
+        check_known(name, value, cls, prefix)
+        if is_dataclass(types[name]):
             if not isinstance(value, dict):
                 raise ConfigError(f"{path} is {value!r}; it must be a section [{path}]")
-            _check_table(value, known[name], f"{path}.")
-        elif not _fits(value, known[name]):
-            raise ConfigError(f"{path} is {value!r}; it must be {_describe(known[name])}")
+            _check_table(value, types[name], f"{path}.")
+        elif not fits(value, types[name]):
+            raise ConfigError(f"{path} is {value!r}; it must be {describe(types[name])}")
+        else:
+            check_range(path, value)
 
 
 def read_toml(path):
@@ -79,15 +58,10 @@ def read_toml(path):
             return tomllib.load(file)
     except OSError as error:
         raise ConfigError(f"job.config_file is {path!r}; it must be a readable TOML file ({error.strerror})") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"job.config_file is {path!r}; it must be valid TOML ({error})") from error
 
 
 def check_table(table, cls):
     """Raise ConfigError unless what a file says fits the (merged) config class."""
     _check_table(table, cls, "")
-
-
-def check_toml(path, cls):
-    """Raise ConfigError unless the file is there, is TOML, and fits the (merged) config class."""
-    check_table(read_toml(path), cls)

@@ -28,9 +28,10 @@ def _custom_config_module():
 def _config_function():
     """Hands what the command line says to TorchTitan 0.3 as a config function of ours."""
     from . import config_registry
-    from .v03.job_config import parse, trainer_config
+    from .v03.job_config import parse, trainer_config, validate
 
     job_config = parse(sys.argv[1:])
+    validate(job_config)
     config_registry.from_command_line = lambda: trainer_config(job_config)
     sys.argv[1:] = ["--module", "gdn2_titan.titan", "--config", "from_command_line"]
 

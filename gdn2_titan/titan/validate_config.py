@@ -1,7 +1,6 @@
 """Refuses a job config that cannot train, before anything is built: one sentence with field, value, what is allowed."""
 
 import dataclasses
-import importlib.util
 import os
 
 import torch
@@ -9,6 +8,8 @@ import torch
 from gdn2_titan.models import flavors
 from gdn2_titan.parallel import check_tensor_parallel
 
+from .checkpoint_check import check_checkpoint
+from .combinations import check_combinations, check_name
 from .context import check_lengths
 from .corpus import check_source
 from .cpu import accelerator
@@ -17,13 +18,17 @@ from .float8 import check_float8
 from .generation import HAS_TOML
 from .model_args import model_args
 from .pipeline import check_pipeline
+from .processes import number_of_processes
 from .sections import GDN2, compiles, section
+from .setting_ranges import check_ranges
 from .tasks import check_task
 
 __all__ = ["check_vocabulary", "validate_config"]
 
 
 def _check_model(job_config):
+    if HAS_TOML:
+        check_name(job_config)
     if job_config.model.name != "gdn2":
         return
     flavor = job_config.model.flavor
@@ -40,36 +45,9 @@ def _check_model(job_config):
         raise ConfigError(f"gdn2.statistics_freq is {gdn2.statistics_freq}; it must be 0 (never) or more")
 
 
-def _check_numbers(job_config):
-    training, validation = job_config.training, job_config.validation
-    counts = {
-        "training.local_batch_size": training.local_batch_size,
-        "training.seq_len": training.seq_len,
-        "training.steps": training.steps,
-        "metrics.log_freq": job_config.metrics.log_freq,
-    }
-    if validation.enable:
-        counts |= {
-            "validation.local_batch_size": validation.local_batch_size,
-            "validation.seq_len": validation.seq_len,
-            "validation.freq": validation.freq,
-        }
-    if job_config.checkpoint.enable:
-        counts["checkpoint.interval"] = job_config.checkpoint.interval
-    for name, value in counts.items():
-        if value < 1:
-            raise ConfigError(f"{name} is {value}; it must be at least 1")
-    if job_config.checkpoint.enable and job_config.checkpoint.keep_latest_k == 1:
-        raise ConfigError("checkpoint.keep_latest_k is 1; it must be 0 (keep all) or at least 2")
-
-
 def _check_processes(job_config):
     parallelism = job_config.parallelism
-    experts = parallelism.expert_parallel_degree
-    if experts != 1:
-        raise ConfigError(f"parallelism.expert_parallel_degree is {experts}; it must be 1: this model does not have it")
-    world = int(os.environ.get("WORLD_SIZE", os.environ.get("NGPU", "1")))
-    rest = world
+    rest = world = number_of_processes()
     for name in (
         "pipeline_parallel_degree",
         "context_parallel_degree",
@@ -98,7 +76,7 @@ def _check_processes(job_config):
         )
     step = job_config.training.local_batch_size * replicate * rest
     batch = job_config.training.global_batch_size
-    if batch >= 0 and (batch == 0 or batch % step):
+    if batch != -1 and batch % step:
         raise ConfigError(
             f"training.global_batch_size is {batch}; it must be -1 or a multiple of training.local_batch_size times "
             f"the {replicate * rest} data-parallel processes = {step}"
@@ -144,46 +122,27 @@ def _check_shares(job_config):
         check_pipeline(job_config, args.n_layers)
 
 
-def _check_hf_checkpoint(checkpoint):
-    """TorchTitan itself finds these out at the last step, with the training done and its weights not yet saved."""
-    for name, other in (
-        ("last_save_in_hf", "last_save_model_only"),
-        ("initial_load_in_hf", "initial_load_model_only"),
-    ):
-        if not checkpoint.enable or not getattr(checkpoint, name):
-            continue
-        if not getattr(checkpoint, other):
-            raise ConfigError(f"checkpoint.{name} is true; then checkpoint.{other} must be true as well")
-        if importlib.util.find_spec("safetensors") is None:
-            raise ConfigError(f"checkpoint.{name} is true; it must be false where safetensors is not installed")
-    if checkpoint.enable and checkpoint.initial_load_in_hf_quantized:
-        raise ConfigError("checkpoint.initial_load_in_hf_quantized is true; it must be false, this model has no such")
-
-
 def _check_rest(job_config):
-    if HAS_TOML and job_config.optimizer.early_step_in_backward:
-        raise ConfigError(
-            "optimizer.early_step_in_backward is true; it must be false: gradients are clipped, and weight decay is "
-            "per group"
-        )
     if accelerator() is None:
         for name in ("enable_profiling", "enable_memory_snapshot"):
             if getattr(job_config.profiling, name):
                 raise ConfigError(f"profiling.{name} is true; it must be false on a machine without an accelerator")
-        if job_config.training.enable_cpu_offload:
-            raise ConfigError(
-                "training.enable_cpu_offload is true; it must be false on a machine without an accelerator"
-            )
+        for name in ("enable_cpu_offload", "gc_debug"):
+            if getattr(job_config.training, name):
+                raise ConfigError(f"training.{name} is true; it must be false on a machine without an accelerator")
         if job_config.checkpoint.enable and job_config.checkpoint.async_mode == "async_with_pinned_mem":
             raise ConfigError(
                 "checkpoint.async_mode is 'async_with_pinned_mem'; on a machine without an accelerator it must be "
                 "'disabled' or 'async'"
             )
-    _check_hf_checkpoint(job_config.checkpoint)
-    path = job_config.model.hf_assets_path
+    check_combinations(job_config)
+    check_checkpoint(job_config)
+    field, path = "model.hf_assets_path", job_config.model.hf_assets_path
+    if HAS_TOML and job_config.model.tokenizer_path:
+        field, path = "model.tokenizer_path", job_config.model.tokenizer_path
     if not any(os.path.isfile(os.path.join(path, name)) for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
         raise ConfigError(
-            f"model.hf_assets_path is {path!r}; it must be a folder that holds a Hugging Face tokenizer "
+            f"{field} is {path!r}; it must be a folder that holds a Hugging Face tokenizer "
             "(tokenizer.json), or be left out for the byte-level tokenizer of this package"
         )
     seed = section(job_config, "data").shuffle_seed
@@ -198,8 +157,8 @@ def _check_rest(job_config):
 
 def validate_config(job_config):
     """Raise ConfigError for the first thing wrong with a parsed job config. Loads nothing."""
+    check_ranges(job_config)
     _check_model(job_config)
-    _check_numbers(job_config)
     _check_processes(job_config)
     if job_config.model.name == "gdn2":
         _check_shares(job_config)

@@ -2,6 +2,8 @@
 
 from torchtitan.components import lr_scheduler
 
+from ..lr_scheduler import hold_last_rate
+
 __all__ = ["build_lr_schedulers"]
 
 
@@ -23,4 +25,6 @@ class LRSchedulers(lr_scheduler.LRSchedulersContainer):
 
 def build_lr_schedulers(optimizers, lr_scheduler_config, training_steps):
     """TorchTitan's ``build_lr_schedulers_fn``."""
-    return LRSchedulers(lr_scheduler.build_lr_schedulers(optimizers, lr_scheduler_config, training_steps).schedulers)
+    built = LRSchedulers(lr_scheduler.build_lr_schedulers(optimizers, lr_scheduler_config, training_steps).schedulers)
+    hold_last_rate(built.schedulers, lr_scheduler_config.total_steps or training_steps)
+    return built

@@ -17,6 +17,7 @@ from .model import TitanModel
 from .model_args import titan_flavors
 from .optimizer import build_optimizers
 from .parallelize import parallelize
+from .parsing import check_parsed_configs
 from .pipeline import pipeline
 from .validator import build_validator
 
@@ -25,7 +26,8 @@ __all__ = ["get_train_spec", "register"]
 
 @refusing
 def _build_tokenizer(job_config):
-    # The first thing that TorchTitan builds from a config: the place to refuse one, for users without our script.
+    # The first thing that TorchTitan builds from a config: the place to refuse one that was parsed before this package
+    # was imported.
     validate_config(job_config)
     tokenizer = HuggingFaceTokenizer(job_config.model.hf_assets_path)
     check_vocabulary(job_config, tokenizer)
@@ -54,5 +56,6 @@ def register(name="gdn2"):
     if name not in titan_specs._extra_train_specs:
         titan_specs.register_train_spec(name, get_train_spec())
     register_converters()
+    check_parsed_configs()
     deal_out_resets()
     export_exact_decays()

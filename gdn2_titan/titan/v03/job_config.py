@@ -14,8 +14,10 @@ from torchtitan.protocols.model_spec import ModelSpec
 
 from gdn2_titan.models import flavors
 
+from ..arguments_check import check_arguments
 from ..cpu import settle_device
 from ..errors import ConfigError
+from ..setting_ranges import check_range
 from ..state_dict_adapter import GDN2StateDictAdapter
 from ..toml_check import check_table, config_file, read_toml
 from ..validate_config import validate_config
@@ -131,9 +133,7 @@ def trainer_config(job_config):
         raise ConfigError(f"model.name is {name!r}; it must be 'gdn2'")
     if flavor not in flavors:
         raise ConfigError(f"model.flavor is {flavor!r}; it must be one of {', '.join(flavors)}")
-    option = job_config.activation_checkpoint.selective_ac_option
-    if option != "op" and not (option.isdigit() and int(option)):
-        raise ConfigError(f"activation_checkpoint.selective_ac_option is {option!r}; it must be 'op' or a number")
+    check_range("activation_checkpoint.selective_ac_option", job_config.activation_checkpoint.selective_ac_option)
     config = GDN2Trainer.Config(model_spec=model_spec(flavor))
     for place, counterpart in COUNTERPARTS.items():
         _set(config, counterpart, _get(job_config, place))
@@ -163,10 +163,11 @@ def parse(arguments):
     """The JobConfig of a command line: ``--job.config_file`` and changes to it, as TorchTitan 0.2.2 reads them.
 
     Raises:
-        ConfigError: if the file does not fit.
+        ConfigError: if the file or a change does not fit.
     """
     path = config_file(arguments)
     job_config = _of_table({} if path is None else _read(path), JobConfig)
+    check_arguments(arguments, JobConfig)
     return tyro.cli(JobConfig, args=arguments, default=job_config, registry=_RULES)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.checkpointer.base import MODEL
-from torchtitan.config.configs import ParallelismConfig, TrainingConfig
+from torchtitan.config.configs import CompileConfig, ParallelismConfig, TrainingConfig
 from torchtitan.trainer import Trainer
 
 from gdn2_titan.models import flavors
@@ -19,8 +19,10 @@ from ..validate_config import validate_config
 from .activation_checkpoint import Policy
 from .data import TrainingData, deal_out
 from .loss import WatchedLoss
+from .lr_scheduler import LRSchedulers
 from .metrics import GDN2MetricsProcessor
 from .optimizer import GroupedOptimizers
+from .own_fields import check_own_fields, in_words_of_03
 from .timeouts import settle_timeouts
 from .validator import GDN2Validator
 
@@ -49,12 +51,24 @@ class Parallelism(ParallelismConfig):
     spmd_backend: str = "partial_dtensor"
     """The one that this model's plans are written in"""
 
+    def __post_init__(self):
+        """As of GDN2Trainer.Config."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Compile(CompileConfig):
+    def __post_init__(self):
+        """As of GDN2Trainer.Config."""
+
 
 class Checkpoints(CheckpointManager):
     @dataclass(kw_only=True, slots=True)
     class Config(CheckpointManager.Config):
         last_save_model_only: bool = False
         """Stock TorchTitan says true; with false a finished run can be continued for more steps"""
+
+        def __post_init__(self):
+            """As of GDN2Trainer.Config; a relative initial_load_path is right."""
 
     def dcp_save(self, state_dict, *args, **kwargs):
         # Whatever checkpoint.export_dtype made of A_log and dt_bias.
@@ -74,12 +88,17 @@ class GDN2Trainer(Trainer):
         metrics: GDN2MetricsProcessor.Config = field(default_factory=GDN2MetricsProcessor.Config)
         dataloader: TrainingData = field(default_factory=TrainingData)
         optimizer: GroupedOptimizers.Config = field(default_factory=GroupedOptimizers.Config)
+        lr_scheduler: LRSchedulers.Config = field(default_factory=LRSchedulers.Config)
         training: Training = field(default_factory=Training)
         parallelism: Parallelism = field(default_factory=Parallelism)
         checkpoint: Checkpoints.Config = field(default_factory=Checkpoints.Config)
+        compile: Compile = field(default_factory=Compile)
         activation_checkpoint: Policy = None
         validator: GDN2Validator.Config = field(default_factory=GDN2Validator.Config)
         loss: WatchedLoss.Config = field(default_factory=WatchedLoss.Config)
+
+        def __post_init__(self):
+            """Our check refuses what the stock one does and more, in a sentence with the section's name."""
 
     @refusing
     def __init__(self, config):
@@ -87,7 +106,8 @@ class GDN2Trainer(Trainer):
 
         check(config)
         job_config = job_config_of(config)
-        validate_config(job_config)
+        with in_words_of_03():
+            validate_config(job_config)
         hand_on(config, job_config)
         settle_timeouts()
         super().__init__(config)
@@ -112,23 +132,10 @@ def hand_on(config, job_config):
 
 def check(config):
     """Raise ConfigError for what cannot train, before anything is built."""
-    training, parallelism = config.training, config.parallelism
-    for name, value, allowed, why in (
-        ("training.disable_cuda_graphs", training.disable_cuda_graphs, True, "captured steps are not supported"),
-        ("parallelism.spmd_backend", parallelism.spmd_backend, "partial_dtensor", "the model is sharded by DTensors"),
-        (
-            "parallelism.enable_sequence_parallel",
-            parallelism.enable_sequence_parallel,
-            True,
-            "tensor-parallel ranks share the tokens between layers",
-        ),
-        ("comm.mode", config.comm.mode, "default", "the model's operators need the other ranks"),
-    ):
-        if value != allowed:
-            raise ConfigError(f"{name} is {value!r}; with this model it must be {allowed!r}: {why}")
+    check_own_fields(config)
     if config.model_spec.flavor not in flavors:
         raise ConfigError(f"model_spec.flavor is {config.model_spec.flavor!r}; it must be one of {', '.join(flavors)}")
-    degree = parallelism.pipeline_parallel_degree
+    degree = config.parallelism.pipeline_parallel_degree
     if degree > 1 and not pipeline.RUNS:
         raise ConfigError(
             f"parallelism.pipeline_parallel_degree is {degree}; with TorchTitan 0.3 and torch {torch.__version__} it "

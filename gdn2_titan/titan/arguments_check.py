@@ -1,0 +1,88 @@
+"""Reads changes on a command line against the config classes before TorchTitan does, as toml_check reads a file."""
+
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from .errors import ConfigError
+from .setting_ranges import check_range, describe
+from .toml_check import check_known
+
+__all__ = ["check_arguments", "options_of"]
+
+# In the place of a value: it is none of the field's type, or only TorchTitan knows how to read the type.
+WRONG, UNREADABLE = object(), object()
+
+
+def check_arguments(arguments: Sequence[str], cls: type) -> None:
+    """Raise ConfigError unless the ``--section.field value`` of a command line fit a (merged) config class.
+
+    What is none, such as ``--help``, is left to TorchTitan.
+    """
+    for name, values in options_of(arguments):
+        *sections, last = name.split(".")
+        if sections:
+            _check(cls, sections, last, values)
+
+
+def options_of(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """(name, values) of each option. Options may be written with hyphens for underscores, and with ``=``."""
+    name, values = None, []
+    for argument in arguments:
+        if not argument.startswith("--"):
+            values.append(argument)
+            continue
+        if name is not None:
+            yield name, values
+        name, joined, value = argument.removeprefix("--").partition("=")
+        name, values = name.replace("-", "_"), [value] if joined else []
+    if name is not None:
+        yield name, values
+
+
+def _check(cls, sections, last, values):
+    prefix = ""
+    for one in sections:
+        check_known(one, {}, cls, prefix)
+        cls, prefix = {f.name: f.type for f in fields(cls)}[one], f"{prefix}{one}."
+        if not is_dataclass(cls):
+            return
+    annotations = {f.name: f.type for f in fields(cls)}
+    switched = last.removeprefix("no_")
+    if annotations.get(switched) is bool and last not in annotations:
+        last, value = switched, False
+    elif annotations.get(last) is bool:
+        value = True
+    else:
+        check_known(last, values[0] if values else "", cls, prefix)
+        value = _read(values, annotations[last]) if values else UNREADABLE
+        if value is WRONG:
+            raise ConfigError(f"{prefix}{last} is {' '.join(values)!r}; it must be {describe(annotations[last])}")
+    if annotations[last] is bool and values:
+        raise ConfigError(f"{prefix}{last} is {values[0]!r}; it is said by --{prefix}{last} or --{prefix}no-{last}")
+    if value is not UNREADABLE:
+        check_range(f"{prefix}{last}", value)
+
+
+def _read(values: list[str], annotation: Any) -> Any:
+    """The value of a field's type that an option's words say, WRONG, or UNREADABLE."""
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType):
+        found = [_read(values, part) for part in typing.get_args(annotation)]
+        return next((value for value in found if value is not WRONG), WRONG)
+    if origin is typing.Literal:
+        return values[0] if values[0] in typing.get_args(annotation) else WRONG
+    if origin is list:
+        (item,) = typing.get_args(annotation)
+        found = values[0].split(",") if item is str else [_read([value], item) for value in values]
+        return next((value for value in found if value in (WRONG, UNREADABLE)), found)
+    if annotation is type(None):
+        return None if values == ["None"] else WRONG
+    if annotation in (int, float):
+        try:
+            return annotation(values[0])
+        except ValueError:
+            return WRONG
+    return values[0] if annotation is str else UNREADABLE
