@@ -30,13 +30,12 @@ class BlockStart:
         if self._shape is None:
             with torch.device("meta"):
                 self._shape = Block(self.args, self.layer)
-        place = self._shape.get_submodule(name)
-        empty = {key: getattr(place, key) for key in missing}
-        for key, p in missing.items():
-            setattr(place, key, p)
+        # Not by setattr: accelerate changes what that does while it builds a model without memory.
+        place = self._shape.get_submodule(name)._parameters
+        empty = {key: place[key] for key in missing}
+        place.update(missing)
         self._shape.init_weights()
-        for key, p in empty.items():
-            setattr(place, key, p)
+        place.update(empty)
 
 
 def _is_missing(parameter):
