@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from gdn2_titan.ops import causal_conv1d, chunk_gdn2, recurrent_gdn2
 from gdn2_titan.ops.context_parallel import begin_gdn2
 from gdn2_titan.ops.halo import halos
+from gdn2_titan.ops.split import check_num_segments
 
 from .init import fill_, xavier_
 
@@ -94,6 +95,8 @@ class GatedDeltaNet2(nn.Module):
         allow_neg_eigval: the erase gate spans [0, 2] instead of [0, 1].
         output_gate: "silu" or "sigmoid".
         norm_eps: of the RMS norm on each value head.
+        num_segments: of :func:`gdn2_titan.ops.chunk_gdn2`, also an attribute: "auto", or into how many segments every
+            sequence is cut, on a CPU too. Where ranks share a sequence they have its segments, and it has no effect.
     """
 
     def __init__(
@@ -111,8 +114,11 @@ class GatedDeltaNet2(nn.Module):
         allow_neg_eigval=False,
         output_gate="silu",
         norm_eps=1e-5,
+        num_segments="auto",
     ):
         super().__init__()
+        check_num_segments(num_segments)
+        self.num_segments = num_segments
         self.head_dim = head_dim
         self.head_v_dim = int(head_dim * expand_v)
         self.erase_scale = 2.0 if allow_neg_eigval else 1.0
@@ -195,7 +201,7 @@ class GatedDeltaNet2(nn.Module):
             if x.shape[1] == 1 and state is not None:
                 o, memory = recurrent_gdn2(*inputs, initial_state=memory, **options)
             else:
-                o, memory = chunk_gdn2(*inputs, initial_state=memory, **options, num_segments="auto")
+                o, memory = chunk_gdn2(*inputs, initial_state=memory, **options, num_segments=self.num_segments)
             gate = self.gate_proj(x)
         else:
             begun = begin_gdn2(*inputs, self.shards, **options)
