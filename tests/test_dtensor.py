@@ -37,6 +37,7 @@ CASES = {
     "raw": (chunk_gdn2, make(B=2, T=5, groups=2, resets=RESETS, **RAW)),
     "flat dt_bias": (chunk_gdn2, make(B=2, T=5, groups=2, dt_bias="[H * K]", state=False, **RAW)),
     "no dt_bias": (chunk_gdn2, make(B=2, T=5, dt_bias=None, **RAW)),
+    "segments": (functools.partial(chunk_gdn2, num_segments=3), make(B=2, T=6, groups=2, **RAW)),
     "recurrent": (recurrent_gdn2, make(B=2, T=5, groups=2, resets=RESETS, **RAW)),
     "conv": (conv, conv_cases.make(D=4, resets=RESETS)),
     "plain conv": (conv, conv_cases.make(D=4, bias=False, state=False)),

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from gdn2_titan.ops import causal_conv1d, chunk_gdn2, recurrent_gdn2
 from gdn2_titan.ops.context_parallel import begin_gdn2
 from gdn2_titan.ops.halo import halos
+from gdn2_titan.ops.split import check_num_segments
 
 from .checks import check_convolution, check_count, check_gdn2, value_head_dim
 from .decay import DecayParameters
@@ -80,6 +81,8 @@ class GatedDeltaNet2(nn.Module):
         norm_eps: of the RMS norm on each value head.
         backend: of the ops and convolutions: "triton", "torch", or "auto", which takes Triton's kernels on a GPU that
             they can serve.
+        num_segments: of :func:`gdn2_titan.ops.chunk_gdn2`, also an attribute: "auto", or into how many segments every
+            sequence is cut, on a CPU too. Where ranks share a sequence they have its segments, and it has no effect.
 
     Whatever dtype the layer is cast to, or built in, A_log and dt_bias stay in fp32 at least (see
     ``decay.DecayParameters``); x has the dtype of the projections. FSDP2 wants one dtype in a unit: a layer that was
@@ -105,6 +108,7 @@ class GatedDeltaNet2(nn.Module):
         output_gate="silu",
         norm_eps=1e-5,
         backend="auto",
+        num_segments="auto",
     ):
         super().__init__()
         check_count("hidden_size", hidden_size)
@@ -112,7 +116,9 @@ class GatedDeltaNet2(nn.Module):
             num_heads, head_dim, num_v_heads, expand_v, conv_size, erase_gate, write_gate, tied_gates, decay,
             allow_neg_eigval, output_gate, norm_eps, backend,
         )  # fmt: skip
+        check_num_segments(num_segments)
         self.backend = backend
+        self.num_segments = num_segments
         self.head_dim = head_dim
         self.head_v_dim = value_head_dim(head_dim, expand_v)
         self.erase_scale = 2.0 if allow_neg_eigval else 1.0
@@ -196,7 +202,7 @@ class GatedDeltaNet2(nn.Module):
             if x.shape[1] == 1 and state is not None:
                 o, memory = recurrent_gdn2(*inputs, initial_state=memory, **options)
             else:
-                o, memory = chunk_gdn2(*inputs, initial_state=memory, **options, num_segments="auto")
+                o, memory = chunk_gdn2(*inputs, initial_state=memory, **options, num_segments=self.num_segments)
             gate = self.gate_proj(x)
         else:
             begun = begin_gdn2(*inputs, self.shards, **options)

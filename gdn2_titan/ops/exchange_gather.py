@@ -3,8 +3,6 @@
 One message each way. What a rank receives grows with the number of ranks R, for S = 1 or 2 segments a rank: forward
 (R - 1) S (M, D), backward (R - 1) S dD: the transitions it got forward serve backward too.
 
-With a single rank there is nothing to send: the segments of one device.
-
 Shapes: M [S, B, H, K, K], D [S, B, HV, K, V] of a rank's S segments, S first.
 """
 
@@ -17,8 +15,8 @@ __all__ = ["kept", "pending_back", "receive", "receive_back", "send", "send_back
 
 def _order(shards):
     """Where the segments lie in what was gathered, in the order of the sequence."""
-    if shards.per_rank == 1 or shards.size == 1:
-        return range(shards.size * shards.per_rank)
+    if shards.per_rank == 1:
+        return range(shards.size)
     return [*range(0, 2 * shards.size, 2), *range(2 * shards.size - 1, 0, -2)]
 
 
@@ -38,14 +36,13 @@ def _wait(tensors):
 
 def send(M, D, shards, final):
     """Begin. final: whether the state after the whole sequence will be asked for."""
-    return _gather([M, D], shards) if shards.size > 1 else []
+    return _gather([M, D], shards)
 
 
 def receive(pending, M, D, shards, final):
     """The states that this rank's segments are entered with [S, B, HV, K, V], the one after the whole sequence or
     None, and the transitions to keep [kept, B, H, K, K]."""
-    if pending:
-        M, D = _wait(pending)
+    M, D = _wait(pending)
     order, mine = _order(shards), shards.segments
     state, entering = torch.zeros_like(D[0]), []
     for segment, place in enumerate(order):
@@ -59,18 +56,17 @@ def receive(pending, M, D, shards, final):
 
 def pending_back(shape, shards):
     """The shape of what ``send_back`` begins to receive, for dD of this shape."""
-    return (shards.size * shape[0], *shape[1:]) if shards.size > 1 else (0,)
+    return (shards.size * shape[0], *shape[1:])
 
 
 def send_back(dD, shards):
     """Begin. dD [S, B, HV, K, V]: the gradient of each entering state that this rank's own outputs give."""
-    return _gather([dD], shards)[0] if shards.size > 1 else dD.new_empty(0)
+    return _gather([dD], shards)[0]
 
 
 def receive_back(pending, dD, kept, shards):
     """The gradients of the states that this rank's segments leave [S, B, HV, K, V]."""
-    if pending.numel():
-        (dD,) = _wait([pending])
+    (dD,) = _wait([pending])
     order, mine = _order(shards), shards.segments
     dstate, leaving = torch.zeros_like(dD[0]), []
     for segment, place in reversed(list(enumerate(order))):

@@ -68,12 +68,12 @@ def _through(M, S):
 
 def kept(shards):
     """How many transitions ``receive`` keeps for backward."""
-    count, after = 0, [False] * shards.per_rank
+    count, passed = 0, [False] * shards.per_rank
     for step in range(_steps(shards)):
         for lane, upper in enumerate(_upper(shards, step)):
-            count += (not _one_way(shards, step)) + (not upper and after[lane])
-            after[lane] = after[lane] or not upper
-    return count + (shards.per_rank == 2 and after[0])
+            count += (not _one_way(shards, step)) + (not upper and passed[lane])
+            passed[lane] = passed[lane] or not upper
+    return count + (shards.per_rank == 2 and passed[0])
 
 
 def _send(M, D, shards, step, final):
@@ -92,7 +92,7 @@ def receive(pending, M, D, shards, final):
     """As ``exchange_gather.receive``."""
     lanes = range(shards.per_rank)
     entering = [torch.zeros_like(D[lane]) for lane in lanes]  # the states, were the block entered with zero
-    before, after, keep = [None for _ in lanes], [None for _ in lanes], []
+    before, behind, keep = [None for _ in lanes], [None for _ in lanes], []
     for step in range(_steps(shards)):
         (flat,) = pending if step == 0 else (_send(M, D, shards, step, final),)
         whole = final or not _one_way(shards, step)
@@ -106,8 +106,8 @@ def receive(pending, M, D, shards, final):
         for lane, upper in enumerate(_upper(shards, step)):
             if not _one_way(shards, step):
                 keep.append(other_M[lane] if upper else M[lane])
-            if not upper and after[lane] is not None:
-                keep.append(after[lane])
+            if not upper and behind[lane] is not None:
+                keep.append(behind[lane])
             if upper:
                 entering[lane] = entering[lane] + _through(before[lane], other_D[lane])
             if not whole:
@@ -116,7 +116,7 @@ def receive(pending, M, D, shards, final):
                 before[lane] = _chain(before[lane], other_M[lane])
                 early, late = (other_M[lane], other_D[lane]), (M[lane], D[lane])
             else:
-                after[lane] = _chain(other_M[lane], after[lane]) if after[lane] is not None else other_M[lane]
+                behind[lane] = _chain(other_M[lane], behind[lane]) if behind[lane] is not None else other_M[lane]
                 early, late = (M[lane], D[lane]), (other_M[lane], other_D[lane])
             next_M.append(late[0] @ early[0])
             next_D.append(late[1] + apply(late[0], early[1]))
@@ -124,8 +124,8 @@ def receive(pending, M, D, shards, final):
             M, D = torch.stack(next_M), torch.stack(next_D)
     if shards.per_rank == 2:
         entering[1] = entering[1] + _through(before[1], D[0])
-        if after[0] is not None:
-            keep.append(after[0])
+        if behind[0] is not None:
+            keep.append(behind[0])
     final_state = None
     if final:
         final_state = D[0] if shards.per_rank == 1 else D[1] + apply(M[1], D[0])
@@ -152,7 +152,7 @@ def send_back(dD, shards):
 def receive_back(pending, dD, kept, shards):
     """As ``exchange_gather.receive_back``."""
     lanes, kept = range(shards.per_rank), iter(kept)
-    leaving, after = [torch.zeros_like(dD[lane]) for lane in lanes], [False for _ in lanes]
+    leaving, passed = [torch.zeros_like(dD[lane]) for lane in lanes], [False for _ in lanes]
     for step in range(_steps(shards)):
         flat = pending if step == 0 else _send_back(dD, shards, step)
         whole = not _one_way(shards, step)
@@ -162,13 +162,13 @@ def receive_back(pending, dD, kept, shards):
             early = next(kept) if whole else None  # the transition through the earlier of the two blocks
             if not upper:
                 here = other[0][lane]
-                leaving[lane] = leaving[lane] + (apply_transposed(next(kept), here) if after[lane] else here)
-                after[lane] = True
+                leaving[lane] = leaving[lane] + (apply_transposed(next(kept), here) if passed[lane] else here)
+                passed[lane] = True
             if whole:
                 first, second = (other[0][lane], dD[lane]) if upper else (dD[lane], other[0][lane])
                 totals.append(first + apply_transposed(early, second))
         if whole:
             dD = torch.stack(totals)
     if shards.per_rank == 2:
-        leaving[0] = leaving[0] + (apply_transposed(next(kept), dD[1]) if after[0] else dD[1])
+        leaving[0] = leaving[0] + (apply_transposed(next(kept), dD[1]) if passed[0] else dD[1])
     return torch.stack(leaving)

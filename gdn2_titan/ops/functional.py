@@ -85,13 +85,15 @@ def chunk_gdn2(
             once: no Triton, older than sm_80, float64, heads above 256), "triton", "torch", or "reference" (token by
             token, autograd).
         num_segments: cut the sequence in so many segments that run side by side, for long sequences of few heads on a
-            GPU that they do not fill; "auto" does so where it should pay. Costs K more value columns, and one tensor
-            like q saved for backward. Has no effect with cu_seqlens.
+            GPU that they do not fill; "auto" does so where it should pay, never on a CPU. For any T: what is left over
+            when T is cut evenly follows the segments. Costs K more value columns, and more is saved for backward (see
+            below). Has no effect with cu_seqlens.
 
     Returns:
         o [B, T, HV, V] in v's dtype, and the final state [N, HV, K, V] (float64 for float64 inputs, float32 otherwise)
         or None. Both carry gradients to every tensor input. State, decay and sums are kept in that same precision.
-        Only the inputs are saved for the backward pass.
+        Only the inputs are saved for the backward pass; with more than one segment also a tensor like q, and for each
+        segment the state it is entered with [HV, K, V] and its transition [H, K, K].
 
     The tensors may be DTensors, all of them: sharded on B (N, for the states), or on H and HV where the mesh divides H,
     the op communicates nothing and returns the same sharding.

@@ -11,6 +11,10 @@ Autograd sees two nodes. What ``_Leave`` begins to exchange in backward ``_Enter
 computed between ``begin`` and ``finish`` is differentiated in between, while messages are under way, as it was computed
 while they were under way forward. What ``_Enter`` needs in backward that only ``_Leave`` knows travels as the gradients
 of carriers, tensors without content.
+
+Not so the message itself, which has no content before it is waited for: anomaly mode and hooks read gradients between
+nodes. In eager PyTorch both nodes know a list, a mailbox, in which it lies. A compiler traces the two nodes apart and
+has no mailbox; within its graph nothing reads the message before the wait, and it travels as a gradient too.
 """
 
 import torch
@@ -47,8 +51,6 @@ def _has_last(shards):
 
 def _sum(dfinal, shards):
     """The gradient of all ranks' losses. Every rank takes part, whether or not its own loss reads the final state."""
-    if shards.size == 1:
-        return dfinal
     dfinal = torch.ops._c10d_functional.all_reduce(dfinal.contiguous(), "sum", shards.group)
     return torch.ops._c10d_functional.wait_tensor(dfinal)
 
@@ -59,21 +61,25 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, q, k, v, g, b, w, A_log, dt_bias, initial_state, resets, D, numbers,
-        final, form, group, rank, size, per_rank,
+        final, form, group, rank, size, per_rank, mailbox,
     ):  # fmt: skip
         ctx.save_for_backward(q, k, v, g, b, w, A_log, dt_bias, resets)
+        ctx.mailbox = mailbox
         ctx.numbers, ctx.final, ctx.form, ctx.shards = numbers, final, form, (group, rank, size, per_rank)
         ctx.initial = None if initial_state is None else initial_state.dtype
         shards, form, (H, K) = SequenceShards(group, rank, size, per_rank), FORMS[form], q.shape[2:]
         S, B, *state = D.shape
         entering, kept = (B * S, *state), (form.kept(shards), B, H, K, K)
-        shapes = entering, kept, form.pending_back(D.shape, shards), D.shape, D.shape[1:]
+        pending = form.pending_back(D.shape, shards) if mailbox is None else (0,)
+        shapes = entering, kept, pending, D.shape, D.shape[1:]
         return (v.new_zeros(()).expand(v.shape), *(D.new_zeros(()).expand(shape) for shape in shapes))
 
     @staticmethod
     def backward(ctx, do, entering, kept, pending, dD, dfinal):
         q, k, v, g, b, w, A_log, dt_bias, resets = ctx.saved_tensors
         shards = SequenceShards(*ctx.shards)
+        if ctx.mailbox is not None:
+            pending = ctx.mailbox.pop()
         with no_autocast(q):
             leaving = FORMS[ctx.form].receive_back(pending, dD, kept, shards)
             if ctx.final and _has_last(shards):
@@ -89,7 +95,7 @@ class _Enter(torch.autograd.Function):
             dinitial_state = _lanes(dentering, shards)[0].to(ctx.initial)
             if not _has_first(shards):
                 dinitial_state = torch.zeros_like(dinitial_state)
-        return (*grads, dA_log, ddt_bias, dinitial_state, *(None,) * 9)
+        return (*grads, dA_log, ddt_bias, dinitial_state, *(None,) * 10)
 
 
 class _Leave(torch.autograd.Function):
@@ -97,7 +103,7 @@ class _Leave(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, o, P, M, D, initial_state, pending, more, final, form, group, rank, size, per_rank,
+        ctx, o, P, M, D, initial_state, pending, more, final, form, group, rank, size, per_rank, mailbox,
         carrier, carried_entering, carried_kept, carried_pending, carried_dD, carried_dfinal,
     ):  # fmt: skip
         shards = SequenceShards(group, rank, size, per_rank)
@@ -108,7 +114,7 @@ class _Leave(torch.autograd.Function):
                 entering = torch.cat((initial_state.to(D.dtype).unsqueeze(0), entering[1:]))
             entering = _from_lanes(entering)
             o = (o + read(P, entering)).to(o.dtype).view(carrier.shape)
-        ctx.final, ctx.form, ctx.shards = final, form, (group, rank, size, per_rank)
+        ctx.final, ctx.form, ctx.shards, ctx.mailbox = final, form, (group, rank, size, per_rank), mailbox
         ctx.save_for_backward(P, entering, kept, M[-1] if final and _has_last(shards) else None)
         return o, D.new_empty(0) if final_state is None else final_state
 
@@ -125,7 +131,10 @@ class _Leave(torch.autograd.Function):
                 else:
                     dD = torch.cat((dD[:-1], (dD[-1] + apply_transposed(transition, dfinal)).unsqueeze(0)))
             pending = FORMS[ctx.form].send_back(dD, shards)
-        return (*(None,) * 13, do, entering, kept, pending, dD, dfinal if ctx.final else None)
+            if ctx.mailbox is not None:
+                ctx.mailbox[:] = [pending]
+                pending = dD.new_empty(0)
+        return (*(None,) * 14, do, entering, kept, pending, dD, dfinal if ctx.final else None)
 
 
 class Handoff:
@@ -151,7 +160,8 @@ def begin(q, k, v, g, b, w, A_log, dt_bias, initial_state, resets, numbers, fina
         if initial_state is not None and _has_first(shards):
             D = torch.cat(((D[0] + apply(M[0], initial_state.to(D.dtype))).unsqueeze(0), D[1:]))
         pending = FORMS[form].send(M, D, shards, final)
-    where = (final, form, shards.group, shards.rank, shards.size, shards.per_rank)
+    mailbox = None if torch.compiler.is_compiling() else []
+    where = (final, form, shards.group, shards.rank, shards.size, shards.per_rank, mailbox)
     carriers = _Enter.apply(q, k, v, g, b, w, A_log, dt_bias, initial_state, resets, D, numbers, *where)
     initial_state = None if initial_state is None else initial_state.detach()
     pending, more = (*pending, None, None)[:2]

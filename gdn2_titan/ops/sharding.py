@@ -29,6 +29,7 @@ REPLICATED = _role(batch=Replicate(), heads=Replicate())
 
 ROLES = (
     dict.fromkeys(("q", "k", "v", "g", "b", "w", "do", "x", "dy"), ACTIVATION)
+    | dict.fromkeys(("read_rows", "entering", "transitions"), ACTIVATION)  # of segmented_gdn2: tokens or segments
     | dict.fromkeys(("initial_state", "dfinal_state"), STATE)
     | dict.fromkeys(("A_log", "dt_bias", "weight", "bias"), PARAMETER)
     | {"resets": RESETS, "cu_seqlens": REPLICATED}
@@ -58,14 +59,14 @@ def _ways(specs):
     return [way for way in WAYS if way == "whole" or all(sizes[way] % n == 0 for n in products if n <= sizes[way])]
 
 
-def _register(op, gradients=()):
-    """gradients: the arguments whose gradients a backward op returns. Any other returns an activation and a state."""
+def _register(op, gradients=(), results=(ACTIVATION, STATE)):
+    """gradients: the arguments whose gradients a backward op returns; results: what any other returns."""
     names = [argument.name for argument in op._schema.arguments]
 
     @register_sharding(op)
     def _(*args):  # less trailing defaults
         specs = {name: x for name, x in zip(names, args, strict=False) if name in ROLES and x is not None}
-        outputs = [ACTIVATION, STATE]
+        outputs = list(results)
         if gradients:
             roles = [ROLES[name] if name in specs else REPLICATED for name in gradients]  # of the absent: empty
             outputs = [PARAMETER_GRADIENT if role is PARAMETER else role for role in roles]
@@ -88,6 +89,11 @@ _ops = torch.ops.gdn2_titan
 _register(_ops.chunk_gdn2.default)
 _register(_ops.recurrent_gdn2.default)
 _register(_ops.chunk_gdn2_backward.default, ("q", "k", "v", "g", "b", "w", "A_log", "dt_bias", "initial_state"))
+_register(_ops.segment_gdn2.default, results=(ACTIVATION, ACTIVATION, STATE, STATE))
+_register(_ops.segmented_gdn2.default, results=(ACTIVATION, STATE, ACTIVATION, ACTIVATION, ACTIVATION))
+_register(
+    _ops.segmented_gdn2_backward.default, ("q", "k", "v", "g", "b", "w", "A_log", "dt_bias", "initial_state")
+)
 _register(_ops.causal_conv1d.default)
 _register(_ops.causal_conv1d_backward.default, ("x", "weight", "bias", "initial_state"))
 torch.library.register_torch_dispatch("gdn2_titan::recurrent_gdn2_", DTensor, _update_state)

@@ -25,7 +25,18 @@ class SequenceShards:
     group: str  # the name under which functional collectives know it
     rank: int
     size: int
-    per_rank: int  # segments of each rank: 1 contiguous, 2 head_tail; any number where there is one rank
+    per_rank: int  # segments of each rank: 1 contiguous, 2 head_tail
+
+    def __post_init__(self):
+        for name, value in (("rank", self.rank), ("size", self.size), ("per_rank", self.per_rank)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} is {value!r}; it must be a whole number")
+        if self.size < 1:
+            raise ValueError(f"size is {self.size}; it must be at least 1")
+        if not 0 <= self.rank < self.size:
+            raise ValueError(f"rank is {self.rank}; with size {self.size} it must be from 0 to {self.size - 1}")
+        if self.per_rank not in (1, 2):
+            raise ValueError(f"per_rank is {self.per_rank}; it must be 1 (contiguous) or 2 (head_tail)")
 
     @classmethod
     def of(cls, group, layout):
@@ -42,8 +53,6 @@ class SequenceShards:
     @property
     def segments(self):
         """The indices of this rank's segments, in the order in which it has them."""
-        if self.size == 1:
-            return tuple(range(self.per_rank))
         return (self.rank,) if self.per_rank == 1 else (self.rank, 2 * self.size - 1 - self.rank)
 
     def segment_size(self, length):

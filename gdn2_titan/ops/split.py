@@ -7,10 +7,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .dispatch import triton_can_serve
 from .flops import CHUNK
-from .handoff import begin
-from .shards import SequenceShards
+from .segmented import differentiable_segmented_gdn2
 
-__all__ = ["number_of_segments", "segments_of", "split_gdn2"]
+__all__ = ["check_num_segments", "number_of_segments", "segments_of", "split_gdn2"]
 
 COUNTS = (64, 32, 16, 8, 4, 2)
 SHORTEST = 16 * CHUNK  # tokens of a segment: the products that join two segments cost about as much as two chunks
@@ -26,29 +25,33 @@ def number_of_segments(B, T, H, HV, K, V, processors):
     return 1
 
 
+def check_num_segments(value):
+    """Raise ValueError unless value is "auto" or a whole number of at least 1."""
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1):
+        raise ValueError(f"num_segments is {value!r}; it must be 'auto' or a whole number of at least 1")
+
+
 def segments_of(q, v, num_segments, backend="auto"):
     """The number asked for, "auto" resolved: PyTorch's kernels gain nothing by segments."""
-    if num_segments == "auto":
-        if not triton_can_serve(q, backend, (q.shape[-1], v.shape[-1])):
-            return 1
-        processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-        return number_of_segments(*q.shape[:3], v.shape[2], *q.shape[3:], *v.shape[3:], processors)
-    if isinstance(num_segments, bool) or not isinstance(num_segments, numbers.Integral) or num_segments < 1:
-        raise ValueError(f"num_segments is {num_segments!r}; it must be 'auto' or a whole number of at least 1")
-    return int(num_segments)
+    check_num_segments(num_segments)
+    if num_segments != "auto":
+        return int(num_segments)
+    if not triton_can_serve(q, backend, (q.shape[-1], v.shape[-1])):
+        return 1
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    return number_of_segments(*q.shape[:3], v.shape[2], *q.shape[3:], *v.shape[3:], processors)
 
 
 def split_gdn2(op, count, q, k, v, g, b, w, A_log, dt_bias, initial_state, resets, numbers):
-    """``op`` (o and final state of a call without cu_seqlens) of ``count`` segments. The last takes what is left over:
-    it follows the others, and runs by ``op`` itself."""
+    """``op`` (o, final state; without cu_seqlens) of ``count`` segments of equal length, whole chunks unless
+    count divides T. What is left over follows them and runs by ``op`` itself; so does a sequence that is too short."""
     T = q.shape[1]
     length = T // count if T % count == 0 else T // (count * CHUNK) * CHUNK
     cut = length * count
     if length == 0:
         return op(q, k, v, g, b, w, A_log, dt_bias, initial_state, None, resets, *numbers)
     body = [None if x is None else x[:, :cut] for x in (q, k, v, g, b, w, resets)]
-    shards = SequenceShards("", 0, 1, count)
-    o, state = begin(*body[:6], A_log, dt_bias, initial_state, body[6], numbers, True, "gather", shards).finish()
+    o, state, *_ = differentiable_segmented_gdn2(*body[:6], A_log, dt_bias, initial_state, body[6], count, *numbers)
     if cut == T:
         return o, state
     rest = [None if x is None else x[:, cut:] for x in (q, k, v, g, b, w, resets)]
