@@ -32,19 +32,21 @@ def _gate(g, A_log, dt_bias):
     finite inputs; softplus(x) is finite.
 
     That is exp(A_log) and g + dt_bias, unless exp(A_log) is too large or too small a number. Softplus is exp on the far
-    left: of A_log what exceeds STRONG is added to x. Where x is then no longer far on the left, exp of the decay is 0
-    either way. It is the identity on the far right, where x is multiplied by what rate lacks, stretch; elsewhere the
-    decay is none either way.
+    left: there A_log is added to x, less STRONG, which the rate keeps. Where x is then no longer far on the left, exp of
+    the decay is 0 either way. Softplus is the identity on the far right: x is multiplied by what the rate lacks,
+    stretch; elsewhere the decay is none either way.
     """
     info = torch.finfo(g.dtype)
     faint = math.log(info.tiny)
     A_log = A_log.to(g.dtype)[:, None]
     rate = A_log.clamp(faint, STRONG).exp()
     stretch = (faint - A_log).relu().clamp(max=-faint).neg().exp()
-    x = g * stretch + (A_log - STRONG).relu().clamp(max=info.max)
+    strong = A_log > STRONG
+    x = g * stretch + torch.where(strong, A_log.clamp(max=info.max), 0.0)
+    rest = torch.where(strong, -STRONG, 0.0)  # not A_log - STRONG, which is rounded
     if dt_bias is not None:
-        x = x + dt_bias.to(g.dtype).reshape(g.shape[2:]) * stretch
-    return rate, stretch, x.clamp(max=info.max)
+        rest = rest + dt_bias.to(g.dtype).reshape(g.shape[2:]) * stretch
+    return rate, stretch, (x + rest).clamp(max=info.max)
 
 
 def log_decay(g, A_log, dt_bias):

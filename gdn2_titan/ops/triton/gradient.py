@@ -188,7 +188,7 @@ def _half_gradient(
         decay, raw = load_log_decay(g, stride, cols, K, count, A_log, dt_bias, resets, GATE, HALF)
         ddecay = tl.where((tl.arange(0, HALF) < count)[:, None], ddecay, 0.0)
         tl.store(dA_log + cols, tl.sum(ddecay * decay, 0), mask=cols < K)
-        rate, stretch, _ = load_gate(A_log)
+        rate, stretch, _, _ = load_gate(A_log)
         ddecay *= -(rate * stretch) * tl.sigmoid(raw)
         if ddt_bias is not None:
             tl.store(ddt_bias + cols, tl.sum(ddecay, 0), mask=cols < K)

@@ -122,12 +122,13 @@ def load_reset(resets, count, R: tl.constexpr):
 
 @triton.jit
 def load_gate(A_log):
-    """rate, stretch and shift: the log-decay is -rate * softplus(x), x = stretch * (g + dt_bias) + shift. They are
-    exp(A_log), 1 and 0 unless that is too large or too small a number: see ``gates._gate``. A_log: at the head."""
+    """rate, stretch, shift and rest: the log-decay is -rate * softplus(x), x = stretch * (g + dt_bias) + shift + rest.
+    They are exp(A_log), 1, 0 and 0 unless that is too large or too small a number: see ``gates._gate``. A_log: at the
+    head."""
     A = tl.load(A_log).to(tl.float32)
     rate = tl.exp(tl.where(A > MOST, MOST, tl.where(A < LEAST, LEAST, A)))  # a NaN stays one
     stretch = tl.exp(tl.minimum(tl.maximum(A - LEAST, LEAST), 0.0))
-    return rate, stretch, tl.maximum(A - MOST, 0.0)
+    return rate, stretch, tl.where(A > MOST, A, 0.0), tl.where(A > MOST, -MOST, 0.0)
 
 
 @triton.jit
@@ -139,10 +140,10 @@ def load_log_decay(g, stride, cols, K, count, A_log, dt_bias, resets, GATE: tl.c
     x = load_rows(g, stride, cols, K, count, R)
     decay = x
     if GATE:
-        rate, stretch, shift = load_gate(A_log)
-        x = x * stretch + shift
+        rate, stretch, shift, rest = load_gate(A_log)
         if dt_bias is not None:
-            x += tl.load(dt_bias + cols, mask=cols < K, other=0.0).to(tl.float32)[None, :] * stretch
+            rest += tl.load(dt_bias + cols, mask=cols < K, other=0.0).to(tl.float32)[None, :] * stretch
+        x = x * stretch + shift + rest
         decay = -rate * softplus(x)
     inside = (tl.arange(0, R) < count)[:, None] & (cols < K)[None, :]
     decay = tl.where(inside, tl.where(decay < RESET, RESET, decay), 0.0)  # a NaN stays one
