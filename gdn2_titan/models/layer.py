@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from gdn2_titan.ops import causal_conv1d, chunk_gdn2, recurrent_gdn2
 from gdn2_titan.ops.context_parallel import begin_gdn2
+from gdn2_titan.ops.gates import log_decay
 from gdn2_titan.ops.halo import halos
 from gdn2_titan.ops.split import check_num_segments
 
@@ -228,9 +229,7 @@ class GatedDeltaNet2(nn.Module):
     def _record(self, g, erase, write, A_log, dt_bias, memory):
         erase = self.erase_scale * erase.float().sigmoid()
         write = write.float().sigmoid()
-        rate = (A_log.float().exp()[:, None] * F.softplus(g.float() + dt_bias)).mean(
-            (0, 1)
-        )  # [H, K or 1] nats per token
+        rate = -log_decay(g.float(), A_log, dt_bias).mean((0, 1))  # [H, K or 1] nats per token
         half_life = math.log(2) / rate.clamp_min(SLOWEST_DECAY)
         state_norm = memory.square().sum((2, 3)).sqrt().mean()  # Frobenius, mean over sequences and heads
         pairs = [erase.mean(), erase.std(), write.mean(), write.std(), half_life.mean(), half_life.std(correction=0)]

@@ -23,7 +23,7 @@ SILU = ("silu", "swish")
 def _kernels(x, weight, bias, backend):
     """The module whose ``forward`` and ``backward`` serve a call."""
     tensors = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
-    if not all(use_triton(name, tensor, backend) for name, tensor in tensors.items()):
+    if not all(use_triton(name, tensor, backend) for name, tensor in tensors.items()) or x.numel() == 0:
         return windowed_conv1d
     from .triton import causal_conv1d  # not before it is needed: Triton is not everywhere
 
@@ -126,8 +126,8 @@ def check_conv_inputs(x, weight, bias, activation, initial_state, cu_seqlens, re
             raise ValueError(f"{name} is on {tensor.device}; it must be on x's device {x.device}")
     if activation not in (None, *SILU):
         raise ValueError(f"activation is {activation!r}; it must be None, 'silu' or 'swish'")
-    if x.ndim != 3 or 0 in x.shape:
-        raise ValueError(f"x has shape {tuple(x.shape)}; it must be [B, T, D], each at least 1")
+    if x.ndim != 3 or x.shape[2] == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must be [B, T, D], D at least 1")
     B, T, D = x.shape
     if weight.ndim != 2 or weight.shape[0] != D or weight.shape[1] not in WIDTHS:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be [D, W] with x's D = {D} and W 2, 3 or 4")
@@ -156,7 +156,7 @@ def causal_conv1d(
     """Depthwise causal convolution over time, y_t = act(bias + sum_i weight[:, i] * x_{t - (W - 1) + i}).
 
     Args:
-        x: [B, T, D], float16, bfloat16, float32 or float64, any T >= 1.
+        x: [B, T, D], float16, bfloat16, float32 or float64, B and T any, 0 too.
         weight: [D, W] with W 2, 3 or 4; column W - 1 multiplies the current token. Any of x's dtypes, not
             necessarily the same one.
         bias: [D] or None, any of x's dtypes.

@@ -63,7 +63,8 @@ def chunk_gdn2(
         S_t = (I - k_t (b_t * k_t)^T) Diag(exp(g_t)) S_{t-1} + k_t (w_t * v_t)^T        o_t = scale * S_t^T q_t
 
     Args:
-        q, k: query and key [B, T, H, K]; float16, bfloat16, float32 or float64. Keys should have length 1.
+        q, k: query and key [B, T, H, K]; float16, bfloat16, float32 or float64. Keys should have length 1. B and T may
+            be 0.
         v: value [B, T, HV, V], q's dtype. HV is a multiple of H: value head j reads key head j // (HV // H).
         g: natural-log decay per key channel [B, T, H, K], <= 0, -inf allowed; float32 recommended.
         b: erase gate [B, T, H, K] in [0, 1], or [0, 2] for negative eigenvalues.

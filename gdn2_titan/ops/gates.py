@@ -4,12 +4,16 @@
 ``activate_backward`` for the gradients, so that only the raw projections need to be kept.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
-__all__ = ["NORM_EPS", "activate", "activate_backward", "compute_dtype"]
+__all__ = ["NORM_EPS", "STRONG", "activate", "activate_backward", "compute_dtype", "log_decay"]
 
 NORM_EPS = 1e-6
+# Of A_log, what is above it goes into the argument of softplus, see ``_gate``.
+STRONG = 50.0
 # log1p(exp(x)) is exact to rounding below this and x above it, in fp32 as in fp64.
 SOFTPLUS_THRESHOLD = 50.0
 
@@ -23,6 +27,35 @@ def _inverse_norm(x):
     return torch.rsqrt(x.square().sum(-1, keepdim=True) + NORM_EPS)
 
 
+def _gate(g, A_log, dt_bias):
+    """rate [H, 1], stretch [H, 1] and x [B, T, H, K] of g's dtype with the log-decay -rate * softplus(x), whatever the
+    finite inputs; softplus(x) is finite.
+
+    That is exp(A_log) and g + dt_bias, unless exp(A_log) is too large or too small a number. Softplus is exp on the far
+    left: there A_log is added to x, less STRONG, which the rate keeps. Where x is then no longer far on the left, exp of
+    the decay is 0 either way. Softplus is the identity on the far right: x is multiplied by what the rate lacks,
+    stretch; elsewhere the decay is none either way.
+    """
+    info = torch.finfo(g.dtype)
+    faint = math.log(info.tiny)
+    A_log = A_log.to(g.dtype)[:, None]
+    rate = A_log.clamp(faint, STRONG).exp()
+    stretch = (faint - A_log).relu().clamp(max=-faint).neg().exp()
+    strong = A_log > STRONG
+    x = g * stretch + torch.where(strong, A_log.clamp(max=info.max), 0.0)
+    rest = torch.where(strong, -STRONG, 0.0)  # not A_log - STRONG, which is rounded
+    if dt_bias is not None:
+        rest = rest + dt_bias.to(g.dtype).reshape(g.shape[2:]) * stretch
+    return rate, stretch, (x + rest).clamp(max=info.max)
+
+
+def log_decay(g, A_log, dt_bias):
+    """-exp(A_log) * softplus(g + dt_bias) in g's dtype, -inf where that is too large a number; shapes as in
+    ``activate``, g with any K."""
+    rate, _, x = _gate(g, A_log, dt_bias)
+    return -rate * F.softplus(x, threshold=SOFTPLUS_THRESHOLD)
+
+
 def activate(q, k, g, b, w, A_log, dt_bias, resets, *, l2norm, gate, sigmoid, erase_scale):
     """Apply the options of the op to its raw inputs, in the compute dtype.
 
@@ -34,9 +67,7 @@ def activate(q, k, g, b, w, A_log, dt_bias, resets, *, l2norm, gate, sigmoid, er
     if l2norm:
         q, k = q * _inverse_norm(q), k * _inverse_norm(k)
     if gate:
-        if dt_bias is not None:
-            g = g + dt_bias.to(dtype).reshape(g.shape[2:])
-        g = -A_log.to(dtype).exp()[:, None] * F.softplus(g, threshold=SOFTPLUS_THRESHOLD)
+        g = log_decay(g, A_log, dt_bias)
     if sigmoid:
         b, w = erase_scale * torch.sigmoid(b), torch.sigmoid(w)
     if resets is not None:
@@ -62,12 +93,10 @@ def activate_backward(grads, q, k, g, b, w, A_log, dt_bias, resets, *, l2norm, g
     if l2norm:
         dq, dk = _l2norm_backward(q.to(dtype), dq), _l2norm_backward(k.to(dtype), dk)
     if gate:
-        x = g.to(dtype)
-        if dt_bias is not None:
-            x = x + dt_bias.to(dtype).reshape(x.shape[2:])
-        dg = dg * -A_log.to(dtype).exp()[:, None]
+        rate, stretch, x = _gate(g.to(dtype), A_log, dt_bias)
+        dg = dg * -rate
         dA_log = (dg * F.softplus(x, threshold=SOFTPLUS_THRESHOLD)).sum((0, 1, 3))
-        dg = dg * torch.sigmoid(x)
+        dg = dg * torch.sigmoid(x) * stretch
         if dt_bias is not None:
             ddt_bias = dg.sum((0, 1)).reshape(dt_bias.shape)
     if sigmoid:

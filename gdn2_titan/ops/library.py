@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import chunked
+from . import chunked, tokenless
 from .dispatch import use_triton
 from .flops import backward_flops, forward_flops
 from .gates import activate, compute_dtype
@@ -27,7 +27,10 @@ def kernel_options(l2norm, gate, sigmoid, erase_scale):
 
 def kernels(q, v, backend):
     """The module whose ``chunk_forward``, ``chunk_backward`` and ``segment_forward`` serve a call."""
-    if not use_triton("q", q, backend, (q.shape[-1], v.shape[-1])):
+    triton = use_triton("q", q, backend, (q.shape[-1], v.shape[-1]))
+    if q.numel() == 0:
+        return tokenless
+    if not triton:
         return chunked
     from .triton import chunk  # not before it is needed: Triton is not everywhere
 
@@ -47,7 +50,7 @@ def _recurrent_torch(
 
 
 def _recurrent_kernel(q, v, backend):
-    if not use_triton("q", q, backend, (q.shape[-1], v.shape[-1])):
+    if not use_triton("q", q, backend, (q.shape[-1], v.shape[-1])) or q.numel() == 0:
         return _recurrent_torch
     from .triton import recurrent
 

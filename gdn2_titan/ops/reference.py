@@ -32,7 +32,11 @@ def recur(q, k, v, g, b, w, state, scale):
         read = torch.einsum("bhk,bhjkv->bhjv", b[:, t] * k[:, t], decayed)
         state = decayed + torch.einsum("bhk,bhjv->bhjkv", k[:, t], w[:, t] * v[:, t] - read)
         outputs.append(scale * torch.einsum("bhk,bhjkv->bhjv", q[:, t], state))
-    o = torch.stack(outputs, 1) if outputs else v.new_zeros(v.shape)
+    if outputs:
+        o = torch.stack(outputs, 1)
+    else:  # no token, of which both results are functions all the same: their gradients are zeros, not None
+        nothing = torch.einsum("bthk,bthjv->bthjkv", g.exp() * b * q * k, w * v)
+        o, state = nothing.sum(4), state + nothing.sum(1)
     return o.reshape(B, T, HV, V), state.reshape(B, HV, K, V)
 
 
@@ -82,6 +86,6 @@ def naive_recurrent_gdn2(
     )  # fmt: skip
     v = v.to(dtype)
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    state = q.new_zeros(N, HV, K, V) if initial_state is None else initial_state.to(dtype)
+    state = q.new_zeros(N, HV, K, V) if initial_state is None else initial_state.to(dtype, copy=True)
     o, final_state = recur_packed(q, k, v, g, b, w, state, scale, cu_seqlens)
     return o.to(out_dtype), final_state if output_final_state else None

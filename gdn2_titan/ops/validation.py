@@ -78,8 +78,8 @@ def check_inputs(
         raise ValueError(f"v has shape {tuple(v.shape)}; it must have four axes [B, T, HV, V]")
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
-    if B < 1 or T < 1 or H < 1 or K < 1:
-        raise ValueError(f"q has shape {tuple(q.shape)}; every axis of [B, T, H, K] must be at least 1")
+    if H < 1 or K < 1:
+        raise ValueError(f"q has shape {tuple(q.shape)}; H and K of [B, T, H, K] must be at least 1")
     if HV < 1 or V < 1 or HV % H != 0:
         raise ValueError(f"v has {HV} heads of size {V}; the heads must be a positive multiple of q's {H} heads")
     for name in ("k", "g", "b"):

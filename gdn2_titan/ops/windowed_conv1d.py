@@ -39,7 +39,7 @@ def _extend(x, initial_state, W, layout, dtype):
     slots = W - 1 if isinstance(heads, slice) else heads.shape[0]
     ext = x.new_zeros((B, T + slots, D), dtype=dtype)
     if initial_state is not None:
-        ext[:, heads] = initial_state.to(dtype).transpose(1, 2).reshape(B, -1, D)
+        ext[:, heads] = initial_state.to(dtype).transpose(1, 2).reshape(B, slots, D)
     ext[:, windows[-1]] = x.to(dtype)
     return ext
 
@@ -117,7 +117,7 @@ def backward(dy, dfinal_state, x, weight, bias, silu, initial_state, cu_seqlens,
         dweight_t[i] = (dpre * _cut(ext[:, window], mask)).sum((0, 1))
         dext[:, window] += _cut(dpre * weight_t[i], mask)
     if dfinal_state is not None:
-        dext[:, tails] += _cut(dfinal_state.to(dtype).transpose(1, 2), tail_mask).reshape(B, -1, D)
+        dext[:, tails] += _cut(dfinal_state.to(dtype).transpose(1, 2), tail_mask).reshape(B, ext.shape[1] - T, D)
 
     dx = _output(dext[:, windows[-1]], x.dtype)
     dweight = _output(dweight_t.t(), weight.dtype)

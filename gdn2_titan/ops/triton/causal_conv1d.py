@@ -402,9 +402,11 @@ def causal_conv1d_backward_kernel(
 
 @triton.jit(do_not_specialize=["P"])
 def causal_conv1d_sum_kernel(partial, dweight, dbias, P, D, W: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr):
-    """partial [P, W or W + 1, D] -> dweight [D, W] and dbias [D]. Programs (block of channels, W or W + 1)."""
-    d = tl.program_id(0) * BD + tl.arange(0, BD)
-    i = tl.program_id(1)
+    """partial [P, W or W + 1, D] -> dweight [D, W] and dbias [D]. Programs (W or W + 1, block of channels),
+    channels fastest."""
+    blocks = tl.cdiv(D, BD)
+    d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
+    i = tl.program_id(0) // blocks
     SUMS: tl.constexpr = W if dbias is None else W + 1
     sums = tl.zeros((BP, BD), tl.float32)
     for p0 in range(0, P, BP):
@@ -496,7 +498,7 @@ def backward(dy, dfinal_state, x, weight, bias, silu, initial_state, cu_seqlens,
         dict(W=W, SILU=silu, ROWS=BACKWARD_ROWS),
     )  # fmt: skip
     launching.launch(
-        causal_conv1d_sum_kernel, lambda meta: (triton.cdiv(D, meta["BD"]), partial.shape[1]),
+        causal_conv1d_sum_kernel, lambda meta: (triton.cdiv(D, meta["BD"]) * partial.shape[1],),
         (dict(BP=64, BD=32, num_warps=4, num_stages=1),),
         dict(partial=partial, dweight=dweight, dbias=dbias, P=tiles, D=D), dict(W=W),
     )  # fmt: skip

@@ -5,7 +5,6 @@ segment    prepare -> segment, which writes what o and the final state are as fu
 backward   prepare -> scan, which writes R and the state at each chunk -> reverse -> gradient
 """
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -68,7 +67,7 @@ def _prepare(call, q, k, g, b, A_log, dt_bias, resets, scale, options):
     out |= {name: q.new_empty(square) for name in ("A_qk", "A")}
     norms = {name: q.new_empty(wide[:3], dtype=torch.float32) if options["l2norm"] else None for name in NORMS}
     launching.launch(
-        prepare_kernel, lambda meta: (call.chunks, H), configurations.prepare(q.element_size()),
+        prepare_kernel, lambda meta: (call.chunks * H,), configurations.prepare(q.element_size()),
         dict(q=q, k=k, g=g, b=b, A_log=A_log, dt_bias=dt_bias, resets=resets, N=call.sequences, scale=scale)
         | dict(levels=_levels(q.device))
         | call.spans | out | norms,
@@ -77,16 +76,23 @@ def _prepare(call, q, k, g, b, A_log, dt_bias, resets, scale, options):
     return out, norms
 
 
-@functools.cache
+_LEVELS = {}  # by device
+
+
 def _levels(device):
-    """LEVELS in memory, made once: see ``tree``."""
-    return torch.full((1,), LEVELS.value, dtype=torch.int32, device=device)
+    """LEVELS in memory: see ``tree``. It is kept, and any stream may read it: the copy is over when this returns. In a
+    CUDA graph's capture no copy can be waited for: there a kernel of the graph writes what the graph's kernels read."""
+    if device not in _LEVELS:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return torch.full((1,), LEVELS.value, dtype=torch.int32, device=device)
+        _LEVELS[device] = torch.tensor([LEVELS.value], dtype=torch.int32, device=device)
+    return _LEVELS[device]
 
 
 def _scan(call, prepared, v, w, initial_state, sigmoid, o=None, final_state=None, R=None, states=None):
     HV, V = v.shape[2:]
     launching.launch(
-        scan_kernel, lambda meta: (triton.cdiv(V, meta["BV"]), call.sequences * HV),
+        scan_kernel, lambda meta: (triton.cdiv(V, meta["BV"]) * call.sequences * HV,),
         configurations.scan(call.arch, call.sizes["BK"], V, v.element_size()),
         dict(v=v, w=w, initial_state=initial_state, o=o, final_state=final_state, R=R, states=states)
         | call.spans | prepared,
@@ -121,7 +127,7 @@ def segment_forward(q, k, v, g, b, w, A_log, dt_bias, resets, scale, options):
     o, read = torch.empty_like(v), torch.empty_like(q)
     transition, contribution = (q.new_empty(shape, dtype=torch.float32) for shape in ((B, H, K, K), (B, HV, K, V)))
     launching.launch(
-        segment_kernel, lambda meta: (triton.cdiv(V, meta["BV"]) + triton.cdiv(K, meta["BV"]), B * HV),
+        segment_kernel, lambda meta: ((triton.cdiv(V, meta["BV"]) + triton.cdiv(K, meta["BV"])) * B * HV,),
         configurations.scan(call.arch, call.sizes["BK"], max(K, V), v.element_size()),
         dict(v=v, w=w, resets=resets, o=o, contribution=contribution, read=read, transition=transition)
         | call.spans | prepared,
@@ -146,7 +152,7 @@ def chunk_backward(
     _scan(call, prepared, v, w, initial_state, options["sigmoid"], R=R, states=states)
     dinitial_state = None if initial_state is None else torch.empty_like(initial_state)
     launching.launch(
-        reverse_kernel, lambda meta: (triton.cdiv(V, meta["BV"]), call.sequences * HV),
+        reverse_kernel, lambda meta: (triton.cdiv(V, meta["BV"]) * call.sequences * HV,),
         configurations.scan(call.arch, call.sizes["BK"], V, v.element_size()),
         dict(
             do=do, dfinal_state=dfinal_state, dZ=dZ, dstates=dstates, dinitial_state=dinitial_state
@@ -162,7 +168,7 @@ def chunk_backward(
         if dt_bias is not None:
             parts["ddt_bias"] = new((call.chunks, H, 2, K), dtype=torch.float32)
     launching.launch(
-        gradient_kernel, lambda meta: (call.chunks, H),
+        gradient_kernel, lambda meta: (call.chunks * H,),
         configurations.gradient(call.arch, call.sizes["BK"], V, v.element_size()),
         dict(
             q=q, k=k, v=v, g=g, b=b, w=w, A_log=A_log, dt_bias=dt_bias, resets=resets, N=call.sequences, scale=scale,

@@ -16,10 +16,12 @@ from .rows import (
     C,
     chunk_of,
     load_erase,
+    load_gate,
     load_log_decay,
     load_reset,
     load_rows,
     load_unit,
+    program,
     store_rows,
 )  # fmt: skip
 from .tree import HALF, after, corner, level, pairs, sum_over, unknown, up_to
@@ -186,7 +188,8 @@ def _half_gradient(
         decay, raw = load_log_decay(g, stride, cols, K, count, A_log, dt_bias, resets, GATE, HALF)
         ddecay = tl.where((tl.arange(0, HALF) < count)[:, None], ddecay, 0.0)
         tl.store(dA_log + cols, tl.sum(ddecay * decay, 0), mask=cols < K)
-        ddecay *= -tl.exp(tl.load(A_log).to(tl.float32)) * tl.sigmoid(raw)
+        rate, stretch, _, _ = load_gate(A_log)
+        ddecay *= -(rate * stretch) * tl.sigmoid(raw)
         if ddt_bias is not None:
             tl.store(ddt_bias + cols, tl.sum(ddecay, 0), mask=cols < K)
     store_rows(dg_out, ddecay, stride, cols, K, count, HALF)
@@ -227,8 +230,7 @@ def gradient_kernel(
     Writes dq .. dw in the shape of their inputs, and for each half of a chunk its part of dA_log (to be summed over
     channels too) and ddt_bias [NC, H, 2, K], fp32, where given. BS channels of K at a time. Suffixes 1 and 2: the
     halves of the chunk."""
-    i_c = tl.program_id(0)
-    h = tl.program_id(1)
+    i_c, h = program(H)
     n, start, count = chunk_of(i_c, ends, cu_seqlens, T, NT, N, PACKED)
     if count == 0:
         return

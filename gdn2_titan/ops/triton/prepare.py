@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .products import cast, dot
-from .rows import C, chunk_of, load_erase, load_log_decay, load_unit, store_inverse_norms
+from .rows import C, chunk_of, load_erase, load_log_decay, load_unit, program, store_inverse_norms
 from .tree import HALF, after, corner, level, pairs, sum_over, up_to
 
 __all__ = ["prepare_kernel"]
@@ -70,8 +70,7 @@ def prepare_kernel(
     norm_q, norm_k [NC, H, C] fp32: 1 / length of q and k, None where they are used as they are.
 
     BK: K padded to a power of two, worked on BS channels at a time. Suffixes 1 and 2: the halves of the chunk."""
-    i_c = tl.program_id(0)
-    h = tl.program_id(1)
+    i_c, h = program(H)
     n, start, count = chunk_of(i_c, ends, cu_seqlens, T, NT, N, PACKED)
     if count == 0:
         return

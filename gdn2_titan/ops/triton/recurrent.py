@@ -13,7 +13,7 @@ from ..gates import NORM_EPS
 from ..validation import check_cu_seqlens
 from . import launching
 from .products import cast
-from .rows import softplus
+from .rows import load_gate, softplus
 
 __all__ = ["recurrent_forward"]
 
@@ -53,9 +53,9 @@ def recurrent_kernel(
         first = tl.load(cu_seqlens + n).to(tl.int64)
         length = (tl.load(cu_seqlens + n + 1) - first).to(tl.int32)
     if GATE:
-        rate = tl.exp(tl.load(A_log + h).to(tl.float32))
+        rate, stretch, shift, rest = load_gate(A_log + h)
         if dt_bias is not None:
-            bias = tl.load(dt_bias + h * K + kk, mask=in_k, other=0).to(tl.float32)
+            rest += stretch * tl.load(dt_bias + h * K + kk, mask=in_k, other=0).to(tl.float32)
 
     for t in range(length):
         token = first + t
@@ -70,9 +70,7 @@ def recurrent_kernel(
         if L2NORM:
             q_t, k_t = l2_normalized(q_t, EPS), l2_normalized(k_t, EPS)
         if GATE:
-            if dt_bias is not None:
-                g_t += bias
-            g_t = -rate * softplus(g_t)
+            g_t = -rate * softplus(g_t * stretch + shift + rest)
         if SIGMOID:
             b_t, w_t = ERASE_SCALE * tl.sigmoid(b_t), tl.sigmoid(w_t)
         decay = tl.exp(g_t)

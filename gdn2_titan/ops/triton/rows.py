@@ -1,15 +1,18 @@
 """Device functions: where a chunk's tokens lie, and the raw inputs made into what the recurrence reads."""
 
+import math
+
+import torch
 import triton
 import triton.language as tl
 
 from ..flops import CHUNK
-from ..gates import NORM_EPS
+from ..gates import NORM_EPS, STRONG
 from .products import cast
 
 __all__ = [
-    "C", "RESET", "chunk_of", "load_erase", "load_log_decay", "load_reset", "load_rows", "load_unit",
-    "softplus", "store_inverse_norms", "store_rows",
+    "C", "RESET", "chunk_of", "load_erase", "load_gate", "load_log_decay", "load_reset", "load_rows", "load_unit",
+    "program", "softplus", "store_inverse_norms", "store_rows",
 ]  # fmt: skip
 
 C = tl.constexpr(CHUNK)
@@ -17,6 +20,15 @@ EPS = tl.constexpr(NORM_EPS)
 # exp of it is exactly 0, and sums of 64 of it are far from overflow: a finite stand-in for -inf, whose products with
 # the zeros of a mask would be NaN. No sum of decays is ever subtracted from another, so its size does no harm.
 RESET = tl.constexpr(-1e4)
+MOST = tl.constexpr(STRONG)
+LEAST = tl.constexpr(math.log(torch.finfo(torch.float32).tiny))
+
+
+@triton.jit
+def program(H: tl.constexpr):
+    """Chunk and key head of this program; chunks of one head are neighbours in the grid."""
+    chunks = tl.num_programs(0) // H
+    return tl.program_id(0) % chunks, tl.program_id(0) // chunks
 
 
 @triton.jit
@@ -109,16 +121,30 @@ def load_reset(resets, count, R: tl.constexpr):
 
 
 @triton.jit
+def load_gate(A_log):
+    """rate, stretch, shift and rest: the log-decay is -rate * softplus(x), x = stretch * (g + dt_bias) + shift + rest.
+    They are exp(A_log), 1, 0 and 0 unless that is too large or too small a number: see ``gates._gate``. A_log: at the
+    head."""
+    A = tl.load(A_log).to(tl.float32)
+    rate = tl.exp(tl.where(A > MOST, MOST, tl.where(A < LEAST, LEAST, A)))  # a NaN stays one
+    stretch = tl.exp(tl.minimum(tl.maximum(A - LEAST, LEAST), 0.0))
+    return rate, stretch, tl.where(A > MOST, A, 0.0), tl.where(A > MOST, -MOST, 0.0)
+
+
+@triton.jit
 def load_log_decay(g, stride, cols, K, count, A_log, dt_bias, resets, GATE: tl.constexpr, R: tl.constexpr):
-    """Log-decays of R rows [R, BLOCK], no less than RESET; and g + dt_bias, which the gate's gradient needs.
+    """Log-decays of R rows [R, BLOCK], no less than RESET; and the argument of softplus, which the gate's gradient
+    needs.
 
     g, resets: at the first row; A_log, dt_bias: at the head."""
     x = load_rows(g, stride, cols, K, count, R)
     decay = x
     if GATE:
+        rate, stretch, shift, rest = load_gate(A_log)
         if dt_bias is not None:
-            x += tl.load(dt_bias + cols, mask=cols < K, other=0.0).to(tl.float32)[None, :]
-        decay = -tl.exp(tl.load(A_log).to(tl.float32)) * softplus(x)
+            rest += tl.load(dt_bias + cols, mask=cols < K, other=0.0).to(tl.float32)[None, :] * stretch
+        x = x * stretch + shift + rest
+        decay = -rate * softplus(x)
     inside = (tl.arange(0, R) < count)[:, None] & (cols < K)[None, :]
     decay = tl.where(inside, tl.where(decay < RESET, RESET, decay), 0.0)  # a NaN stays one
     if resets is not None:

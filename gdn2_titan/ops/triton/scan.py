@@ -33,6 +33,13 @@ def _span(n, ends, cu_seqlens, T, NT, PACKED: tl.constexpr):
 
 
 @triton.jit
+def _program(HV: tl.constexpr, SLICES: tl.constexpr):
+    """Sequence, value head and slice of this program; the slices of one head are neighbours in the grid."""
+    row = tl.program_id(0) // SLICES
+    return row // HV, row % HV, tl.program_id(0) % SLICES
+
+
+@triton.jit
 def _state_block(n, hv, cols, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr):
     """Offsets [BV, BK] into states [N, HV, K, V], and their mask."""
     rows = tl.arange(0, BK)
@@ -116,9 +123,8 @@ def scan_kernel(
 
     Writes o [B * T, HV, V] and final_state [N, HV, K, V], or for the backward R [B * T, HV, V] and states
     [NC, HV, V, K], the state that each chunk enters with; whichever is given."""
-    n = tl.program_id(1) // HV
-    hv = tl.program_id(1) % HV
-    cols = tl.program_id(0) * BV + tl.arange(0, BV)
+    n, hv, piece = _program(HV, (V + BV - 1) // BV)
+    cols = piece * BV + tl.arange(0, BV)
     chunk, chunks, start, length = _span(n, ends, cu_seqlens, T, NT, PACKED)
     block, inside = _state_block(n, hv, cols, HV, K, V, BK)
     S = tl.zeros([BV, BK], tl.float32)
@@ -157,11 +163,9 @@ def segment_kernel(
     tokens do to any state: the same without values from the identity, K columns for each key head.
 
     Writes o [B * T, HV, V] and contribution [N, HV, K, V], read [B * T, H, K] and transition [N, H, K, K]."""
-    n = tl.program_id(1) // HV
-    hv = tl.program_id(1) % HV
-    h = hv // (HV // H)
     tiles: tl.constexpr = (V + BV - 1) // BV
-    tile = tl.program_id(0)
+    n, hv, tile = _program(HV, tiles + (K + BV - 1) // BV)
+    h = hv // (HV // H)
     values = tile < tiles
     if not values and hv % (HV // H) > 0:
         return
@@ -208,10 +212,9 @@ def reverse_kernel(
 
     Writes dZ [B * T, HV, V], dstates [NC, HV, V, K], the gradient of the state that each chunk leaves with, and
     dinitial_state [N, HV, K, V] where given."""
-    n = tl.program_id(1) // HV
-    hv = tl.program_id(1) % HV
+    n, hv, piece = _program(HV, (V + BV - 1) // BV)
     h = hv // (HV // H)
-    cols = tl.program_id(0) * BV + tl.arange(0, BV)
+    cols = piece * BV + tl.arange(0, BV)
     dtype: tl.constexpr = Q.dtype.element_ty
     chunk, chunks, start, length = _span(n, ends, cu_seqlens, T, NT, PACKED)
     rows = tl.arange(0, C)

@@ -1,0 +1,106 @@
+"""What the Triton kernels ask of a GPU that no interpreter refuses: grids of one axis, and constants any stream sees.
+
+The tensors are on the meta device: every launch is recorded, none is made.
+"""
+
+import itertools
+import types
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gdn2_titan.ops.triton import causal_conv1d, chunk, launching, recurrent
+
+MOST = 2**31 - 1  # programs on the first axis of a grid, of CUDA; 65,535 on the others
+OPTIONS = dict(l2norm=True, gate=True, sigmoid=True, erase_scale=1.0)
+META = "meta"
+
+
+def tensors(B, T, H, HV, N, K=128, V=128):
+    def empty(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device=META)
+
+    q, k, g, b = (empty(B, T, H, K) for _ in range(4))
+    v, w = (empty(B, T, HV, V) for _ in range(2))
+    parameters = empty(H, dtype=torch.float32), empty(H, K, dtype=torch.float32)
+    return q, k, v, g, b, w, *parameters, empty(N, HV, K, V, dtype=torch.float32)
+
+
+def packed(lengths):
+    return torch.tensor([0, *itertools.accumulate(lengths)])
+
+
+def run_gdn2(B, T, H, HV, cu_seqlens=None):
+    N = B if cu_seqlens is None else len(cu_seqlens) - 1
+    inputs = tensors(B, T, H, HV, N)
+    o, final_state = chunk.chunk_forward(*inputs, cu_seqlens, None, 1.0, OPTIONS)
+    assert final_state.shape == (N, HV, 128, 128)
+    chunk.chunk_backward(o, final_state, *inputs, cu_seqlens, None, 1.0, OPTIONS)
+    recurrent.recurrent_forward(*inputs, cu_seqlens, None, 1.0, OPTIONS)
+    if cu_seqlens is None:
+        chunk.segment_forward(*inputs[:-1], None, 1.0, OPTIONS)
+
+
+def run_conv(B, T, D, cu_seqlens=None):
+    N = B if cu_seqlens is None else len(cu_seqlens) - 1
+    x, weight, bias, state = (torch.empty(shape, device=META) for shape in ((B, T, D), (D, 4), (D,), (N, D, 3)))
+    y, final_state = causal_conv1d.forward(x, weight, bias, True, state, cu_seqlens, None)
+    causal_conv1d.backward(y, final_state, x, weight, bias, True, state, cu_seqlens, None)
+
+
+GDN2 = {"prepare_kernel", "scan_kernel", "reverse_kernel", "gradient_kernel", "recurrent_kernel"}
+CONV = {f"causal_conv1d_{name}_kernel" for name in ("forward", "backward", "sum")}
+CASES = {
+    "65,600 sequences times heads": (lambda: run_gdn2(4100, 64, 16, 16), GDN2 | {"segment_kernel"}),
+    "65,600 by grouped value heads": (lambda: run_gdn2(2050, 1, 4, 32), GDN2 | {"segment_kernel"}),
+    "65,600 key heads": (lambda: run_gdn2(1, 64, 65_600, 65_600), GDN2 | {"segment_kernel"}),
+    "2,050 packed documents of 32 heads": (lambda: run_gdn2(1, 2050 * 9, 32, 32, packed([9] * 2050)), GDN2),
+    "16M tokens": (lambda: run_gdn2(1, 1 << 24, 16, 16), GDN2 | {"segment_kernel"}),
+    "16M tokens through convolutions": (lambda: run_conv(1, 1 << 24, 8192), CONV),
+    "4M channels": (lambda: run_conv(1, 64, 1 << 22), CONV),
+    "70,000 packed documents": (lambda: run_conv(1, 140_000, 4096, packed([2] * 70_000)), CONV),
+}
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100, 120, "gfx942"])
+@pytest.mark.parametrize("case", CASES)
+def test_every_launch_is_a_grid_of_one_axis_that_a_gpu_accepts(case, arch, monkeypatch):
+    grids = {}
+
+    def record(kernel, grid, candidates, args, constants):
+        grids.setdefault(kernel.__name__, []).extend(grid(constants | candidate) for candidate in candidates)
+
+    monkeypatch.setattr(launching, "launch", record)
+    monkeypatch.setattr(chunk.target, "arch", lambda x: arch)
+    run, kernels = CASES[case]
+    run()
+    assert grids.keys() == kernels
+    for name, grid in ((name, grid) for name, found in grids.items() for grid in found):
+        assert len(grid) == 1 and 0 < grid[0] <= MOST, f"{name} has the grid {grid}"
+
+
+def test_the_levels_are_copied_once_and_no_kernel_writes_them(monkeypatch):
+    """A kernel would write them on the stream of the first call, and other streams would not wait for it."""
+    operators = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            operators.append(func.overloadpacket.__name__)
+            return func(*args, **kwargs or {})
+
+    monkeypatch.setattr(chunk, "_LEVELS", {})
+    with Record():
+        levels = chunk._levels(torch.device("cpu"))
+    assert levels.tolist() == [chunk.LEVELS.value]
+    assert set(operators) <= {"lift_fresh", "_to_copy", "detach"}
+    assert chunk._levels(torch.device("cpu")) is levels
+
+
+def test_levels_first_met_in_a_cuda_graphs_capture_belong_to_that_graph(monkeypatch):
+    graphs = types.SimpleNamespace(is_current_stream_capturing=lambda: True)
+    stand_in = types.SimpleNamespace(cuda=graphs, full=lambda *args, **kwargs: ("filled", args), int32=torch.int32)
+    monkeypatch.setattr(chunk, "torch", stand_in)
+    monkeypatch.setattr(chunk, "_LEVELS", {})
+    assert chunk._levels(torch.device("cuda:0")) == ("filled", ((1,), chunk.LEVELS.value))
+    assert not chunk._LEVELS
