@@ -5,13 +5,14 @@ from typing import Any
 
 from datasets import IterableDataset
 from torchtitan.components.dataloader import ParallelAwareDataloader
-from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
+from torchtitan.components.tokenizer import BaseTokenizer
 
 from gdn2_titan.titan.corpus import load_source
 from gdn2_titan.titan.errors import ConfigError
 from gdn2_titan.titan.packing import PackedText
 from gdn2_titan.titan.sections import section
 from gdn2_titan.titan.tasks import Condition, TaskDataset, training_condition
+from gdn2_titan.titan.tokens import of_plain_text
 
 
 class ReshardingDataloader(ParallelAwareDataloader):
@@ -88,7 +89,7 @@ def _build_task(
 ) -> ReshardingDataloader:
     settings = getattr(job_config, part)
     held_out = part == "validation"
-    condition.task.prepare(_of_plain_text(tokenizer), held_out)
+    condition.task.prepare(of_plain_text(tokenizer), held_out)
     condition.check_length()
     sequences = TaskDataset(
         condition.task,
@@ -125,7 +126,7 @@ def _build(
         )
     packed = PackedText(
         source,
-        _of_plain_text(tokenizer),
+        of_plain_text(tokenizer),
         settings.seq_len,
         batch_size=settings.local_batch_size,
         dp_rank=dp_rank,
@@ -138,10 +139,3 @@ def _build(
     # An incomplete batch would change the shapes that compiled and pipelined models were built for.
     loader_settings = asdict(settings.dataloader) | {"batch_size": settings.local_batch_size, "drop_last": True}
     return ReshardingDataloader(packed, dp_rank=dp_rank, dp_world_size=dp_world_size, **loader_settings)
-
-
-def _of_plain_text(tokenizer: BaseTokenizer) -> BaseTokenizer:
-    """What a document says is text: one that contains "<|eos|>" must not end there."""
-    if isinstance(tokenizer, HuggingFaceTokenizer):
-        tokenizer.tokenizer.encode_special_tokens = True
-    return tokenizer
