@@ -1,5 +1,6 @@
 """TorchTitan's data loaders over packed text and recall tasks."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -8,7 +9,7 @@ from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.tokenizer import BaseTokenizer
 
 from gdn2_titan.titan.corpus import load_source
-from gdn2_titan.titan.errors import ConfigError
+from gdn2_titan.titan.errors import ConfigError, refusing
 from gdn2_titan.titan.packing import PackedText
 from gdn2_titan.titan.sections import section
 from gdn2_titan.titan.tasks import Condition, TaskDataset, training_condition
@@ -23,6 +24,9 @@ class ReshardingDataloader(ParallelAwareDataloader):
     Otherwise TorchTitan's rule stands: the same number of ranks.
     """
 
+    ends_process = False
+    """Whether a ConfigError while reading ends the process: see :func:`for_trainer`."""
+
     def __init__(self, dataset: PackedText | TaskDataset, dp_rank: int, dp_world_size: int, **kwargs: Any) -> None:
         super().__init__(dataset, dp_rank, dp_world_size, **kwargs)
         self._one_state = dataset.same_state_on_all_ranks and self.num_workers == 0
@@ -33,6 +37,33 @@ class ReshardingDataloader(ParallelAwareDataloader):
         if state_dict and self._one_state:
             state_dict = {**state_dict, "world_size": self.dp_world_size}
         super().load_state_dict(state_dict)
+
+    def __iter__(self) -> Iterator[Any]:
+        # Not a generator itself: TorchTitan may ask for the state before the first batch.
+        return self._batches(super().__iter__())
+
+    def _batches(self, batches: Iterator[Any]) -> Iterator[Any]:
+        try:
+            yield from batches
+        except ConfigError as error:
+            # One that a loader worker sends has the worker's traceback around its sentence.
+            sentence = ConfigError(str(error).rpartition("ConfigError: ")[2].strip())
+            if self.ends_process:
+                raise SystemExit(f"Config error: {sentence}") from error
+            raise sentence from error
+
+
+def for_trainer(build: Callable[..., ReshardingDataloader]) -> Callable[..., ReshardingDataloader]:
+    """A builder of loaders whose ConfigError, also that of a document met in the middle of a run, ends the process with
+    its sentence instead of a traceback."""
+
+    @refusing
+    def built(*args: Any, **kwargs: Any) -> ReshardingDataloader:
+        loader = build(*args, **kwargs)
+        loader.ends_process = True
+        return loader
+
+    return built
 
 
 def build_dataloader(

@@ -6,7 +6,7 @@ from gdn2_titan.convert.special_tokens import around, special_token
 from gdn2_titan.titan.errors import ConfigError
 from gdn2_titan.titan.local_files import reason
 
-__all__ = ["DocumentTokens", "check_tokenizer", "of_plain_text"]
+__all__ = ["DocumentTokens", "check_tokenizer", "of_plain_text", "text_tokens"]
 
 
 def check_tokenizer(path: str) -> None:
@@ -29,6 +29,13 @@ def of_plain_text(tokenizer: BaseTokenizer) -> BaseTokenizer:
     return tokenizer
 
 
+def text_tokens(tokenizer: BaseTokenizer, text: str) -> list[int]:
+    """The ids of a text, with nothing around them."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return tokenizer.tokenizer.encode(text, add_special_tokens=False).ids
+    return tokenizer.encode(text, add_bos=False, add_eos=False)
+
+
 class DocumentTokens:
     """``DocumentTokens(tokenizer)(text)`` is the list of ids of a document: bos, the text, eos.
 
@@ -38,7 +45,7 @@ class DocumentTokens:
     """
 
     def __init__(self, tokenizer: BaseTokenizer) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer = of_plain_text(tokenizer)
         self._around: tuple[list[int], list[int]] | None = None
         if isinstance(tokenizer, HuggingFaceTokenizer):
             self._around = around(tokenizer.tokenizer, tokenizer.bos_id, _eos(tokenizer))
@@ -47,7 +54,7 @@ class DocumentTokens:
         if self._around is None:
             return self._tokenizer.encode(text, add_bos=True, add_eos=True)
         before, after = self._around
-        return [*before, *self._tokenizer.tokenizer.encode(text, add_special_tokens=False).ids, *after]
+        return [*before, *text_tokens(self._tokenizer, text), *after]
 
 
 def _eos(tokenizer: HuggingFaceTokenizer) -> int | None:
