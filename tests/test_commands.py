@@ -14,10 +14,10 @@ from tests.convert_cases import HYBRID, TOKENIZER, convert, save_step, weights
 JOB = {"model": {"hf_assets_path": str(TOKENIZER)}}
 
 
-def command(*arguments, cwd=None):
+def command(*arguments):
     path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONWARNINGS"} | {"PYTHONPATH": path}
-    return subprocess.run([sys.executable, *map(str, arguments)], env=environment, cwd=cwd, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True)
 
 
 PARSED = [
