@@ -1,47 +1,17 @@
 """Text from a model, as it comes: ``python -m gdn2_titan.generate --model FOLDER --prompt TEXT``.
 
-The folder is a TorchTitan checkpoint (a step, or a run's folder of them: the latest) or a Hugging Face folder of ours.
+The folder is a TorchTitan checkpoint (a step, or a run's folder: the latest) or a Hugging Face folder of ours.
 """
 
 import argparse
 import sys
-import time
-
-import torch
-
-try:
-    from transformers import GenerationConfig, TextStreamer
-except ImportError as error:
-    raise SystemExit(f"Error: {error}; generating needs the extra 'hf': pip install 'gdn2_titan[hf]'") from error
 
 from gdn2_titan.convert.errors import ConvertError, exit_status
-from gdn2_titan.convert.hf.load import load_checkpoint
-from gdn2_titan.model_options import DTYPES, add_model_options, document_ids, encode, number, open_model
+from gdn2_titan.convert.run_folders import checkpoint_folder
+from gdn2_titan.model_options import add_model_options, document_ids, dtype_of, encode, number, open_model
 
 # A longer prompt is read in pieces of so many tokens, so that the masks of softmax layers stay small.
 PIECE = 2048
-
-
-class Clock(TextStreamer):
-    """Prints the text, and remembers when the prompt and each token came."""
-
-    def __init__(self, tokenizer):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.times = []
-
-    def put(self, value):
-        self.times.append(time.perf_counter())
-        super().put(value)
-
-    def report(self, prompt):
-        """One line: how many tokens in how long, apart from the prompt's ``prompt`` tokens."""
-        start, *tokens = self.times
-        count, first = len(tokens), tokens[0] - start
-        rate = (count - 1) / (tokens[-1] - tokens[0]) if count > 1 else 1 / first
-        return (
-            f"{count} tokens in {tokens[-1] - start:.2f} s, {rate:.1f} tokens/s after the first; "
-            f"prompt of {prompt} tokens in {first:.2f} s"
-        )
 
 
 def _parser():
@@ -71,12 +41,21 @@ def generate(options):
     for name in ("temperature", "top_k", "top_p", "seed"):
         if options.greedy and getattr(options, name) is not None:
             raise ConvertError(f"--greedy and --{name.replace('_', '-')} are both given; it must be one of them")
+    checkpoint_folder(options.model)  # a path that is not there is answered before torch is imported
+    try:
+        import torch
+        from transformers import GenerationConfig
+
+        from gdn2_titan.convert.hf.load import load_checkpoint
+        from gdn2_titan.stream_clock import Clock
+    except ImportError as error:
+        raise ConvertError(f"{error}; generating needs the extra 'hf': pip install 'gdn2_titan[hf]'") from error
     checkpoint, tokenizer = open_model(options)
     ids = encode(tokenizer, options.prompt)["input_ids"]
     ids = document_ids(tokenizer, ids, checkpoint.record.model_args.vocab_size)
     if not ids.shape[1]:
         raise ConvertError("--prompt is empty; with a tokenizer that has no bos token it must not be")
-    model = load_checkpoint(checkpoint, DTYPES.get(options.dtype), options.device)
+    model = load_checkpoint(checkpoint, dtype_of(options), options.device)
     sampling = dict(temperature=options.temperature or 1.0, top_k=options.top_k or 0, top_p=options.top_p or 1.0)
     config = GenerationConfig(
         **{} if options.greedy else sampling,

@@ -4,13 +4,12 @@ import argparse
 import re
 import sys
 
-import torch
+from .errors import ConvertError, quiet
+from .names import QKV_ORDERS
+from .run_folders import checkpoint_folder
 
-from . import commands
-from .errors import ConvertError
-from .nvlabs import QKV_ORDERS
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# torch is not imported before the command line is known to be right: that takes seconds.
+_DTYPES = ("float32", "bfloat16", "float16")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -22,24 +21,24 @@ def _bytes(text):
     return size
 
 
-# (command, function, what it does, the source's name, options)
+# (command, whose function is of that name, what it does, the source's name, options)
 _MODEL, _WEIGHTS = ("config", "flavor"), ("dtype", "shard_size")
 _COMMANDS = (
-    ("to-hf", commands.to_hf, "TorchTitan checkpoint to Hugging Face folder", "CHECKPOINT",
+    ("to-hf", "TorchTitan checkpoint to Hugging Face folder", "CHECKPOINT",
      (*_MODEL, *_WEIGHTS, "tokenizer", "with_code")),
-    ("from-hf", commands.from_hf, "Hugging Face folder to checkpoint.initial_load_path", "FOLDER", ()),
-    ("to-torch", commands.to_torch, "checkpoint to one .pt file of tensors", "CHECKPOINT", (*_MODEL, "dtype")),
-    ("from-fla", commands.from_fla, "flash-linear-attention folder to Hugging Face folder", "FOLDER", _WEIGHTS),
-    ("to-fla", commands.to_fla, "checkpoint to flash-linear-attention's names", "CHECKPOINT",
+    ("from-hf", "Hugging Face folder to checkpoint.initial_load_path", "FOLDER", ()),
+    ("to-torch", "checkpoint to one .pt file of tensors", "CHECKPOINT", (*_MODEL, "dtype")),
+    ("from-fla", "flash-linear-attention folder to Hugging Face folder", "FOLDER", _WEIGHTS),
+    ("to-fla", "checkpoint to flash-linear-attention's names", "CHECKPOINT",
      (*_MODEL, *_WEIGHTS, "tokenizer")),
-    ("from-nvlabs", commands.from_nvlabs, "checkpoint of the authors' trainer to Hugging Face folder", "FILE",
+    ("from-nvlabs", "checkpoint of the authors' trainer to Hugging Face folder", "FILE",
      (*_MODEL, *_WEIGHTS, "tokenizer", "qkv_order")),
 )  # fmt: skip
 _OPTIONS = {
     "config": {"metavar": "TOML", "help": "TorchTitan config of the model, where the checkpoint does not say it"},
     "flavor": {"help": "name of the model's shape, where the checkpoint does not say it"},
     "dtype": {"choices": _DTYPES, "help": "of the tensors written (default: as they are)"},
-    "shard_size": {"type": _bytes, "default": commands.SHARD_SIZE, "help": "of a safetensors file (default: 5GB)"},
+    "shard_size": {"type": _bytes, "help": "of a safetensors file (default: 5GB)"},
     "tokenizer": {"metavar": "FOLDER", "help": "instead of the one that the model was trained with"},
     "with_code": {"action": "store_true", "help": "the model's code too, for trust_remote_code=True elsewhere"},
     "qkv_order": {"choices": QKV_ORDERS, "help": "rows of attn.attn: per key head, or all q, all k, all v"},
@@ -49,24 +48,35 @@ _OPTIONS = {
 def _parser():
     parser = argparse.ArgumentParser("python -m gdn2_titan.convert", description=__doc__)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, function, what, source, options in _COMMANDS:
+    for name, what, source, options in _COMMANDS:
         command = subparsers.add_parser(name, help=what, description=what)
         command.add_argument("source", metavar=source)
         command.add_argument("out", metavar="OUT", help="a new name")
         for option in options:
             command.add_argument(f"--{option.replace('_', '-')}", **_OPTIONS[option])
-        command.set_defaults(function=function)
+        command.set_defaults(command=name)
     return parser
+
+
+def _run(command, source, out, options):
+    import torch
+
+    from . import commands
+
+    if "dtype" in options:
+        options["dtype"] = getattr(torch, options["dtype"])
+    getattr(commands, command.replace("-", "_"))(source, out, **options)
 
 
 def main(arguments=None):
     """Returns the exit status: 0, or 1 after one sentence on stderr."""
-    options = vars(_parser().parse_args(arguments))
-    function, source, out = (options.pop(name) for name in ("function", "source", "out"))
-    if options.get("dtype"):
-        options["dtype"] = _DTYPES[options["dtype"]]
+    options = {name: value for name, value in vars(_parser().parse_args(arguments)).items() if value is not None}
+    command, source, out = (options.pop(name) for name in ("command", "source", "out"))
     try:
-        function(source, out, **options)
+        if command in ("to-hf", "from-hf", "to-torch", "to-fla"):
+            checkpoint_folder(source)
+        with quiet():
+            _run(command, source, out, options)
     except ConvertError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1

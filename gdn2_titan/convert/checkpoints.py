@@ -1,7 +1,6 @@
 """Finds out what a path holds: its tensors by the decoder's names, and what is known of how they were trained."""
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,14 @@ from .companions import MODEL_TYPE
 from .dcp import DistributedCheckpoint
 from .errors import ConvertError, reading
 from .layout import Part, Renamed, check_fits, tensors_of
-from .names import to_hf_name
+from .names import INDEX, to_hf_name
 from .record import Record, args_from_fields, find_record
-from .safetensors_files import INDEX, SafetensorsFolder
+from .run_folders import checkpoint_folder, step_of
+from .safetensors_files import SafetensorsFolder
 from .torchtitan_toml import record_of_toml
 
 __all__ = ["Checkpoint", "chosen_record", "open_checkpoint", "open_hf", "read_config"]
 
-_STEP = re.compile(r"step-(\d+)")
 _BYTE_TOKENIZER = Path(__file__).parents[1] / "titan" / "assets" / "byte_tokenizer"
 
 
@@ -76,24 +75,7 @@ def open_hf(folder, config=None):
     layout = {name: Part(to_hf_name(name)) for name in tensors_of(config.model_args)}
     source = Renamed(SafetensorsFolder(folder), layout)
     check_fits(source, config.model_args)
-    return Checkpoint(source, config, folder, _step(folder))
-
-
-def _step(folder):
-    found = _STEP.fullmatch(folder.absolute().name)
-    return int(found.group(1)) if found else None
-
-
-def _latest(folder):
-    """The step of a run's folder of checkpoints that TorchTitan would load, or the folder itself."""
-    if not folder.is_dir():
-        raise ConvertError(f"{folder} is not there; it must be a folder with a checkpoint")
-    steps = [
-        step
-        for step in folder.iterdir()
-        if _STEP.fullmatch(step.name) and ((step / ".metadata").is_file() or (step / INDEX).is_file())
-    ]
-    return max(steps, key=_step) if steps else folder
+    return Checkpoint(source, config, folder, step_of(folder))
 
 
 def _tokenizer(record):
@@ -107,7 +89,7 @@ def _tokenizer(record):
 
 
 def open_checkpoint(path, config=None, flavor=None, tokenizer=None):
-    """A Checkpoint of a TorchTitan checkpoint (a step, or the folder of a run's steps: the latest) or of a Hugging Face
+    """A Checkpoint of a TorchTitan checkpoint (a step, or a run's folder or its folder of steps: the latest) or of a Hugging Face
     folder of this model.
 
     Args:
@@ -119,7 +101,7 @@ def open_checkpoint(path, config=None, flavor=None, tokenizer=None):
     """
     if tokenizer is not None and not Path(tokenizer).is_dir():
         raise ConvertError(f"--tokenizer is {tokenizer}; it must be a folder")
-    chosen, path = chosen_record(config, flavor), _latest(Path(path))
+    chosen, path = chosen_record(config, flavor), checkpoint_folder(path)
     if not (path / ".metadata").is_file() and ((path / "config.json").is_file() or (path / INDEX).is_file()):
         # Without a config.json it is one that TorchTitan saved and nobody completed.
         opened = open_hf(path, chosen or (None if (path / "config.json").is_file() else find_record(path)))
@@ -132,4 +114,4 @@ def open_checkpoint(path, config=None, flavor=None, tokenizer=None):
             "with --config or --flavor"
         )
     check_fits(source, record.model_args)
-    return Checkpoint(source, record, Path(tokenizer) if tokenizer else _tokenizer(record), _step(path))
+    return Checkpoint(source, record, Path(tokenizer) if tokenizer else _tokenizer(record), step_of(path))

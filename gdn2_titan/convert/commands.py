@@ -16,6 +16,7 @@ from .layout import Part, Renamed, check_fits, tensors_of
 from .names import to_hf_name
 from .nvlabs import from_nvlabs_layout
 from .record import Record, write_record
+from .run_folders import checkpoint_folder
 from .safetensors_files import SafetensorsFolder, write_safetensors
 from .torch_file import TorchFile, save_to
 
@@ -90,6 +91,9 @@ def to_hf(
 def from_hf(folder, out):
     """Hugging Face folder -> checkpoint that TorchTitan's ``checkpoint.initial_load_path`` reads, bit for bit."""
     check_free(out)
+    folder = checkpoint_folder(folder)
+    if (folder / ".metadata").is_file():
+        raise ConvertError(f"{folder} is a TorchTitan checkpoint; checkpoint.initial_load_path reads it as it is")
     checkpoint = open_hf(folder)
     with new_path(out) as part, _Bar(checkpoint.source, f"writing {out}") as source:
         write_dcp(part, source.tensors, map(source.read, source.tensors))

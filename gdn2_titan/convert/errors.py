@@ -1,9 +1,11 @@
-"""The error that a conversion ends with."""
+"""What a command says: the error that it ends with, and nothing of what libraries remark on the way."""
 
 import contextlib
+import logging
 import sys
+import warnings
 
-__all__ = ["ConvertError", "exit_status", "reading"]
+__all__ = ["ConvertError", "exit_status", "quiet", "reading"]
 
 
 class ConvertError(ValueError):
@@ -24,10 +26,28 @@ def reading(path):
         raise ConvertError(f"{path} cannot be read, it is damaged or of another kind: {reason}") from error
 
 
+@contextlib.contextmanager
+def quiet():
+    """Without the warnings and log lines of libraries, which are about their insides; errors are still seen.
+
+    ``python -W`` and PYTHONWARNINGS keep the warnings.
+    """
+    disabled = logging.root.manager.disable
+    logging.disable(max(disabled, logging.WARNING))
+    try:
+        with warnings.catch_warnings():
+            if not sys.warnoptions:
+                warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
 def exit_status(command, options):
     """Runs ``command(options)``. Returns 0, or 1 after the sentence of its ConvertError on stderr."""
     try:
-        command(options)
+        with quiet():
+            command(options)
     except ConvertError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1

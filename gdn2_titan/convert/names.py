@@ -1,6 +1,10 @@
-"""Tensor names of the decoder here and in its Hugging Face folder. Nothing but the name differs."""
+"""Names in a Hugging Face folder: of its files of tensors, and of the decoder's tensors, where nothing but the name
+differs."""
 
-__all__ = ["from_hf_name", "to_hf_name"]
+__all__ = ["INDEX", "QKV_ORDERS", "SINGLE", "from_hf_name", "to_hf_name"]
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+QKV_ORDERS = ("grouped", "concatenated")  # of the rows of the authors' attn.attn
 
 _EMBEDDINGS, _HF_EMBEDDINGS = "tok_embeddings.", "model.embed_tokens."
 _HEAD, _HF_PREFIX = "lm_head.", "model."

@@ -9,10 +9,9 @@ that is none of these, or is missing, ends the conversion with its name.
 from .errors import ConvertError
 from .fla import from_fla_layout
 from .layout import Part, tensors_of
+from .names import QKV_ORDERS
 
-__all__ = ["QKV_ORDERS", "from_nvlabs_layout"]
-
-QKV_ORDERS = ("grouped", "concatenated")
+__all__ = ["from_nvlabs_layout"]
 
 _OUTSIDE = {
     "tok_embeddings.weight": "transformer.wte.weight", "norm.weight": "transformer.ln_f.weight",

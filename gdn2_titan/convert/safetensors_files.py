@@ -8,10 +8,10 @@ import torch
 from safetensors import safe_open
 
 from .errors import ConvertError, reading
+from .names import INDEX, SINGLE
 
-__all__ = ["INDEX", "DTYPES", "SafetensorsFolder", "write_safetensors"]
+__all__ = ["DTYPES", "SafetensorsFolder", "write_safetensors"]
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from gdn2_titan.convert.aside import check_free, new_path
 from gdn2_titan.convert.errors import ConvertError
-from gdn2_titan.model_options import DTYPES, add_model_options, document_ids, encode, number, open_model
+from gdn2_titan.convert.run_folders import checkpoint_folder
+from gdn2_titan.model_options import add_model_options, document_ids, dtype_of, encode, number, open_model
 
 __all__ = ["add_parser", "run"]
 
@@ -62,6 +63,7 @@ def run(options):
     Raises:
         ConvertError: one sentence about what is wrong with the options, the text or the checkpoint.
     """
+    checkpoint_folder(options.model)  # a path that is not there is answered before torch is imported
     try:
         from tqdm import tqdm
 
@@ -82,7 +84,7 @@ def run(options):
     if not encoding["input_ids"]:
         raise ConvertError(f"--text is {options.text}, which the tokenizer makes no token of; it must give one")
     ids = document_ids(tokenizer, encoding["input_ids"][: options.tokens], args.vocab_size)
-    model = load_checkpoint(checkpoint, DTYPES.get(options.dtype), options.device)
+    model = load_checkpoint(checkpoint, dtype_of(options), options.device)
     with tqdm(desc="reading the text", total=count, unit="layer", disable=None, leave=False) as bar:
         traces = trace_gates(model, ids.to(options.device), layer, options.head, bar.update)
     tokens = tokens_of(tokenizer, text, encoding, ids[0].tolist())

@@ -1,17 +1,19 @@
 """TorchTitan's data loaders over packed text and recall tasks."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
 from datasets import IterableDataset
 from torchtitan.components.dataloader import ParallelAwareDataloader
-from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
+from torchtitan.components.tokenizer import BaseTokenizer
 
 from gdn2_titan.titan.corpus import load_source
-from gdn2_titan.titan.errors import ConfigError
+from gdn2_titan.titan.errors import ConfigError, refusing
 from gdn2_titan.titan.packing import PackedText
 from gdn2_titan.titan.sections import section
 from gdn2_titan.titan.tasks import Condition, TaskDataset, training_condition
+from gdn2_titan.titan.tokens import of_plain_text
 
 
 class ReshardingDataloader(ParallelAwareDataloader):
@@ -21,6 +23,9 @@ class ReshardingDataloader(ParallelAwareDataloader):
     :class:`PackedText` and :class:`TaskDataset`): it is saved once, and any number of ranks continues from it.
     Otherwise TorchTitan's rule stands: the same number of ranks.
     """
+
+    ends_process = False
+    """Whether a ConfigError while reading ends the process: see :func:`for_trainer`."""
 
     def __init__(self, dataset: PackedText | TaskDataset, dp_rank: int, dp_world_size: int, **kwargs: Any) -> None:
         super().__init__(dataset, dp_rank, dp_world_size, **kwargs)
@@ -32,6 +37,33 @@ class ReshardingDataloader(ParallelAwareDataloader):
         if state_dict and self._one_state:
             state_dict = {**state_dict, "world_size": self.dp_world_size}
         super().load_state_dict(state_dict)
+
+    def __iter__(self) -> Iterator[Any]:
+        # Not a generator itself: TorchTitan may ask for the state before the first batch.
+        return self._batches(super().__iter__())
+
+    def _batches(self, batches: Iterator[Any]) -> Iterator[Any]:
+        try:
+            yield from batches
+        except ConfigError as error:
+            # One that a loader worker sends has the worker's traceback around its sentence.
+            sentence = ConfigError(str(error).rpartition("ConfigError: ")[2].strip())
+            if self.ends_process:
+                raise SystemExit(f"Config error: {sentence}") from error
+            raise sentence from error
+
+
+def for_trainer(build: Callable[..., ReshardingDataloader]) -> Callable[..., ReshardingDataloader]:
+    """A builder of loaders whose ConfigError, also that of a document met in the middle of a run, ends the process with
+    its sentence instead of a traceback."""
+
+    @refusing
+    def built(*args: Any, **kwargs: Any) -> ReshardingDataloader:
+        loader = build(*args, **kwargs)
+        loader.ends_process = True
+        return loader
+
+    return built
 
 
 def build_dataloader(
@@ -88,7 +120,7 @@ def _build_task(
 ) -> ReshardingDataloader:
     settings = getattr(job_config, part)
     held_out = part == "validation"
-    condition.task.prepare(_of_plain_text(tokenizer), held_out)
+    condition.task.prepare(of_plain_text(tokenizer), held_out)
     condition.check_length()
     sequences = TaskDataset(
         condition.task,
@@ -125,7 +157,7 @@ def _build(
         )
     packed = PackedText(
         source,
-        _of_plain_text(tokenizer),
+        of_plain_text(tokenizer),
         settings.seq_len,
         batch_size=settings.local_batch_size,
         dp_rank=dp_rank,
@@ -138,10 +170,3 @@ def _build(
     # An incomplete batch would change the shapes that compiled and pipelined models were built for.
     loader_settings = asdict(settings.dataloader) | {"batch_size": settings.local_batch_size, "drop_last": True}
     return ReshardingDataloader(packed, dp_rank=dp_rank, dp_world_size=dp_world_size, **loader_settings)
-
-
-def _of_plain_text(tokenizer: BaseTokenizer) -> BaseTokenizer:
-    """What a document says is text: one that contains "<|eos|>" must not end there."""
-    if isinstance(tokenizer, HuggingFaceTokenizer):
-        tokenizer.tokenizer.encode_special_tokens = True
-    return tokenizer

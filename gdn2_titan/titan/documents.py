@@ -12,6 +12,7 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 
 from gdn2_titan.titan.errors import ConfigError
+from gdn2_titan.titan.local_files import check_unicode, reason
 
 Mark = dict[str, Any]
 
@@ -80,7 +81,7 @@ class StreamDocuments:
             # shared between the workers of a loader, whose passes end at different times.
             self._data.load_state_dict(copy.deepcopy(state))
             empty = state is None
-            for sample in self._data:
+            for sample in _samples(self._data):
                 text = _text(sample, self._column)
                 if text:
                     empty = False
@@ -90,6 +91,14 @@ class StreamDocuments:
             if not infinite or empty:
                 return
             state = None
+
+
+def _samples(data: IterableDataset) -> Iterator[Mapping[str, Any]]:
+    """What the stream gives, until it ends or breaks off: a lost connection, a damaged file."""
+    try:
+        yield from data
+    except Exception as error:  # of many libraries
+        raise ConfigError(f"the stream of documents broke off: {type(error).__name__}, {reason(error)}.") from error
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -108,4 +117,6 @@ def _text(sample: Mapping[str, Any], column: str) -> str | None:
     text = sample[column]
     if text is not None and not isinstance(text, str):
         raise ConfigError(f"data.text_column = {column!r} holds {type(text).__name__}; allowed: a column of strings.")
+    if text is not None and not text.isascii():
+        check_unicode(text, f"a document's {column!r}")
     return text

@@ -14,6 +14,7 @@ from torchtitan.components.tokenizer import BaseTokenizer
 
 from gdn2_titan.titan.documents import MapDocuments, StreamDocuments
 from gdn2_titan.titan.errors import ConfigError
+from gdn2_titan.titan.tokens import DocumentTokens
 
 Example = tuple[dict[str, torch.Tensor], torch.Tensor]
 
@@ -43,7 +44,8 @@ class PackedText(torch.utils.data.IterableDataset, Stateful):
 
     Args:
         data: map-style or streaming dataset; a streaming one must not be split by rank yet.
-        tokenizer: called as ``encode(text, add_bos=True, add_eos=True)``.
+        tokenizer: of Hugging Face's files, see ``tokens.DocumentTokens``; any other is called as
+            ``encode(text, add_bos=True, add_eos=True)``.
         seq_len: tokens per window.
         batch_size: windows per batch of the loader that reads this.
         dp_rank, dp_world_size: data-parallel rank and number of ranks.
@@ -72,7 +74,7 @@ class PackedText(torch.utils.data.IterableDataset, Stateful):
         text_column: str = "text",
         shuffle_seed: int = 0,
     ) -> None:
-        self._tokenizer = tokenizer
+        self._encode = DocumentTokens(tokenizer)
         self._seq_len = seq_len
         self._batch_size = batch_size
         self._infinite = infinite
@@ -125,7 +127,7 @@ class PackedText(torch.utils.data.IterableDataset, Stateful):
         begins: deque[tuple[int, dict[str, Any]]] = deque()  # first position and mark of the documents in `tokens`
 
         for mark, text in self._documents.read(self._state["mark"], self._infinite):
-            encoded = self._tokenizer.encode(text, add_bos=True, add_eos=True)
+            encoded = self._encode(text)
             begins.append((base + len(tokens) - skip, mark))
             # Dropping what is done once per document and not once per window keeps long documents linear.
             del tokens[: done - base]

@@ -3,6 +3,7 @@
 TorchTitan itself does not check the types of TOML values, and reports unknown fields without the allowed ones.
 """
 
+import codecs
 import difflib
 import tomllib
 from dataclasses import fields, is_dataclass
@@ -53,13 +54,20 @@ def _check_table(table, cls, prefix):
 
 def read_toml(path):
     """The file's content; ConfigError unless it is there and is TOML."""
+    field = f"job.config_file is {path!r}"
     try:
         with open(path, "rb") as file:
-            return tomllib.load(file)
+            content = file.read()
+        if content.startswith(codecs.BOM_UTF8):
+            raise ConfigError(f"{field}, which begins with a byte order mark; it must be UTF-8 without one")
+        return tomllib.loads(content.decode("utf-8"))
     except OSError as error:
-        raise ConfigError(f"job.config_file is {path!r}; it must be a readable TOML file ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"job.config_file is {path!r}; it must be valid TOML ({error})") from error
+        raise ConfigError(f"{field}; it must be a readable TOML file ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        line, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
+        raise ConfigError(f"{field}; it must be UTF-8, which it is not at line {line} (byte 0x{byte:02x})") from error
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigError(f"{field}; it must be valid TOML ({error})") from error
 
 
 def check_table(table, cls):

@@ -22,6 +22,7 @@ from .processes import number_of_processes
 from .sections import GDN2, compiles, section
 from .setting_ranges import check_ranges
 from .tasks import check_task
+from .tokens import check_tokenizer
 
 __all__ = ["check_vocabulary", "validate_config"]
 
@@ -145,12 +146,14 @@ def _check_rest(job_config):
             f"{field} is {path!r}; it must be a folder that holds a Hugging Face tokenizer "
             "(tokenizer.json), or be left out for the byte-level tokenizer of this package"
         )
-    seed = section(job_config, "data").shuffle_seed
-    if seed < 0:
-        raise ConfigError(f"data.shuffle_seed is {seed}; it must be 0 or more")
-    check_source("training", job_config.training.dataset, job_config.training.dataset_path)
-    if job_config.validation.enable:
-        check_source("validation", job_config.validation.dataset, job_config.validation.dataset_path)
+    check_tokenizer(path)
+    data = section(job_config, "data")
+    if data.shuffle_seed < 0:
+        raise ConfigError(f"data.shuffle_seed is {data.shuffle_seed}; it must be 0 or more")
+    for name in ("training", "validation"):
+        part = getattr(job_config, name)
+        if name == "training" or part.enable:
+            check_source(name, part.dataset, part.dataset_path, data.text_column)
     if job_config.model.name == "gdn2":
         check_task(job_config, model_args(job_config).vocab_size)
 

@@ -3,7 +3,7 @@
 from torchtitan.tools.logging import logger
 
 from .accuracy import Accuracy
-from .dataloader import build_task_dataloader, build_validation_dataloader
+from .dataloader import build_task_dataloader, build_validation_dataloader, for_trainer
 from .tasks import conditions
 
 __all__ = ["TaskValidation"]
@@ -41,7 +41,7 @@ class TaskValidation:
         if self._conditions:
             self._validate_task(model_parts, step)
             return
-        self.validation_dataloader = build_validation_dataloader(
+        self.validation_dataloader = for_trainer(build_validation_dataloader)(
             *self._of_validation, infinite=self._of_validation[-1].validation.steps != -1
         )
         super().validate(model_parts, step)

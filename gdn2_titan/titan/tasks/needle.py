@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from gdn2_titan.titan.stdlib import stdlib_documents
+from gdn2_titan.titan.tokens import text_tokens
 
 from .task import Task, blank
 
@@ -117,7 +118,7 @@ class Needle(Task):
         return tokens, labels
 
     def _encode(self, text):
-        return self._tokenizer.encode(text, add_bos=False, add_eos=False)
+        return text_tokens(self._tokenizer, text)
 
     def _code(self, draw):
         if self.variant == "s3":

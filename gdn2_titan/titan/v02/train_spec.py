@@ -3,7 +3,7 @@
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.protocols import train_spec as titan_specs
 
-from ..dataloader import build_dataloader
+from ..dataloader import build_dataloader, for_trainer
 from ..errors import refusing
 from ..state_dict_adapter import GDN2StateDictAdapter
 from ..validate_config import check_vocabulary, validate_config
@@ -42,7 +42,7 @@ def get_train_spec():
         pipelining_fn=pipeline,
         build_optimizers_fn=build_optimizers,
         build_lr_schedulers_fn=build_lr_schedulers,
-        build_dataloader_fn=refusing(build_dataloader),
+        build_dataloader_fn=for_trainer(build_dataloader),
         build_tokenizer_fn=_build_tokenizer,
         build_loss_fn=build_loss,
         build_validator_fn=refusing(build_validator),

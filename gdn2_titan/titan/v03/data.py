@@ -7,7 +7,7 @@ import tyro
 from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.distributed.context_parallel.api import cp_shard
 
-from ..dataloader import build_dataloader
+from ..dataloader import build_dataloader, for_trainer
 from ..errors import refusing
 from ..validate_config import check_vocabulary
 
@@ -26,7 +26,7 @@ class TrainingData(ParallelAwareDataloader.Config):
     def build(self, *, dp_world_size, dp_rank, tokenizer, **_):
         job_config = self._job_config
         check_vocabulary(job_config, tokenizer)
-        return build_dataloader(dp_world_size, dp_rank, tokenizer, in_microbatches(job_config, "training"))
+        return for_trainer(build_dataloader)(dp_world_size, dp_rank, tokenizer, in_microbatches(job_config, "training"))
 
 
 @dataclass(kw_only=True, slots=True)

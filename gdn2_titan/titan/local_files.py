@@ -1,0 +1,264 @@
+"""Local files of text: which ones a path names, what is wrong with them, and the documents in them."""
+
+import contextlib
+import glob
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gdn2_titan.titan.errors import ConfigError
+
+__all__ = ["ALLOWED_FILES", "check_begins", "check_unicode", "documents_of", "find_files", "reason", "stamps_of"]
+
+_FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+ALLOWED_FILES = "a .txt, .jsonl, .json or .parquet file, a folder with files of one of these kinds, or a glob of them"
+# A check that reads into files stays quick where there are very many: the others are read when training starts.
+_MOST_BEGUN = 100
+
+
+def find_files(section: str, dataset_path: str | None) -> tuple[str, list[str]]:
+    """The kind ("text", "json" or "parquet") and the sorted files that ``<section>.dataset_path`` stands for.
+
+    A folder stands for all usable files in it and in its subfolders, apart from hidden ones.
+
+    Raises:
+        ConfigError: naming the field, its value and what is allowed, or a file that is not there or cannot be read.
+    """
+    field = f"{section}.dataset_path = {dataset_path!r}"
+    if not dataset_path:
+        raise ConfigError(f'{field} must be set when {section}.dataset = "files"; allowed: {ALLOWED_FILES}.')
+    try:
+        return _find(field, Path(dataset_path).expanduser())
+    except OSError as error:
+        raise ConfigError(f"{field} cannot be read ({reason(error)}); allowed: {ALLOWED_FILES}.") from error
+
+
+def _find(field: str, path: Path) -> tuple[str, list[str]]:
+    if path.is_dir():
+        # Other kinds of file, such as a README.md, do not make a folder of documents ambiguous.
+        files = _files_below(field, path)
+    elif path.is_file() or path.is_symlink():
+        files = [path]
+    else:
+        files = [file for file in map(Path, glob.glob(str(path), recursive=True)) if not file.is_dir()]
+    # Not resolved: a link may point to a file whose name has no extension.
+    files = sorted(file.absolute() for file in files)
+    if not files:
+        raise ConfigError(f"{field} matches no file; allowed: {ALLOWED_FILES}.")
+    formats = {_format(file) for file in files}
+    if None in formats or len(formats) > 1:
+        found = ", ".join(sorted({file.suffix or f"{file.name} (no extension)" for file in files}))
+        raise ConfigError(f"{field} names files of these kinds: {found}; allowed: {ALLOWED_FILES}.")
+    for file in files:
+        if not file.exists():
+            raise ConfigError(f"{field} names {file}, a link to a file that is not there.")
+        if not file.is_file():
+            raise ConfigError(f"{field} names {file}, which is not a file; allowed: {ALLOWED_FILES}.")
+        if not os.access(file, os.R_OK):
+            raise ConfigError(f"{field} names {file}, which this user may not read.")
+    if not any(file.stat().st_size for file in files):
+        empty = "an empty file" if len(files) == 1 else "only empty files"
+        raise ConfigError(f"{field} names {empty}; it must name text to read.")
+    return formats.pop(), [str(file) for file in files]
+
+
+def _format(file: Path) -> str | None:
+    return _FORMATS.get(file.suffix.lower())
+
+
+def _files_below(field: str, folder: Path) -> list[Path]:
+    directly, deeper, seen = [], [], set()
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
+        # A folder that links lead to again and again is read once.
+        real = os.path.realpath(place)
+        folders[:] = sorted(name for name in folders if not name.startswith(".")) if real not in seen else []
+        files = [Path(place, name) for name in names if not name.startswith(".") and _format(Path(name))]
+        if real not in seen:
+            (directly if Path(place) == folder else deeper).extend(files)
+        seen.add(real)
+    if directly and (same := {file.suffix.lower() for file in directly} & {file.suffix.lower() for file in deeper}):
+        suffix = min(same)
+        raise ConfigError(
+            f"{field} has {suffix} files and subfolders with {suffix} files; name those meant, by "
+            f"{str(folder / ('*' + suffix))!r} or, with all subfolders, {str(folder / '**' / ('*' + suffix))!r}."
+        )
+    return directly or deeper
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
+
+
+def reason(error: Exception) -> str:
+    """What an exception says, as part of a sentence."""
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(said.split())[:200].rstrip(".") or type(error).__name__
+
+
+def stamps_of(files: list[str]) -> tuple[tuple[int, int], ...]:
+    """Size and time of change of each file: what tells a file from its earlier self.
+
+    Raises:
+        ConfigError: a file is not there any more.
+    """
+    stamps = []
+    for file in files:
+        with _reading(file):
+            stat = os.stat(file)
+        stamps.append((stat.st_size, stat.st_mtime_ns))
+    return tuple(stamps)
+
+
+def check_begins(kind: str, files: list[str], column: str) -> None:
+    """Read the beginnings of files: raise ConfigError for what :func:`documents_of` would find there."""
+    for file in files[:_MOST_BEGUN]:
+        if kind == "text":
+            with _reading(file), open(file, encoding="utf-8-sig") as stream:
+                stream.read(1 << 16)
+        elif kind == "json":
+            next(_rows(file), None)
+        else:
+            _open_parquet(file, column)
+    if kind == "json":
+        next(_json_documents(files[:1], column), None)
+
+
+def documents_of(kind: str, files: tuple[str, ...], column: str) -> Iterator[str | None]:
+    """The documents of files in their order: a text file is one, as is each line of JSON lines, each row of Parquet.
+
+    Args:
+        kind: "text", "json" or "parquet".
+        column: with the text, of JSON and Parquet. A document that does not have it, or null there, is None.
+
+    Raises:
+        ConfigError: naming the file, and the line of JSON lines, that cannot be read or holds no text.
+    """
+    read = {"text": _text_documents, "json": _json_documents, "parquet": _parquet_documents}[kind]
+    return read(files, column)
+
+
+@contextlib.contextmanager
+def _reading(place: str) -> Iterator[None]:
+    """Turns what a damaged or absent file makes its reader raise into a ConfigError that names it."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ConfigError(f"{place} is not UTF-8 (byte 0x{byte:02x}); it must be text in UTF-8.") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{place} is not JSON: {error.msg} at character {error.pos + 1}.") from error
+    except (OSError, pa.ArrowException, RecursionError) as error:
+        raise ConfigError(f"{place} cannot be read: {reason(error)}.") from error
+
+
+def _text_documents(files: tuple[str, ...], _: str) -> Iterator[str]:
+    for file in files:
+        # The mark that some editors begin a file with is not part of its text.
+        with _reading(file), open(file, encoding="utf-8-sig") as stream:
+            text = stream.read()
+        yield text
+
+
+def _rows(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, row) of JSON lines, or of a file with one list of objects, or one object."""
+    with _reading(file), open(file, "rb") as stream:
+        number, first = 0, True
+        for number, line in enumerate(stream, 1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if not line.strip():
+                continue
+            try:
+                with _reading(f"{file}, line {number},"):
+                    row = json.loads(line.decode("utf-8"))
+            except ConfigError:
+                # A list, or an object written over several lines.
+                if not first or line.strip()[:1] not in (b"[", b"{"):
+                    raise
+                try:
+                    whole = json.loads((line + stream.read()).decode("utf-8"))
+                except ValueError:
+                    whole = None
+                if not isinstance(whole, (list, dict)):
+                    raise
+                row = whole
+            if first and isinstance(row, list):
+                for index, entry in enumerate(row):
+                    yield (place := f"{file}, entry {index + 1}"), _object(place, entry)
+            else:
+                yield (place := f"{file}, line {number}"), _object(place, row)
+            first = False
+
+
+def _object(place: str, row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ConfigError(f'{place}, holds {_kind(row)}; it must be an object such as {{"text": "..."}}.')
+    return row
+
+
+def _kind(value: Any) -> str:
+    try:
+        return str(pa.scalar(value).type)
+    except (pa.ArrowException, ValueError, TypeError, OverflowError):
+        return type(value).__name__
+
+
+def _json_documents(files: tuple[str, ...], column: str) -> Iterator[str | None]:
+    names: dict[str, None] = {}
+    there = False
+    for file in files:
+        for place, row in _rows(file):
+            text = row.get(column)
+            if text is not None and not isinstance(text, str):
+                raise _no_text(column, _kind(text), place)
+            there = there or column in row
+            if not there:
+                names.update(dict.fromkeys(row))
+            if text is not None and not text.isascii():
+                check_unicode(text, place)
+            yield text
+    if not there and names:
+        raise ConfigError(f"data.text_column = {column!r} is not a column of {files[0]}; allowed: {', '.join(names)}.")
+
+
+def check_unicode(text: str, place: str) -> None:
+    """Raise ConfigError for a half of a character, which JSON can say (``"\\ud800"``) and UTF-8 cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{place}, has the lone surrogate \\u{ord(text[error.start]):04x}, half of a character; it must be "
+            "text in Unicode."
+        ) from error
+
+
+def _no_text(column: str, kind: str, place: str) -> ConfigError:
+    return ConfigError(f"data.text_column = {column!r} holds {kind} in {place}; allowed: a column of strings.")
+
+
+def _open_parquet(file: str, column: str) -> pq.ParquetFile:
+    with _reading(file):
+        parquet = pq.ParquetFile(file)
+    schema = parquet.schema_arrow
+    if column not in schema.names:
+        raise ConfigError(
+            f"data.text_column = {column!r} is not a column of {file}; allowed: {', '.join(schema.names)}."
+        )
+    kind = schema.field(column).type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+        nested = pa.types.is_nested(kind)
+        raise _no_text(column, "nested values" if nested else str(kind), file)
+    return parquet
+
+
+def _parquet_documents(files: tuple[str, ...], column: str) -> Iterator[str | None]:
+    for file in files:
+        with _open_parquet(file, column) as parquet, _reading(file):
+            for batch in parquet.iter_batches(1024, columns=[column]):
+                yield from batch.column(0).to_pylist()

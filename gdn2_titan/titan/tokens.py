@@ -1,0 +1,65 @@
+"""Documents as tokens, the same under every TorchTitan: bos and eos around the tokens of plain text."""
+
+from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
+
+from gdn2_titan.convert.special_tokens import around, special_token
+from gdn2_titan.titan.errors import ConfigError
+from gdn2_titan.titan.local_files import reason
+
+__all__ = ["DocumentTokens", "check_tokenizer", "of_plain_text", "text_tokens"]
+
+
+def check_tokenizer(path: str) -> None:
+    """Raise ConfigError unless the files of ``model.hf_assets_path`` make a tokenizer."""
+    try:
+        HuggingFaceTokenizer(tokenizer_path=path)
+    except Exception as error:  # damaged files are arbitrary bytes, and their readers raise nearly anything
+        raise ConfigError(
+            f"model.hf_assets_path is {path!r}, whose files make no tokenizer ({reason(error)}); it must be a folder "
+            "that holds a Hugging Face tokenizer (tokenizer.json)"
+        ) from error
+
+
+def of_plain_text(tokenizer: BaseTokenizer) -> BaseTokenizer:
+    """What a document says is text: one that contains "<|eos|>" must not end there. It is read whole."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        tokenizer.tokenizer.encode_special_tokens = True
+        tokenizer.tokenizer.no_truncation()
+        tokenizer.tokenizer.no_padding()
+    return tokenizer
+
+
+def text_tokens(tokenizer: BaseTokenizer, text: str) -> list[int]:
+    """The ids of a text, with nothing around them."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return tokenizer.tokenizer.encode(text, add_special_tokens=False).ids
+    return tokenizer.encode(text, add_bos=False, add_eos=False)
+
+
+class DocumentTokens:
+    """``DocumentTokens(tokenizer)(text)`` is the list of ids of a document: bos, the text, eos.
+
+    bos and eos are those of tokenizer_config.json, which may be one symbol; one that is not there is left out.
+    ``add_bos_token`` and ``add_eos_token`` there are about other uses. A tokenizer whose own post-processor puts
+    symbols around a text keeps them, and what of bos before and eos after it they lack is added.
+    """
+
+    def __init__(self, tokenizer: BaseTokenizer) -> None:
+        self._tokenizer = of_plain_text(tokenizer)
+        self._around: tuple[list[int], list[int]] | None = None
+        if isinstance(tokenizer, HuggingFaceTokenizer):
+            self._around = around(tokenizer.tokenizer, tokenizer.bos_id, _eos(tokenizer))
+
+    def __call__(self, text: str) -> list[int]:
+        if self._around is None:
+            return self._tokenizer.encode(text, add_bos=True, add_eos=True)
+        before, after = self._around
+        return [*before, *text_tokens(self._tokenizer, text), *after]
+
+
+def _eos(tokenizer: HuggingFaceTokenizer) -> int | None:
+    """TorchTitan 0.2.2 leaves eos_id None where eos is the same symbol as bos."""
+    config = getattr(tokenizer, "config", None)
+    if tokenizer.eos_id is None and isinstance(config, dict) and tokenizer.bos_token is not None:
+        return tokenizer.bos_id if special_token(config, "eos_token") == tokenizer.bos_token else None
+    return tokenizer.eos_id
