@@ -12,6 +12,7 @@ from gdn2_titan.models import flavors
 from .. import pipeline
 from ..byte_tokenizer import BYTE_TOKENIZER_DIR
 from ..errors import ConfigError, refusing
+from ..old_names import reading_old_names
 from ..sections import GDN2, Data, Float8Linear, MXLinear, Task
 from ..validate_config import validate_config
 from .activation_checkpoint import Policy
@@ -53,6 +54,8 @@ class Checkpoints(CheckpointManager):
     class Config(CheckpointManager.Config):
         last_save_model_only: bool = False
         """Stock TorchTitan says true; with false a finished run can be continued for more steps"""
+
+    dcp_load = reading_old_names(CheckpointManager.dcp_load)
 
 
 class GDN2Trainer(Trainer):
