@@ -2,11 +2,10 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 from torch import nn
-
-peft = pytest.importorskip("peft")
 
 from tests.hf_cases import HYBRID, RECURRENT, pair, tokens
 

@@ -179,7 +179,8 @@ class GatedDeltaNet2(nn.Module):
             q, k, v = self._convolved_over_shards(q, k, v, resets)
         # Heads are counted from the tensors: under tensor parallelism a rank holds some of them.
         q, k, v = (t.unflatten(-1, (-1, size)) for t, size in ((q, K), (k, K), (v, V)))
-        g = self.decay_proj(x if self.decay_low_proj is None else self.decay_low_proj(x)).unflatten(-1, (q.shape[2], -1))
+        low = x if self.decay_low_proj is None else self.decay_low_proj(x)
+        g = self.decay_proj(low).unflatten(-1, (q.shape[2], -1))
         A_log, dt_bias = _of_this_rank(self.decay.A_log), _of_this_rank(self.decay.dt_bias)
         erase = self.erase_proj(x).unflatten(-1, (q.shape[2], -1))
         if self.tied_gates:
