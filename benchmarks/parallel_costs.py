@@ -20,9 +20,9 @@ __all__ = ["CHECKPOINTING", "Costs", "Layout", "part"]
 CHECKPOINTING = ("none", "selective", "full")
 
 # What tensor parallelism cuts, by name: these stay whole, these are cut by input channels, all others by rows.
-WHOLE = ("norm", "decay_proj.0.", "gate_proj.0.")
+WHOLE = ("norm", "decay_low_proj.", "gate_low_proj.")
 BY_INPUTS = ("o_proj.", "down_proj.")
-BIASED = "mixer.gate_proj.1"
+BIASED = "mixer.gate_proj"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,15 +170,15 @@ class Costs:
         """{name: outputs} of a block's linear layers on a rank, in the order of the forward pass."""
         return {
             name.split(".", 2)[2].removesuffix(".weight"): _cut(name, shape, tp)[0]
-            for order in ("q_proj", "k_proj", "v_proj", "decay_proj", "erase_proj", "write_proj", "mixer.gate_proj",
-                          "mixer.o_proj", "mlp.gate_proj", "up_proj", "down_proj")
+            for order in ("q_proj", "k_proj", "v_proj", "decay_low_proj", "decay_proj", "erase_proj", "write_proj",
+                          "gate_low_proj", "mixer.gate_proj", "mixer.o_proj", "mlp.gate_proj", "up_proj", "down_proj")
             for name, shape in self.shapes[unit].items()
             if order in name and name.endswith("weight")
         }  # fmt: skip
 
     @staticmethod
     def kept(products):
-        """What selective checkpointing keeps of them: TorchTitan's every second matrix product, and gate_proj.1, whose
+        """What selective checkpointing keeps of them: TorchTitan's every second matrix product, and gate_proj, whose
         bias makes it another operator."""
         return [name for name in products if name != BIASED][::2] + [BIASED] * (BIASED in products)
 

@@ -82,8 +82,8 @@ def test_an_fla_checkpoint_comes_in_and_out_bit_for_bit(tmp_path, capsys):
     found = ours(tmp_path / "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["output_gate"] == "sigmoid" and config["layer_pattern"] == ["gdn2", "swa"] and config["window"] == 8
-    expected = {"erase_proj": "b_proj", "write_proj": "w_proj", "decay_proj.0": "f_proj.0", "decay_proj.1": "f_proj.1"}
-    expected |= {"gate_proj.0": "g_proj.0", "gate_proj.1": "g_proj.1", "q_proj": "q_proj", "o_norm": "o_norm"}
+    expected = {"erase_proj": "b_proj", "write_proj": "w_proj", "decay_low_proj": "f_proj.0", "decay_proj": "f_proj.1"}
+    expected |= {"gate_low_proj": "g_proj.0", "gate_proj": "g_proj.1", "q_proj": "q_proj", "o_norm": "o_norm"}
     for here, there in expected.items():
         assert torch.equal(found[f"layers.0.mixer.{here}.weight"], theirs[f"model.layers.0.attn.{there}.weight"])
     conv = theirs["model.layers.0.attn.v_conv1d.weight"]
@@ -155,8 +155,8 @@ def nvlabs_checkpoint(args, here, order, down="w3"):
         "lm_head.weight": here["lm_head.weight"],
     }
     mixer = {
-        "erase_proj.": "b_proj.", "write_proj.": "w_proj.", "decay_proj.": "f_proj.", "gate_proj.": "g_proj.",
-        "decay.": "",
+        "erase_proj.": "b_proj.", "write_proj.": "w_proj.", "decay_low_proj.": "f_proj.0.", "decay_proj.": "f_proj.1.",
+        "gate_low_proj.": "g_proj.0.", "gate_proj.": "g_proj.1.", "decay.": "",
     }  # fmt: skip
     size = args.hidden_size // args.attn_heads
     for layer in range(args.n_layers):

@@ -56,7 +56,7 @@ def layer(seed=0, dtype=torch.float64, **options):
     for p in built.parameters():
         if p.ndim == 2 and p is not built.decay.dt_bias:
             torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5)
-    torch.nn.init.normal_(built.gate_proj[1].bias)
+    torch.nn.init.normal_(built.gate_proj.bias)
     torch.nn.init.uniform_(built.o_norm.weight, 0.5, 1.5)
     return built.to(dtype)
 
@@ -202,7 +202,7 @@ def by_hand(built, x, resets=None, options=None):
     if options.get("decay") == "scalar":
         raw = (x @ built.decay_proj.weight.T).reshape(B, T, H, 1)
     else:
-        raw = (x @ built.decay_proj[0].weight.T @ built.decay_proj[1].weight.T).reshape(B, T, H, K)
+        raw = (x @ built.decay_low_proj.weight.T @ built.decay_proj.weight.T).reshape(B, T, H, K)
     # The layer computes with A_log and dt_bias in fp32 whatever its own dtype.
     A_log, dt_bias = built.decay.A_log.float().to(x.dtype), built.decay.dt_bias.float().to(x.dtype)
     g = -(A_log.exp()[:, None] * torch.log1p(torch.exp(raw + dt_bias))).expand(B, T, H, K)
@@ -216,7 +216,7 @@ def by_hand(built, x, resets=None, options=None):
 
     o, _ = naive_recurrent_gdn2(q, k, v, g, erase, write, scale=K**-0.5, resets=resets)
     o = o / torch.sqrt(o.square().mean(-1, keepdim=True) + 1e-5) * built.o_norm.weight
-    gate = x @ built.gate_proj[0].weight.T @ built.gate_proj[1].weight.T + built.gate_proj[1].bias
+    gate = x @ built.gate_low_proj.weight.T @ built.gate_proj.weight.T + built.gate_proj.bias
     gate = gate.reshape(B, T, HV, V)
     gate = torch.sigmoid(gate) * (1 if options.get("output_gate") == "sigmoid" else gate)
     return (o * gate).reshape(B, T, HV * V) @ built.o_proj.weight.T
@@ -301,7 +301,8 @@ def test_recorded_statistics_equal_those_computed_by_hand(structure):
         scale = 2 if options.get("allow_neg_eigval") else 1
         erase = scale * torch.sigmoid(x @ built.erase_proj.weight.T).double()
         write = erase / scale if options.get("tied_gates") else torch.sigmoid(x @ built.write_proj.weight.T).double()
-        raw = built.decay_proj(x).view(2, 70, 2, -1).double()
+        low = x if built.decay_low_proj is None else built.decay_low_proj(x)
+        raw = built.decay_proj(low).view(2, 70, 2, -1).double()
         rate = built.decay.A_log.double().exp()[:, None] * F.softplus(raw + built.decay.dt_bias.double())
         half_life = math.log(2) / rate.mean((0, 1))  # [H, K or 1]
     norms = torch.linalg.matrix_norm(state.memory.double())

@@ -73,7 +73,7 @@ def written_out(mixer, x, args):
     q, k, v = (convolved(x @ getattr(mixer, f"{n}_proj").weight.T, getattr(mixer, f"{n}_conv1d").weight) for n in "qkv")
     q, k, v = heads(q, H), heads(k, H), heads(v, HV)
     q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
-    low_rank = [mixer.decay_proj] if args.decay == "scalar" else mixer.decay_proj
+    low_rank = [mixer.decay_proj] if args.decay == "scalar" else [mixer.decay_low_proj, mixer.decay_proj]
     g = x
     for linear in low_rank:
         g = g @ linear.weight.T

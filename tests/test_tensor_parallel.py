@@ -85,7 +85,7 @@ def _equals_one_process(rank, world):
         assert_same_gradients(single, sharded)
         memory = {n: p.to_local().numel() for n, p in sharded.named_parameters() if "o_norm" not in n}
         for name, param in single.named_parameters():
-            shared = not any(part in name for part in ("norm", "decay_proj.0", "gate_proj.0"))
+            shared = not any(part in name for part in ("norm", "decay_low_proj", "gate_low_proj"))
             if shared and param.shape[0] % world == 0:
                 assert memory[name] == param.numel() // world, name
 

@@ -10,7 +10,7 @@ from gdn2_titan.models import flavors
 from .companions import MODEL_TYPE
 from .dcp import DistributedCheckpoint
 from .errors import ConvertError, reading
-from .layout import Part, Renamed, check_fits, tensors_of
+from .layout import CurrentNames, Part, Renamed, check_fits, tensors_of
 from .names import INDEX, to_hf_name
 from .record import Record, args_from_fields, find_record
 from .run_folders import checkpoint_folder, step_of
@@ -73,7 +73,7 @@ def open_hf(folder, config=None):
             )
         config = Record(args_from_fields(content, folder / "config.json"))
     layout = {name: Part(to_hf_name(name)) for name in tensors_of(config.model_args)}
-    source = Renamed(SafetensorsFolder(folder), layout)
+    source = Renamed(CurrentNames(SafetensorsFolder(folder)), layout)
     check_fits(source, config.model_args)
     return Checkpoint(source, config, folder, step_of(folder))
 
@@ -89,8 +89,8 @@ def _tokenizer(record):
 
 
 def open_checkpoint(path, config=None, flavor=None, tokenizer=None):
-    """A Checkpoint of a TorchTitan checkpoint (a step, or a run's folder or its folder of steps: the latest) or of a Hugging Face
-    folder of this model.
+    """A Checkpoint of a TorchTitan checkpoint (a step, or a run's folder or its folder of steps: the latest) or of a
+    Hugging Face folder of this model.
 
     Args:
         config: TOML file, and flavor: name, of the model for checkpoints that do not say it.
@@ -106,7 +106,7 @@ def open_checkpoint(path, config=None, flavor=None, tokenizer=None):
         # Without a config.json it is one that TorchTitan saved and nobody completed.
         opened = open_hf(path, chosen or (None if (path / "config.json").is_file() else find_record(path)))
         return Checkpoint(opened.source, opened.record, Path(tokenizer) if tokenizer else path, opened.step)
-    source = DistributedCheckpoint(path)
+    source = CurrentNames(DistributedCheckpoint(path))
     record = chosen or find_record(path)
     if record is None:
         raise ConvertError(

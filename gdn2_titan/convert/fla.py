@@ -18,7 +18,8 @@ __all__ = ["args_from_fla", "config_for_fla", "from_fla_layout", "to_fla_layout"
 _OUTSIDE = {"tok_embeddings.": "model.embeddings.", "norm.": "model.norm.", "lm_head.": "lm_head."}
 _BLOCK = {"mixer_norm.": "attn_norm.", "mixer.": "attn."}
 _MIXER = {
-    "decay_proj.": "f_proj.", "erase_proj.": "b_proj.", "write_proj.": "w_proj.", "gate_proj.": "g_proj.", "decay.": "",
+    "decay_low_proj.": "f_proj.0.", "decay_proj.": "f_proj.1.", "erase_proj.": "b_proj.", "write_proj.": "w_proj.",
+    "gate_low_proj.": "g_proj.0.", "gate_proj.": "g_proj.1.", "decay.": "",
 }  # fmt: skip
 # Fields of that library's configs that change the computation, and the one value with which it is the model here.
 _FIXED = {
@@ -38,13 +39,15 @@ def _replaced(name, prefixes):
     return name
 
 
-def _name(name):
+def _name(name, args):
     if not name.startswith("layers."):
         return _replaced(name, _OUTSIDE)
     _, layer, rest = name.split(".", 2)
     rest = _replaced(rest, _BLOCK)
     if rest.startswith("attn."):
-        rest = "attn." + _replaced(rest.removeprefix("attn."), _MIXER)
+        # A scalar decay has one factor.
+        mixer = _MIXER if args.decay == "channel" else _MIXER | {"decay_proj.": "f_proj."}
+        rest = "attn." + _replaced(rest.removeprefix("attn."), mixer)
     return f"model.layers.{layer}.{rest}"
 
 
@@ -67,13 +70,13 @@ def _reshaped(theirs, shape):
 def from_fla_layout(args):
     """{name here: Part of a flash-linear-attention checkpoint}."""
     tensors = tensors_of(args)
-    return {n: Part(_name(n), _reshaped(_shape(n, t.shape), tuple(t.shape))) for n, t in tensors.items()}
+    return {n: Part(_name(n, args), _reshaped(_shape(n, t.shape), tuple(t.shape))) for n, t in tensors.items()}
 
 
 def to_fla_layout(args):
     """{name there: Part of a checkpoint here}."""
     tensors = tensors_of(args)
-    return {_name(n): Part(n, _reshaped(tuple(t.shape), _shape(n, t.shape))) for n, t in tensors.items()}
+    return {_name(n, args): Part(n, _reshaped(tuple(t.shape), _shape(n, t.shape))) for n, t in tensors.items()}
 
 
 def _softmax_layers(config, path):

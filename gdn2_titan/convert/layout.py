@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 
 from gdn2_titan.models import GDN2Model, GDN2ModelArgs
+from gdn2_titan.models.old_names import current_name
 
 from .errors import ConvertError
 
-__all__ = ["Part", "Renamed", "check_fits", "tensors_of"]
+__all__ = ["CurrentNames", "Part", "Renamed", "check_fits", "tensors_of"]
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,21 @@ class Part:
 
     name: str
     of: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
+
+
+class CurrentNames:
+    """A checkpoint of this model whose tensors have today's names, whichever it was written with."""
+
+    def __init__(self, source):
+        self.path, self._source = source.path, source
+        self._stored = {}
+        for name in source.tensors:
+            current = current_name(name)
+            self._stored[name if current in source.tensors else current] = name
+        self.tensors = {name: source.tensors[stored] for name, stored in self._stored.items()}
+
+    def read(self, name):
+        return self._source.read(self._stored[name])
 
 
 def _check_names(source, wanted):

@@ -20,6 +20,7 @@ from gdn2_titan.ops.split import check_num_segments
 from .checks import check_convolution, check_count, check_gdn2, value_head_dim
 from .decay import DecayParameters
 from .init import fill_, xavier_
+from .old_names import rename_old
 
 __all__ = ["GDN2State", "GatedDeltaNet2", "STATISTICS"]
 
@@ -67,6 +68,10 @@ class ShortConvolution(nn.Module):
 
 class GatedDeltaNet2(nn.Module):
     """Gated DeltaNet-2 as a sequence mixer: x [B, T, D] -> [B, T, D].
+
+    Every submodule whose name ends in ``_proj`` is an nn.Linear: q, k, v, erase, write, o, and for decay and output
+    gate two low-rank factors, ``decay_low_proj`` (D to V) and ``decay_proj``, ``gate_low_proj`` (D to V) and
+    ``gate_proj``. Tied gates have no ``write_proj``, a scalar decay no ``decay_low_proj`` (they are None).
 
     Args:
         hidden_size: D.
@@ -139,18 +144,18 @@ class GatedDeltaNet2(nn.Module):
         self.k_conv1d = ShortConvolution(key_size, conv_size, backend)
         self.v_conv1d = ShortConvolution(value_size, conv_size, backend)
         if decay == "channel":
-            self.decay_proj = nn.Sequential(linear(hidden_size, self.head_v_dim), linear(self.head_v_dim, key_size))
+            self.decay_low_proj = linear(hidden_size, self.head_v_dim)
+            self.decay_proj = linear(self.head_v_dim, key_size)
         else:
-            self.decay_proj = linear(hidden_size, num_heads)
+            self.decay_low_proj, self.decay_proj = None, linear(hidden_size, num_heads)
         self.decay = DecayParameters(num_heads, head_dim if decay == "channel" else 1)
         if tied_gates:
             self.erase_proj, self.write_proj = linear(hidden_size, num_heads), None
         else:
             self.erase_proj = linear(hidden_size, key_size if erase_gate == "channel" else num_heads)
             self.write_proj = linear(hidden_size, value_size if write_gate == "channel" else num_v_heads)
-        self.gate_proj = nn.Sequential(
-            linear(hidden_size, self.head_v_dim), linear(self.head_v_dim, value_size, bias=True)
-        )
+        self.gate_low_proj = linear(hidden_size, self.head_v_dim)
+        self.gate_proj = linear(self.head_v_dim, value_size, bias=True)
         self.o_norm = nn.RMSNorm(self.head_v_dim, eps=norm_eps)
         self.o_proj = linear(value_size, hidden_size)
         # A SequenceShards where ranks share a sequence (context parallelism); T is then what this rank has of it.
@@ -158,6 +163,7 @@ class GatedDeltaNet2(nn.Module):
         # Telemetry: filled in forward while ``record_statistics`` is set, in the order of STATISTICS.
         self.record_statistics = False
         self.register_buffer("statistics", torch.zeros(len(STATISTICS)), persistent=False)
+        self.register_load_state_dict_pre_hook(rename_old)
         self.init_weights()  # so that the layer alone, in anybody's model, starts as it should
 
     def forward(self, x, resets=None, *, state=None, return_state=False):
@@ -180,7 +186,8 @@ class GatedDeltaNet2(nn.Module):
             q, k, v = self._convolved_over_shards(q, k, v, resets)
         # Heads are counted from the tensors: under tensor parallelism a rank holds some of them.
         q, k, v = (t.unflatten(-1, (-1, size)) for t, size in ((q, K), (k, K), (v, V)))
-        g = self.decay_proj(x).unflatten(-1, (q.shape[2], -1))
+        low = x if self.decay_low_proj is None else self.decay_low_proj(x)
+        g = self.decay_proj(low).unflatten(-1, (q.shape[2], -1))
         A_log, dt_bias = _of_this_rank(self.decay.A_log), _of_this_rank(self.decay.dt_bias)
         erase = self.erase_proj(x).unflatten(-1, (q.shape[2], -1))
         if self.tied_gates:
@@ -204,10 +211,10 @@ class GatedDeltaNet2(nn.Module):
                 o, memory = recurrent_gdn2(*inputs, initial_state=memory, **options)
             else:
                 o, memory = chunk_gdn2(*inputs, initial_state=memory, **options, num_segments=self.num_segments)
-            gate = self.gate_proj(x)
+            gate = self.gate_proj(self.gate_low_proj(x))
         else:
             begun = begin_gdn2(*inputs, self.shards, **options)
-            gate = self.gate_proj(x)  # while what the ranks know of their segments is under way
+            gate = self.gate_proj(self.gate_low_proj(x))  # while what the ranks know of their segments is under way
             o, memory = begun.finish()
         if self.record_statistics:
             self._record(g, erase, write, A_log, dt_bias, memory)

@@ -32,8 +32,8 @@ def _gate(g, A_log, dt_bias):
     finite inputs; softplus(x) is finite.
 
     That is exp(A_log) and g + dt_bias, unless exp(A_log) is too large or too small a number. Softplus is exp on the far
-    left: there A_log is added to x, less STRONG, which the rate keeps. Where x is then no longer far on the left, exp of
-    the decay is 0 either way. Softplus is the identity on the far right: x is multiplied by what the rate lacks,
+    left: there A_log is added to x, less STRONG, which the rate keeps. Where x is then no longer far on the left, exp
+    of the decay is 0 either way. Softplus is the identity on the far right: x is multiplied by what the rate lacks,
     stretch; elsewhere the decay is none either way.
     """
     info = torch.finfo(g.dtype)

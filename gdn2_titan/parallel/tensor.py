@@ -176,10 +176,8 @@ def _gdn2_plan(mixer, mesh):
     plan[".erase_proj"] = _colwise(mixer.erase_proj, mesh)
     if mixer.write_proj is not None:
         plan[".write_proj"] = _colwise(mixer.write_proj, mesh)
-    for name in ("decay_proj", "gate_proj"):
-        projection = getattr(mixer, name)
-        if isinstance(projection, nn.Sequential):
-            plan |= {f".{name}.0": _Distributed(Replicate()), f".{name}.1": _colwise(projection[1], mesh)}
-        else:  # a scalar decay
-            plan[f".{name}"] = _colwise(projection, mesh)
+    for name in ("decay", "gate"):
+        plan[f".{name}_proj"] = _colwise(getattr(mixer, f"{name}_proj"), mesh)
+        if getattr(mixer, f"{name}_low_proj") is not None:
+            plan[f".{name}_low_proj"] = _Distributed(Replicate())
     return plan

@@ -4,11 +4,13 @@ import json
 import os
 import re
 
-from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 
 from gdn2_titan.convert.layout import tensors_of
 from gdn2_titan.convert.names import from_hf_name, to_hf_name
+from gdn2_titan.models.old_names import current_name
+
+from .old_names import CurrentNamesHFReader
 
 __all__ = ["GDN2StateDictAdapter"]
 
@@ -23,7 +25,7 @@ def _file_numbers(model_args, folder):
         return None
     with open(path, encoding="utf-8") as file:
         files = json.load(file).get("weight_map", {})
-    numbers = {name: _FILE_NUMBER.fullmatch(str(value)) for name, value in files.items()}
+    numbers = {current_name(name): _FILE_NUMBER.fullmatch(str(value)) for name, value in files.items()}
     if numbers.keys() != set(map(to_hf_name, tensors_of(model_args))) or None in numbers.values():
         return None
     return {name: int(found.group(1)) for name, found in numbers.items()}
@@ -44,4 +46,4 @@ class GDN2StateDictAdapter(BaseStateDictAdapter):
         return {from_hf_name(name): tensor for name, tensor in hf_state_dict.items()}
 
     def get_hf_storage_reader(self, path, from_quantized=False):
-        return HuggingFaceStorageReader(path)
+        return CurrentNamesHFReader(path)

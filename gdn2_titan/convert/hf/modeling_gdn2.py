@@ -15,6 +15,7 @@ from gdn2_titan.models.masks import continued_mask
 from .cache_gdn2 import GDN2Cache
 from .configuration_gdn2 import GDN2Config
 from .initial_gdn2 import BlockStart
+from .old_names_gdn2 import ReadsOldNames
 from .padding_gdn2 import text_begins
 
 __all__ = ["GDN2Decoder", "GDN2DecoderLayer", "GDN2ForCausalLM", "GDN2PreTrainedModel"]
@@ -51,7 +52,7 @@ class GDN2DecoderLayer(GradientCheckpointingLayer, Block):
             hook.post_forward(decay, None)
 
 
-class GDN2PreTrainedModel(PreTrainedModel):
+class GDN2PreTrainedModel(ReadsOldNames, PreTrainedModel):
     config_class = GDN2Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True

@@ -1,10 +1,12 @@
 """What TorchTitan 0.2.2 needs to know to train the model."""
 
+from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.protocols import train_spec as titan_specs
 
 from ..dataloader import build_dataloader, for_trainer
 from ..errors import refusing
+from ..old_names import reading_old_names
 from ..state_dict_adapter import GDN2StateDictAdapter
 from ..validate_config import check_vocabulary, validate_config
 from .context import deal_out_resets
@@ -59,3 +61,5 @@ def register(name="gdn2"):
     check_parsed_configs()
     deal_out_resets()
     export_exact_decays()
+    if not hasattr(CheckpointManager.dcp_load, "__wrapped__"):
+        CheckpointManager.dcp_load = reading_old_names(CheckpointManager.dcp_load)

@@ -14,6 +14,7 @@ from .. import pipeline
 from ..byte_tokenizer import BYTE_TOKENIZER_DIR
 from ..errors import ConfigError, refusing
 from ..export import exact_decays
+from ..old_names import reading_old_names
 from ..sections import GDN2, Data, Float8Linear, MXLinear, Task
 from ..validate_config import validate_config
 from .activation_checkpoint import Policy
@@ -73,6 +74,8 @@ class Checkpoints(CheckpointManager):
     def dcp_save(self, state_dict, *args, **kwargs):
         # Whatever checkpoint.export_dtype made of A_log and dt_bias.
         return super().dcp_save(exact_decays(state_dict, self.states[MODEL]), *args, **kwargs)
+
+    dcp_load = reading_old_names(CheckpointManager.dcp_load)
 
 
 class GDN2Trainer(Trainer):
