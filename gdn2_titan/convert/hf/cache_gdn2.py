@@ -19,6 +19,7 @@ class GDN2Cache(Cache):
         self.seen = 0  # tokens so far, padding included
         self.text = None  # bool [B, seen], False for padding; None where all tokens are text
         self.places = None  # int64 [B], of the token that comes next in its document; None where it is ``seen``
+        self.over = None  # bool [B], rows whose next token of text begins a document; None where it goes on
         self.last = None  # [B, D], the output at the last token of each row that is text, zeros before there is one
 
     def __len__(self):
@@ -58,7 +59,7 @@ class GDN2Cache(Cache):
     def _map(self, change):
         """Replace every tensor, all with a batch as first dimension, by ``change(tensor)``."""
         self.states = [state and type(state)(*map(change, state)) for state in self.states]
-        for name in ("text", "places", "last"):
+        for name in ("text", "places", "over", "last"):
             tensor = getattr(self, name)
             setattr(self, name, tensor if tensor is None else change(tensor))
 

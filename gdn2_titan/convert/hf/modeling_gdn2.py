@@ -234,6 +234,7 @@ class GDN2ForCausalLM(GDN2PreTrainedModel, GenerationMixin):
         logits_to_keep=0,
         position_ids=None,
         resets=None,
+        cu_seqlens=None,
         seq_idx=None,
         **kwargs,
     ):
@@ -252,6 +253,7 @@ class GDN2ForCausalLM(GDN2PreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
             position_ids=position_ids,
             resets=resets,
+            cu_seqlens=cu_seqlens,
             seq_idx=seq_idx,
             return_dict=True,
             **kwargs,

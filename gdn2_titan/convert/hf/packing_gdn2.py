@@ -12,7 +12,8 @@ PACKING = ("resets", *BOUNDS, *LONGEST, "seq_idx")
 
 def resets_of(words, text, seen, places, batch, length, device):
     """bool [B, T], True where a document begins, counted by the text of each row: at i for its i-th token of text.
-    None where all goes on.
+    None where all goes on. And bool [B], True in rows where another document begins at padding after all text; None
+    where that is nowhere so.
 
     words: {name: value} of PACKING and position_ids, None for what was not said. text: bool [B, T], None for all.
     seen: tokens so far, padding included. places: of the first token of text in its row's document, an int or int64
@@ -24,10 +25,10 @@ def resets_of(words, text, seen, places, batch, length, device):
     """
     words = {name: value for name, value in words.items() if value is not None}
     if not words:
-        return None
+        return None, None
     piece = _Piece(text, seen, places, batch, length, device)
     if set(words) == {"resets"}:
-        return piece.from_resets(words["resets"])
+        return piece.from_resets(words["resets"]), piece.over
     found = {}
     for name, value in words.items():
         if name in BOUNDS:
@@ -41,7 +42,7 @@ def resets_of(words, text, seen, places, batch, length, device):
     for longest in LONGEST:
         if longest in words:
             _check_longest(longest, words[longest], found)
-    return resets if bool(resets.any()) else None
+    return resets if bool(resets.any()) else None, piece.over
 
 
 def places_of(resets, places, length, device):
@@ -79,9 +80,9 @@ class _Piece:
     def __init__(self, text, seen, places, batch, length, device):
         self.seen, self.places, self.device = seen, places, device
         self.shape = batch, length
-        self.order = self.text = None
+        self.order = self.text = self.over = None
         if text is not None:
-            self.order = (~text).long().argsort(1, stable=True)
+            self.order = (~text).long().argsort(dim=1, stable=True)
             self.text = text.gather(1, self.order)
 
     def from_resets(self, value):
@@ -91,7 +92,12 @@ class _Piece:
             raise TypeError(f"resets has dtype {value.dtype}; it must be bool")
         self._check_shape("resets", value)
         documents = value.to(self.device).long().cumsum(1)
-        return self._begins(documents, torch.zeros_like(documents[:, :1]))
+        none = torch.zeros_like(documents[:, :1])
+        if self.text is not None:
+            counted, lengths = torch.cat((none, self._counted(documents)), 1), self.text.sum(1, keepdim=True)
+            over = (counted.gather(1, lengths) != documents[:, -1:])[:, 0]
+            self.over = over if bool(over.any()) else None
+        return self._begins(documents, none)
 
     def from_bounds(self, name, value):
         self._check_first(name)

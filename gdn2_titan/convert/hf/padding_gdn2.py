@@ -25,8 +25,8 @@ def text_of(attention_mask, batch, length, cache, device):
         raise TypeError(f"attention_mask is a {type(attention_mask).__name__}; it must be a torch.Tensor")
     if attention_mask.shape != (batch, seen + length):
         raise ValueError(
-            f"attention_mask has shape {list(attention_mask.shape)}; it must be {[batch, seen + length]}, "
-            "a number for every token so far"
+            f"attention_mask has shape {list(attention_mask.shape)}; it must be [batch, {seen + length}], "
+            f"a number for every token so far, and the batch is {batch}"
         )
     mask = attention_mask.to(device)
     text = mask != 0

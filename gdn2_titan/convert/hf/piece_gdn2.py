@@ -24,13 +24,25 @@ class Piece:
         self.last = None if cache is None else cache.last
         self.length, self.device = length, device
         self.told, self.text = text_of(attention_mask, batch, length, cache, device)
-        self._begins = resets_of(words, self.text, self.seen, self.places, batch, length, device)
+        self._begins, self._over = resets_of(words, self.text, self.seen, self.places, batch, length, device)
+        if cache is not None and cache.over is not None:
+            self._begin_where_it_is_over(cache.over)
         self.resets, self.rows = self._begins, None
         if self.text is not None:
             at = places_of(self._begins, self.places, length, device)
             self.rows, self._tokens, self._after = rows_of(self.text, self._begins, at)
             self.resets, self.length = None, self.rows.length
             self._begins = None if self._begins is None else self._begins[:, : self.length]
+
+    def _begin_where_it_is_over(self, over):
+        """over: bool [B], of the cache."""
+        if self.text is not None:
+            still = over & ~self.text.any(1)
+            over = over & ~still
+            if bool(still.any()):
+                self._over = still if self._over is None else self._over | still
+        begins = over.new_zeros(len(over), self.length) if self._begins is None else self._begins
+        self._begins = torch.cat((begins[:, :1] | over[:, None], begins[:, 1:]), 1)
 
     @property
     def is_empty(self):
@@ -60,7 +72,9 @@ class Piece:
             cache.places = self._after
         elif self._begins is not None or cache.places is not None:
             cache.places = places_of(self._begins, self.places, self.length, self.device)[:, -1] + 1
-        cache.states, cache.text = states, self.told
+        if self._over is not None:
+            cache.places = cache.places.masked_fill(self._over, 0)
+        cache.states, cache.text, cache.over = states, self.told, self._over
         cache.seen += output.shape[1]
         # A copy: a view would keep all outputs in memory.
         cache.last = output[:, -1].clone() if output.shape[1] > 1 else output[:, -1]
