@@ -332,7 +332,6 @@ def ones(*shape):
     return torch.ones(shape, dtype=torch.long)
 
 
-
 @pytest.mark.parametrize(
     "inputs, error, message",
     [

@@ -129,7 +129,7 @@ def test_a_row_that_only_pads_keeps_its_state_bit_for_bit_and_repeats_its_last_o
     theirs, _ = models(pattern)
     cache = GDN2Cache(2)
     first = theirs(tokens(2, 6), past_key_values=cache).logits
-    before, mask = copy.deepcopy(cache.states), mask_of("111111" "0000", "111111" "1111")
+    before, mask = copy.deepcopy(cache.states), mask_of("1111110000", "1111111111")
     outputs = theirs(tokens(2, 4, seed=1), attention_mask=mask, past_key_values=cache)
     for old, new in zip(before, cache.states, strict=True):
         for a, b in zip(old, new, strict=True):
@@ -298,7 +298,7 @@ def test_packed_documents_get_the_logits_of_each_alone_and_the_last_goes_on(said
 @torch.no_grad()
 def test_documents_begin_in_later_calls_in_each_row_at_its_own_place(said, pattern):
     theirs, ours = models(pattern)
-    ids, resets = tokens(2, 12), mask_of("0001" "00100" "100", "0000" "10011" "001").bool()
+    ids, resets = tokens(2, 12), mask_of("000100100100", "000010011001").bool()
     places = torch.tensor([[0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 0, 1, 2, 0, 0, 1, 2, 0]])
     cache, logits = GDN2Cache(2), []
     for piece in (slice(0, 4), slice(4, 9), slice(9, 12)):
@@ -313,7 +313,7 @@ def test_documents_begin_in_later_calls_in_each_row_at_its_own_place(said, patte
 @torch.no_grad()
 def test_position_ids_that_go_on_say_nothing():
     theirs, ours = models()
-    ids, mask = tokens(2, 9), mask_of("001111" "101", "111100" "111")
+    ids, mask = tokens(2, 9), mask_of("001111101", "111100111")
     of_text = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
     for places in (of_text, of_text.int(), torch.arange(9), torch.arange(9)[None]):
         cache = GDN2Cache(2)
@@ -351,9 +351,7 @@ def test_loss_and_gradients_of_documents_collated_by_transformers_are_those_of_e
     theirs, ours = copy.deepcopy(models(FULL))
     ids = tokens(1, 11)
     features = [{"input_ids": ids[0, a:b].tolist()} for a, b in ((0, 3), (3, 4), (4, 11))]
-    losses = [
-        F.cross_entropy(ours(text)[0, :-1], text[0, 1:], reduction="sum") for text in (ids[:, :3], ids[:, 4:])
-    ]
+    losses = [F.cross_entropy(ours(text)[0, :-1], text[0, 1:], reduction="sum") for text in (ids[:, :3], ids[:, 4:])]
     (sum(losses) / 8).backward()
     theirs.train()
     outputs = theirs(**DataCollatorWithFlattening(return_flash_attn_kwargs=True)(features))
@@ -522,7 +520,10 @@ REFUSED = {
     ("an unknown keyword", ""): [
         (dict(seqlens=torch.tensor([0, 3])), "unexpected keyword argument 'seqlens'"),
         (dict(label_smoothing=0.1), "unexpected keyword argument 'label_smoothing'"),
-        (dict(cache_position=torch.arange(3), past_key_values=4), r"cache_position is tensor\(\[0, 1, 2\]\); .* from 4"),
+        (
+            dict(cache_position=torch.arange(3), past_key_values=4),
+            r"cache_position is tensor\(\[0, 1, 2\]\); .* from 4",
+        ),
         (dict(token_type_ids=ones(1, 3)), "token_type_ids has other numbers than 0"),
     ],
 }
@@ -558,7 +559,7 @@ def test_words_that_say_what_is_so_anyway_and_none_are_let_pass():
 @torch.no_grad()
 def test_rows_of_a_cache_are_reordered_with_all_that_they_were_told():
     theirs, ours = models()
-    ids, mask = tokens(3, 7), mask_of("01101" "10", "11111" "01", "00000" "11")
+    ids, mask = tokens(3, 7), mask_of("0110110", "1111101", "0000011")
     resets = mask_of("00010", "00100", "00001").bool()
     outputs = theirs(ids[:, :5], attention_mask=mask[:, :5], resets=resets)
     cache, order = outputs.past_key_values, torch.tensor([2, 0, 0, 1])

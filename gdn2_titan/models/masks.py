@@ -63,8 +63,10 @@ def continued_mask(length, kept, window, seen, resets, device):
     Returns a bool tensor [B or 1, 1, length, keys], on any device, whose keys are those of the state and then those of
     the tokens themselves; None where that is plain causal attention without a state, or one token that sees all keys.
     """
-    if resets is None and isinstance(seen, int) and (
-        length == 1 or (kept == 0 and (window is None or length <= window))
+    if (
+        resets is None
+        and isinstance(seen, int)
+        and (length == 1 or (kept == 0 and (window is None or length <= window)))
     ):
         return None
     keys = torch.arange(-kept, length, device=device)[None] + (seen if isinstance(seen, int) else seen[:, None])

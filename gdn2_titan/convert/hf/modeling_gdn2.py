@@ -239,8 +239,8 @@ class GDN2ForCausalLM(GDN2PreTrainedModel, GenerationMixin):
         **kwargs,
     ):
         """As GDN2Decoder's, which takes ``kwargs``. logits_to_keep: of how many last tokens, 0 for all, or a tensor of
-        indices. labels: [B, T], shifted inside, -100 where there is no loss; so the last token of a document has for its
-        label the first one of the next, unless that is -100 (transformers' collator makes it so). The loss takes
+        indices. labels: [B, T], shifted inside, -100 where there is no loss; so the last token of a document has the
+        first of the next for its label, unless that is -100 (transformers' collator makes it so). The loss takes
         ``num_items_in_batch``, ``ignore_index`` and ``shift_labels``, or what one of your own has parameters for.
         """
         of_loss = {name: kwargs.pop(name) for name in self._of_the_loss(kwargs)}
