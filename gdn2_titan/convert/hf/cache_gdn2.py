@@ -9,8 +9,8 @@ class GDN2Cache(Cache):
     """The layers' states, and where in their sequences they stand.
 
     A "gdn2" layer has a GDN2State (the convolutions' last inputs and the memory), a "swa" layer the keys and values
-    of the last window, an "attention" layer those of all tokens. With padding it also keeps which tokens were text, a byte
-    per token and row.
+    of the last window, an "attention" layer those of all tokens. With padding it also keeps which tokens were text, a
+    byte per token and row.
     """
 
     def __init__(self, n_layers):
