@@ -345,6 +345,21 @@ def test_documents_in_padded_rows_get_the_logits_of_each_alone(pattern):
     assert_equal(logits[0, text[0]], documents_alone(ours, ids[:1, text[0]], 0, 3, 5, 6))
 
 
+@row("documents in rows with padding")
+@patterns
+@torch.no_grad()
+def test_a_document_that_begins_at_padding_after_all_text_begins_in_a_later_call(pattern):
+    theirs, ours = models(pattern)
+    ids, mask, cache = tokens(2, 9), mask_of("111000111", "110000011"), GDN2Cache(2)
+    resets = mask_of("000010", "010001").bool()
+    theirs(ids[:, :6], attention_mask=mask[:, :6], resets=resets, past_key_values=cache)
+    logits = [theirs(ids[:, 6:7], attention_mask=mask[:, :7], past_key_values=cache).logits]
+    logits += [theirs(ids[:, 7:], attention_mask=mask, past_key_values=cache).logits]
+    logits = torch.cat(logits, 1)
+    assert_equal(logits[0], ours(ids[:1, 6:])[0])
+    assert_equal(logits[1, 1:], ours(ids[1:, 7:])[0])
+
+
 @row("`labels` of packed text")
 @row("`num_items_in_batch`, `ignore_index`")
 def test_loss_and_gradients_of_documents_collated_by_transformers_are_those_of_each_alone():
