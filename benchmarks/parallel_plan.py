@@ -99,8 +99,8 @@ def _saved(costs, name, tp):
 
 
 def estimate(costs, layout):
-    """{"memory": {what: bytes} of the fullest rank, "sent": bytes of the busiest rank in a step, "work": FLOPs
-    of the busiest rank, repeated ones and the idle steps of its pipeline included, over an even share of the useful}."""
+    """{"memory": {what: bytes} of the fullest rank, "sent": bytes of the busiest rank in a step, "work": its FLOPs,
+    repeated ones and the idle steps of the pipeline included, over an even share of the useful ones}."""
     args, pp, m = costs.args, layout.pp, layout.microbatches
     stages = costs.stages(pp)
     memory = max((costs.memory(layout, i) for i in range(pp)), key=lambda x: sum(x.values()))

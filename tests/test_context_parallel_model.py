@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from gdn2_titan.models import GDN2Model, GDN2ModelArgs
+from gdn2_titan.models.rows import Rows
 from gdn2_titan.ops.shards import LAYOUTS
 from gdn2_titan.parallel import (
     apply_compile,
@@ -112,6 +113,9 @@ def _layer(rank):
         mixer(x, state=state)
     with pytest.raises(ValueError, match=f"^return_state is True; {rule}$"):
         mixer(x, return_state=True)
+    rows = Rows(1, 48, 48, torch.tensor([48]), torch.arange(48), torch.tensor([0, 48]), None, None)
+    with pytest.raises(ValueError, match="^rows is given; with context parallelism rows are of one length"):
+        mixer(x, rows=rows)
 
     # Stages of a pipeline take and give hidden states of the rank's tokens.
     tokens, _, resets = mine(batch(2, 48, True), shards)

@@ -65,25 +65,29 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=False)
 
-    def forward(self, x, angles, mask, *, state=None, return_state=False):
+    def forward(self, x, angles, mask, *, state=None, return_state=False, rows=None):
         """x [B, T, D] -> [B, T, D], or ([B, T, D], AttentionState) with ``return_state``.
 
         angles: of ``rotary_angles``; mask: of ``masks.attention_mask``, with shards of ``masks.context_mask``, with a
-        state of ``masks.continued_mask``. state: the AttentionState of the segment before.
+        state of ``masks.continued_mask``. state: the AttentionState of the segment before. rows: a Rows where x is
+        [1, N, D], rows of unequal lengths end to end; angles are then of these N tokens, the mask is of rows of L.
 
         Raises:
-            ValueError: a state is given or asked for where ranks share the sequence.
+            ValueError: a state or rows are given, or a state is asked for, where ranks share the sequence.
         """
         if self.shards is not None:
             self.shards.refuse_states(state, return_state)
+            self.shards.refuse_rows(rows)
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = _rotate(q, angles), _rotate(k, angles)
         if self.shards is not None:
             q, k, v = self._with_keys_of_others(q, k, v)
+        if rows is not None:
+            q, k, v = map(rows.side_by_side, (q, k, v))
         if state is not None:
             k, v = torch.cat((state.keys, k), 1), torch.cat((state.values, v), 1)
         if return_state:
-            kept = AttentionState(*(self._kept(t, x.shape[1]) for t in (k, v)))
+            kept = AttentionState(*(self._kept(t, q.shape[1], rows) for t in (k, v)))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, heads, T, head_dim]
         if mask is None or isinstance(mask, torch.Tensor):
             # After a state, no mask means that the one token at hand sees all keys.
@@ -92,11 +96,14 @@ class Attention(nn.Module):
         else:
             o = _compiled_flex_attention()(q, k, v, block_mask=mask, enable_gqa=self.grouped)
         o = o.transpose(1, 2).flatten(2)
+        o = o if rows is None else rows.end_to_end(o)
         y = self.o_proj(o if self.shards is None else o.reshape(*x.shape[:2], -1))
         return (y, kept) if return_state else y
 
-    def _kept(self, x, length):
+    def _kept(self, x, length, rows):
         """What later segments can still see of keys or values x [B, S + length, heads, head_dim]."""
+        if rows is not None:
+            return rows.tail(x, min(rows.longest, x.shape[1], x.shape[1] if self.window is None else self.window - 1))
         if self.window is None or x.shape[1] < self.window:
             return x
         x = x[:, x.shape[1] - self.window + 1 :]

@@ -68,17 +68,18 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(args.hidden_size, eps=args.norm_eps)
         self.mlp = SwiGLU(args.hidden_size, args.mlp_size)
 
-    def forward(self, x, resets=None, angles=None, mask=None, *, state=None, return_state=False):
+    def forward(self, x, resets=None, angles=None, mask=None, *, state=None, return_state=False, rows=None):
         """x [B, T, D]; resets bool [B, T] or None; angles and mask for softmax layers -> [B, T, D].
 
         With ``return_state`` ([B, T, D], the mixer's state), which starts from ``state``, that of the segment before.
+        rows: a Rows where x is [1, N, D], rows of unequal lengths end to end.
         """
         h = self.mixer_norm(x)
         inputs = (h, resets) if self.kind == "gdn2" else (h, angles, mask)
         if return_state:
-            h, state = self.mixer(*inputs, state=state, return_state=True)
+            h, state = self.mixer(*inputs, state=state, return_state=True, rows=rows)
         else:
-            h = self.mixer(*inputs)
+            h = self.mixer(*inputs, rows=rows)
         x = x + h
         x = x + self.mlp(self.mlp_norm(x))
         return (x, state) if return_state else x

@@ -55,10 +55,11 @@ class ShortConvolution(nn.Module):
         self.backend = backend
         self.weight = nn.Parameter(torch.empty(channels, width))
 
-    def forward(self, x, resets=None, state=None, return_state=False):
+    def forward(self, x, resets=None, state=None, return_state=False, cu_seqlens=None):
         return causal_conv1d(
             x, _of_this_rank(self.weight), activation="silu",
-            initial_state=state, output_final_state=return_state, resets=resets, backend=self.backend,
+            initial_state=state, output_final_state=return_state, resets=resets, cu_seqlens=cu_seqlens,
+            backend=self.backend,
         )  # fmt: skip
 
     def init_weights(self):
@@ -166,23 +167,29 @@ class GatedDeltaNet2(nn.Module):
         self.register_load_state_dict_pre_hook(rename_old)
         self.init_weights()  # so that the layer alone, in anybody's model, starts as it should
 
-    def forward(self, x, resets=None, *, state=None, return_state=False):
+    def forward(self, x, resets=None, *, state=None, return_state=False, rows=None):
         """x [B, T, D], resets bool [B, T] or None -> [B, T, D], or ([B, T, D], GDN2State) with ``return_state``.
 
         state: the GDN2State of the segment before. One token with a state takes the recurrent op, all else the chunked.
+        rows: a Rows where x is [1, N, D], rows of unequal lengths end to end; it tells where documents begin.
 
         Raises:
-            ValueError: a state is given or asked for where ranks share the sequence.
+            ValueError: a state or rows are given, or a state is asked for, where ranks share the sequence.
         """
         K, V = self.head_dim, self.head_v_dim
+        cu_seqlens = None
+        if rows is not None:
+            cu_seqlens = rows.cu_seqlens
+            state = state and GDN2State(*map(rows.of_documents, state))
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.shards is None:
             q_conv, k_conv, v_conv, memory = state if state is not None else (None,) * 4
-            q, q_conv = self.q_conv1d(q, resets, q_conv, return_state)
-            k, k_conv = self.k_conv1d(k, resets, k_conv, return_state)
-            v, v_conv = self.v_conv1d(v, resets, v_conv, return_state)
+            q, q_conv = self.q_conv1d(q, resets, q_conv, return_state, cu_seqlens)
+            k, k_conv = self.k_conv1d(k, resets, k_conv, return_state, cu_seqlens)
+            v, v_conv = self.v_conv1d(v, resets, v_conv, return_state, cu_seqlens)
         else:
             self.shards.refuse_states(state, return_state)
+            self.shards.refuse_rows(rows)
             q, k, v = self._convolved_over_shards(q, k, v, resets)
         # Heads are counted from the tensors: under tensor parallelism a rank holds some of them.
         q, k, v = (t.unflatten(-1, (-1, size)) for t, size in ((q, K), (k, K), (v, V)))
@@ -207,10 +214,11 @@ class GatedDeltaNet2(nn.Module):
             backend=self.backend,
         )
         if self.shards is None:
+            options |= dict(initial_state=memory, cu_seqlens=cu_seqlens)
             if x.shape[1] == 1 and state is not None:
-                o, memory = recurrent_gdn2(*inputs, initial_state=memory, **options)
+                o, memory = recurrent_gdn2(*inputs, **options)
             else:
-                o, memory = chunk_gdn2(*inputs, initial_state=memory, **options, num_segments=self.num_segments)
+                o, memory = chunk_gdn2(*inputs, **options, num_segments=self.num_segments)
             gate = self.gate_proj(self.gate_low_proj(x))
         else:
             begun = begin_gdn2(*inputs, self.shards, **options)
@@ -220,7 +228,10 @@ class GatedDeltaNet2(nn.Module):
             self._record(g, erase, write, A_log, dt_bias, memory)
         o = self.o_norm(o) * self.output_gate(gate.unflatten(-1, (-1, V)))
         y = self.o_proj(o.flatten(2))
-        return (y, GDN2State(q_conv, k_conv, v_conv, memory)) if return_state else y
+        if not return_state:
+            return y
+        state = GDN2State(q_conv, k_conv, v_conv, memory)
+        return y, state if rows is None else GDN2State(*map(rows.of_rows, state))
 
     def _convolved_over_shards(self, q, k, v, resets):
         """The three convolutions, over this rank's segments as rows of the batch. One exchange for all of them."""

@@ -3,6 +3,7 @@
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.attention.flex_attention import create_block_mask
 
@@ -62,21 +63,26 @@ def attention_mask(batch, length, window, resets, device, backend="auto"):
     return _block_mask(batch, length, window, documents, device, _compiled_block_mask())
 
 
-def continued_mask(length, seen, window, begins, device):
-    """The mask of one kind of softmax layer for ``length`` tokens after the ``seen`` ones that its state comes from.
+def continued_mask(length, kept, window, seen, resets, device):
+    """The mask of one kind of softmax layer for ``length`` tokens after those that its state comes from.
 
-    begins: int64 [B], the position in each row where its document begins and forgets what lies before (padding), or
-    None. Returns a bool tensor [B or 1, 1, length, keys], on any device, whose keys are those of the state and then
-    those of the tokens themselves; None where that is plain causal attention without a state, or one token that sees
-    all keys.
+    kept: keys in the state, 0 where there is none. seen: tokens of its last document that a row has seen, an int or
+    int64 [B]; in a row that has seen fewer than are kept, the last of them are its. resets: bool [B, length] or None.
+    Returns a bool tensor [B or 1, 1, length, keys], on any device, whose keys are those of the state and then those of
+    the tokens themselves; None where that is plain causal attention without a state, or one token that sees all keys.
     """
-    if begins is None and (length == 1 or (seen == 0 and (window is None or length <= window))):
+    if (
+        resets is None
+        and isinstance(seen, int)
+        and (length == 1 or (kept == 0 and (window is None or length <= window)))
+    ):
         return None
-    kept = seen if window is None else min(seen, window - 1)
-    queries = torch.arange(seen, seen + length, device=device)[None]
-    keys = torch.arange(seen - kept, seen + length, device=device)[None]
-    documents = (None, None) if begins is None else (queries >= begins[:, None], keys >= begins[:, None])
-    return _dense_mask_of_rows(window, queries, keys, *documents)
+    keys = torch.arange(-kept, length, device=device)[None] + (seen if isinstance(seen, int) else seen[:, None])
+    documents = (None, None)
+    if resets is not None:
+        begun = resets.long().cumsum(1)
+        documents = begun, F.pad(begun, (kept, 0))  # what the state holds belongs to document 0
+    return _dense_mask_of_rows(window, keys[:, kept:], keys, *documents)
 
 
 def reach(window, length, shards):

@@ -73,6 +73,11 @@ class SequenceShards:
             name = "return_state is True" if state is None else "state is given"
             raise ValueError(f"{name}; with context parallelism states pass between ranks only, so it must be left out")
 
+    def refuse_rows(self, rows):
+        """Raise ValueError for a layer that is given rows of unequal lengths."""
+        if rows is not None:
+            raise ValueError("rows is given; with context parallelism rows are of one length, so it must be left out")
+
     def positions(self, length, device=None):
         """The places in the whole sequence of this rank's ``length`` tokens, int64 [length]."""
         size = length // self.per_rank

@@ -9,15 +9,18 @@ class GDN2Cache(Cache):
     """The layers' states, and where in their sequences they stand.
 
     A "gdn2" layer has a GDN2State (the convolutions' last inputs and the memory), a "swa" layer the keys and values
-    of the last window, an "attention" layer those of all tokens.
+    of the last window, an "attention" layer those of all tokens. With padding it also keeps which tokens were text, a
+    byte per token and row.
     """
 
     def __init__(self, n_layers):
         super().__init__(layers=[])
         self.states = [None] * n_layers
         self.seen = 0  # tokens so far, padding included
-        self.begins = None  # int64 [B], the first position of each row that is no padding, or None: no padding
-        self.settled = False  # whether in every row the padding is over, so that ``begins`` is final
+        self.text = None  # bool [B, seen], False for padding; None where all tokens are text
+        self.places = None  # int64 [B], of the token that comes next in its document; None where it is ``seen``
+        self.over = None  # bool [B], rows whose next token of text begins a document; None where it goes on
+        self.last = None  # [B, D], the output at the last token of each row that is text, zeros before there is one
 
     def __len__(self):
         return len(self.states)
@@ -44,7 +47,7 @@ class GDN2Cache(Cache):
 
     @property
     def batch_size(self):
-        return self.states[0][0].shape[0] if self.seen else -1
+        return self.last.shape[0] if self.seen else -1
 
     def crop(self, *args):
         """Raises ValueError: a recurrent state cannot be taken back to an earlier token."""
@@ -56,8 +59,9 @@ class GDN2Cache(Cache):
     def _map(self, change):
         """Replace every tensor, all with a batch as first dimension, by ``change(tensor)``."""
         self.states = [state and type(state)(*map(change, state)) for state in self.states]
-        if self.begins is not None:
-            self.begins = change(self.begins)
+        for name in ("text", "places", "over", "last"):
+            tensor = getattr(self, name)
+            setattr(self, name, tensor if tensor is None else change(tensor))
 
     def reorder_cache(self, beam_idx):
         self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))

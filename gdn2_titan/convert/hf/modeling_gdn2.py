@@ -1,8 +1,11 @@
 """GDN2Model as a transformers model: the same modules under transformers' names, with its loss and its ``generate``."""
 
+import inspect
+
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -10,15 +13,18 @@ from transformers.utils import can_return_tuple
 from gdn2_titan.models.attention import rotary_angles
 from gdn2_titan.models.decay import DECAYS, DecayParameters
 from gdn2_titan.models.decoder import Block
-from gdn2_titan.models.masks import continued_mask
 
 from .cache_gdn2 import GDN2Cache
 from .configuration_gdn2 import GDN2Config
 from .initial_gdn2 import BlockStart
 from .old_names_gdn2 import ReadsOldNames
-from .padding_gdn2 import text_begins
+from .packing_gdn2 import PACKING
+from .piece_gdn2 import Piece
 
 __all__ = ["GDN2Decoder", "GDN2DecoderLayer", "GDN2ForCausalLM", "GDN2PreTrainedModel"]
+
+# What transformers' loss takes beside logits and labels.
+OF_THE_LOSS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
 
 class GDN2Decays(DecayParameters, nn.LayerNorm):
@@ -72,6 +78,23 @@ class GDN2PreTrainedModel(ReadsOldNames, PreTrainedModel):
             block.fill(name, module)
 
 
+def _check_other_words(words, seen, length):
+    """Refuse what no layer heeds, unless it says what is so anyway. None says nothing."""
+    for name, value in words.items():
+        if name == "output_attentions":
+            if value:
+                raise ValueError("output_attentions is True; it must be False, these layers keep no attention weights")
+        elif name == "cache_position":
+            expected = list(range(seen, seen + length))
+            if value is not None and torch.as_tensor(value).tolist() != expected:
+                raise ValueError(f"cache_position is {value}; it must be left out, or count from {seen}")
+        elif name == "token_type_ids":
+            if value is not None and bool(value.any()):
+                raise ValueError("token_type_ids has other numbers than 0; this model knows one type of token")
+        elif value is not None:
+            raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
+
+
 class GDN2Decoder(GDN2PreTrainedModel):
     """Token ids [B, T] -> hidden states [B, T, D] after the last norm."""
 
@@ -93,61 +116,91 @@ class GDN2Decoder(GDN2PreTrainedModel):
         inputs_embeds=None,
         use_cache=None,
         output_hidden_states=None,
+        output_attentions=None,
+        position_ids=None,
+        resets=None,
+        cu_seqlens=None,
+        cu_seq_lens_q=None,
+        cu_seq_lens_k=None,
+        max_length_q=None,
+        max_length_k=None,
+        seq_idx=None,
+        **kwargs,
     ):
         """input_ids [B, T], or inputs_embeds [B, T, D], that follow the tokens that a GDN2Cache has seen.
 
-        attention_mask: [B, tokens seen + T], 0 for padding, on the left. A cache that is given is used and updated;
-        with ``use_cache`` and none given there is a new one in the output.
+        A cache that is given is used and updated; with ``use_cache`` and none given there is a new one in the output.
+        attention_mask: [B, tokens seen + T], 0 for padding, anywhere. Padding changes nothing; the output there is that
+        of the last token of text before it in the row, zeros where there is none.
+
+        Rows that hold several documents (packing), of which none sees another, are told by one or more of these, which
+        must agree. At any time: resets, bool [B, T], True where a document begins; position_ids, int [B, T], 0 where a
+        document begins, else one more than before. In a first call: seq_idx, int [B, T], the number of the document;
+        with B = 1, cu_seqlens or cu_seq_lens_q and cu_seq_lens_k, int [documents + 1], their bounds from 0 to T (with
+        them max_length_q and max_length_k, tokens of the longest). docs/padding.md of the package has a table of what
+        may be said, when, and whether it is served.
 
         Raises:
-            TypeError: the cache is no GDN2Cache.
-            ValueError: both or neither of input_ids and inputs_embeds, or a mask of another shape or form.
+            TypeError: an unknown keyword, a wrong type or dtype, or a cache that is no GDN2Cache.
+            ValueError: both or neither of input_ids and inputs_embeds, or what the table says is refused.
         """
         if (input_ids is None) == (inputs_embeds is None):
             given = "neither" if input_ids is None else "both"
             raise ValueError(f"{given} of input_ids and inputs_embeds given; exactly one must be")
         h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = self._cache(past_key_values, use_cache)
-        length, seen = h.shape[1], cache.seen if cache is not None else 0
-        begins = text_begins(attention_mask, length, cache)
-        resets = angles = None
-        masks = {}
-        positions = torch.arange(seen, seen + length, device=h.device)
-        if begins is not None:
-            begins = begins.to(h.device)
-            resets = positions == begins[:, None]
-        kinds = self.args.mixers() - {"gdn2"}
-        if kinds:
-            # Counted from where the text begins, so that a row's angles are those it has without padding.
-            places = positions if begins is None else (positions - begins[:, None]).clamp_min(0)
-            angles = rotary_angles(places, self.args.hidden_size // self.args.attn_heads, self.args.rope_theta)
-            windows = {kind: self.args.window if kind == "swa" else None for kind in kinds}
-            masks = {kind: continued_mask(length, seen, window, begins, h.device) for kind, window in windows.items()}
+        cache = self._cache(past_key_values, use_cache, len(h))
+        seen = 0 if cache is None else cache.seen
+        _check_other_words(kwargs | {"output_attentions": output_attentions}, seen, h.shape[1])
+        words = dict(
+            position_ids=position_ids, resets=resets, cu_seqlens=cu_seqlens, cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k, max_length_q=max_length_q, max_length_k=max_length_k, seq_idx=seq_idx,
+        )  # fmt: skip
+        piece = Piece(attention_mask, words, cache, *h.shape[:2], h.device)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        states, hidden_states = [], ()
+        states = [None] * len(self.layers) if cache is None else list(cache.states)
+        angles, masks = self._angles_and_masks(piece, states)
+        h, hidden_states = piece.shortened(h), ()
         for index, layer in enumerate(self.layers):
             if output_hidden_states:
-                hidden_states += (h,)
+                hidden_states += (piece.whole(h),)
+            if piece.is_empty:
+                continue
+            inputs = h, piece.resets, angles, masks.get(layer.kind)
             if cache is None:
-                h = layer(h, resets, angles, masks.get(layer.kind))
+                h = layer(*inputs, rows=piece.rows)
             else:
-                state = cache.states[index]
-                h, state = layer(h, resets, angles, masks.get(layer.kind), state=state, return_state=True)
-                states.append(state)
-        h = self.norm(h)
+                h, states[index] = layer(*inputs, rows=piece.rows, state=states[index], return_state=True)
+        h = piece.whole(self.norm(h), piece.last)
         if cache is not None:
-            cache.states, cache.seen = states, seen + length
+            piece.remember(cache, states, h)
         return BaseModelOutputWithPast(
             last_hidden_state=h,
             past_key_values=cache,
             hidden_states=(*hidden_states, h) if output_hidden_states else None,
         )
 
-    def _cache(self, given, use_cache):
+    def _angles_and_masks(self, piece, states):
+        """What the softmax layers take, computed once for all of them: angles, and {kind: mask}."""
+        kept = {
+            layer.kind: 0 if state is None else state.keys.shape[1]
+            for layer, state in zip(self.layers, states, strict=True)
+            if layer.kind != "gdn2"
+        }
+        if not kept or piece.is_empty:
+            return None, {}
+        args = self.args
+        masks = {kind: piece.mask(args.window if kind == "swa" else None, keys) for kind, keys in kept.items()}
+        return rotary_angles(piece.positions(), args.hidden_size // args.attn_heads, args.rope_theta), masks
+
+    def _cache(self, given, use_cache, batch):
         if given is not None:
             if not isinstance(given, GDN2Cache):
                 raise TypeError(f"past_key_values is a {type(given).__name__}; it must be a GDN2Cache")
+            if len(given) != self.args.n_layers:
+                raise ValueError(f"past_key_values has {len(given)} layers; it must have {self.args.n_layers}")
+            if given.seen and given.batch_size != batch:
+                raise ValueError(f"past_key_values has {given.batch_size} rows; it must have {batch} as the input has")
             return given
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -176,12 +229,18 @@ class GDN2ForCausalLM(GDN2PreTrainedModel, GenerationMixin):
         use_cache=None,
         output_hidden_states=None,
         logits_to_keep=0,
+        position_ids=None,
+        resets=None,
+        cu_seqlens=None,
+        seq_idx=None,
         **kwargs,
     ):
-        """As GDN2Decoder's. labels: [B, T], shifted inside, -100 where there is no loss. logits_to_keep: of how many
-        last tokens, 0 for all, or a tensor of indices. kwargs go to transformers' loss."""
-        if kwargs.get("position_ids") is not None:
-            raise ValueError("position_ids given; positions follow from attention_mask, so it must be left out")
+        """As GDN2Decoder's, which takes ``kwargs``. logits_to_keep: of how many last tokens, 0 for all, or a tensor of
+        indices. labels: [B, T], shifted inside, -100 where there is no loss; so the last token of a document has the
+        first of the next for its label, unless that is -100 (transformers' collator makes it so). The loss takes
+        ``num_items_in_batch``, ``ignore_index`` and ``shift_labels``, or what one of your own has parameters for.
+        """
+        of_loss = {name: kwargs.pop(name) for name in self._of_the_loss(kwargs)}
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -189,19 +248,35 @@ class GDN2ForCausalLM(GDN2PreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            position_ids=position_ids,
+            resets=resets,
+            cu_seqlens=cu_seqlens,
+            seq_idx=seq_idx,
             return_dict=True,
+            **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        if labels is not None or of_loss.get("shift_labels") is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **of_loss)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+    def _of_the_loss(self, names):
+        """Which of these keywords are the loss function's."""
+        mine = [name for name in names if name in OF_THE_LOSS]
+        if len(mine) < len(names) and self.loss_function is not ForCausalLMLoss:
+            parameters = inspect.signature(self.loss_function).parameters
+            mine += [name for name in names if name in parameters and name not in mine]
+        return mine
+
+    def _prepare_position_ids_for_generation(self, *args, **kwargs):
+        """None: they follow from the mask, and transformers' own go on from 0 after padding on the right."""
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """What ``generate`` starts from; transformers' own caches have no place for this model's states."""
@@ -215,6 +290,9 @@ class GDN2ForCausalLM(GDN2PreTrainedModel, GenerationMixin):
                 f"prefill_chunk_size is {generation_config.prefill_chunk_size!r}; it must be left out where "
                 "inputs_embeds is given, transformers cuts ids alone in pieces"
             )
+        for name in PACKING:
+            if model_kwargs.get(name) is not None:
+                raise ValueError(f"{name} is given to generate; it must be left out, position_ids tell of documents")
         if model_kwargs.get("past_key_values") is not None:
             model_kwargs["past_key_values"]._is_user_defined = True
         elif generation_config.use_cache is not False:
@@ -226,6 +304,4 @@ class GDN2ForCausalLM(GDN2PreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, *args, inputs_embeds=None, **kwargs):
         # Embeddings by name: transformers reads in this signature whether generation may start from them.
-        inputs = super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
-        inputs.pop("position_ids", None)  # transformers 4 makes some up for a prompt in pieces
-        return inputs
+        return super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
