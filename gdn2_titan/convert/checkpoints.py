@@ -89,8 +89,8 @@ def _tokenizer(record):
 
 
 def open_checkpoint(path, config=None, flavor=None, tokenizer=None):
-    """A Checkpoint of a TorchTitan checkpoint (a step, or a run's folder or its folder of steps: the latest) or of a Hugging Face
-    folder of this model.
+    """A Checkpoint of a TorchTitan checkpoint (a step, or a run's folder or its folder of steps: the latest) or of a
+    Hugging Face folder of this model.
 
     Args:
         config: TOML file, and flavor: name, of the model for checkpoints that do not say it.

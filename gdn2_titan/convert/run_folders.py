@@ -36,7 +36,8 @@ def checkpoint_folder(path):
     path = Path(path)
     if not path.is_dir():
         raise ConvertError(f"{path} is not there; it must be a folder with a checkpoint")
-    if any((path / name).is_file() for name in (".metadata", "config.json", INDEX, SINGLE)) or step_of(path) is not None:
+    files = (".metadata", "config.json", INDEX, SINGLE)
+    if step_of(path) is not None or any((path / name).is_file() for name in files):
         return path
     steps, complete = _steps(path)
     if complete:

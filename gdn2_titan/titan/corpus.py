@@ -47,8 +47,8 @@ def check_source(section: str, dataset: str, dataset_path: str | None, text_colu
         )
     elif dataset not in ("stdlib", *TASKS) and datasets.__version__ in _RESTARTS:
         raise ConfigError(
-            f"{section}.dataset = {dataset!r} is a stream, which datasets {datasets.__version__} begins anew when it is "
-            "resumed for the second time; install another version of datasets."
+            f"{section}.dataset = {dataset!r} is a stream, which datasets {datasets.__version__} begins anew when it "
+            "is resumed for the second time; install another version of datasets."
         )
 
 
