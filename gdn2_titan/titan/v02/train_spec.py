@@ -6,6 +6,7 @@ from torchtitan.protocols import train_spec as titan_specs
 from ..dataloader import build_dataloader, for_trainer
 from ..errors import refusing
 from ..state_dict_adapter import GDN2StateDictAdapter
+from ..tokens import check_tokenizer
 from ..validate_config import check_vocabulary, validate_config
 from .context import deal_out_resets
 from .float8 import register_converters
@@ -26,6 +27,7 @@ __all__ = ["get_train_spec", "register"]
 def _build_tokenizer(job_config):
     # The first thing that TorchTitan builds from a config: the place to refuse one, for users without our script.
     validate_config(job_config)
+    check_tokenizer(job_config.model.hf_assets_path)
     tokenizer = HuggingFaceTokenizer(job_config.model.hf_assets_path)
     check_vocabulary(job_config, tokenizer)
     return tokenizer

@@ -13,6 +13,7 @@ from .. import pipeline
 from ..byte_tokenizer import BYTE_TOKENIZER_DIR
 from ..errors import ConfigError, refusing
 from ..sections import GDN2, Data, Float8Linear, MXLinear, Task
+from ..tokens import check_tokenizer
 from ..validate_config import validate_config
 from .activation_checkpoint import Policy
 from .data import TrainingData, deal_out
@@ -82,6 +83,7 @@ class GDN2Trainer(Trainer):
         check(config)
         job_config = job_config_of(config)
         validate_config(job_config)
+        check_tokenizer(config.hf_assets_path)
         hand_on(config, job_config)
         settle_timeouts()
         super().__init__(config)
