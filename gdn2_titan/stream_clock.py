@@ -1,4 +1,4 @@
-"""Prints a text as it comes and keeps the time; apart from the command, whose options want no transformers."""
+"""Prints a text as it comes and keeps the time. Apart from the command, which parses options without transformers."""
 
 import time
 

@@ -164,17 +164,21 @@ def test_a_stream_continues_at_every_resume(tmp_path, monkeypatch):
     assert read == whole
 
 
-def test_a_repository_that_cannot_be_opened_and_a_stream_that_breaks_off_are_one_sentence(tmp_path, monkeypatch):
+def test_a_repository_that_cannot_be_opened_and_a_stream_that_breaks_off_are_one_sentence(monkeypatch):
     def fails(*_, **__):
         raise ValueError("BuilderConfig 'x' not found.\nAvailable: ['y']")
 
     monkeypatch.setattr(corpus, "load_dataset", fails)
     refused(lambda: load_source("training", "a/b", None, held_out=False, hf_subset="x"), "'a/b'", "'x'", "not found.")
-    (tmp_path / "a.jsonl").write_text('{"text": "' + "x" * 30 + '"}\n{"text": "y')
-    broken = datasets.load_dataset("json", data_files=str(tmp_path / "a.jsonl"), split="train", streaming=True)
+
+    def texts():
+        yield {"text": "x" * 30}
+        raise ConnectionError("the line\nis dead")
+
+    broken = datasets.IterableDataset.from_generator(texts)
     monkeypatch.setattr(corpus, "load_dataset", lambda *_, **__: broken)
     loader = build_dataloader(1, 0, TOKENIZER, config(dataset="a/b", batch=1))
-    refused(lambda: list(zip(loader, range(50))), "the stream of documents broke off")
+    refused(lambda: list(zip(loader, range(50))), "the stream of documents broke off: ConnectionError, the line is dead.")
 
 
 @pytest.mark.parametrize("workers", [0, 1])

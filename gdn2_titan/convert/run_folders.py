@@ -37,7 +37,7 @@ def checkpoint_folder(path):
     if not path.is_dir():
         raise ConvertError(f"{path} is not there; it must be a folder with a checkpoint")
     files = (".metadata", "config.json", INDEX, SINGLE)
-    if any((path / name).is_file() for name in files) or step_of(path) is not None:
+    if step_of(path) is not None or any((path / name).is_file() for name in files):
         return path
     steps, complete = _steps(path)
     if complete:

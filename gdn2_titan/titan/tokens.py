@@ -1,12 +1,27 @@
 """Documents as tokens, the same under every TorchTitan: bos and eos around the tokens of plain text."""
 
+import json
+from pathlib import Path
+
 from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
 
 from gdn2_titan.convert.special_tokens import around, special_token
 from gdn2_titan.titan.errors import ConfigError
 from gdn2_titan.titan.local_files import reason
 
-__all__ = ["DocumentTokens", "check_tokenizer", "of_plain_text", "text_tokens"]
+__all__ = ["DocumentTokens", "check_tokenizer", "check_tokenizer_json", "of_plain_text", "text_tokens"]
+
+
+def check_tokenizer_json(path: str) -> None:
+    """Raise ConfigError unless the JSON files of ``model.hf_assets_path`` are JSON objects. Builds nothing."""
+    for file in (Path(path, name) for name in ("tokenizer.json", "tokenizer_config.json")):
+        try:
+            found = json.loads(file.read_bytes()) if file.is_file() else {}
+        except (ValueError, OSError, RecursionError) as error:
+            why = reason(error)
+            raise ConfigError(f"model.hf_assets_path is {path!r}, whose {file.name} is damaged: {why}") from error
+        if not isinstance(found, dict):
+            raise ConfigError(f"model.hf_assets_path is {path!r}, whose {file.name} holds no JSON object")
 
 
 def check_tokenizer(path: str) -> None:

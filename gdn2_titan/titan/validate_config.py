@@ -22,7 +22,7 @@ from .processes import number_of_processes
 from .sections import GDN2, compiles, section
 from .setting_ranges import check_ranges
 from .tasks import check_task
-from .tokens import check_tokenizer
+from .tokens import check_tokenizer_json
 
 __all__ = ["check_vocabulary", "validate_config"]
 
@@ -146,7 +146,7 @@ def _check_rest(job_config):
             f"{field} is {path!r}; it must be a folder that holds a Hugging Face tokenizer "
             "(tokenizer.json), or be left out for the byte-level tokenizer of this package"
         )
-    check_tokenizer(path)
+    check_tokenizer_json(path)
     data = section(job_config, "data")
     if data.shuffle_seed < 0:
         raise ConfigError(f"data.shuffle_seed is {data.shuffle_seed}; it must be 0 or more")

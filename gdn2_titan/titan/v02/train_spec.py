@@ -8,6 +8,7 @@ from ..dataloader import build_dataloader, for_trainer
 from ..errors import refusing
 from ..old_names import reading_old_names
 from ..state_dict_adapter import GDN2StateDictAdapter
+from ..tokens import check_tokenizer
 from ..validate_config import check_vocabulary, validate_config
 from .context import deal_out_resets
 from .export import export_exact_decays
@@ -31,6 +32,7 @@ def _build_tokenizer(job_config):
     # The first thing that TorchTitan builds from a config: the place to refuse one that was parsed before this package
     # was imported.
     validate_config(job_config)
+    check_tokenizer(job_config.model.hf_assets_path)
     tokenizer = HuggingFaceTokenizer(job_config.model.hf_assets_path)
     check_vocabulary(job_config, tokenizer)
     return tokenizer

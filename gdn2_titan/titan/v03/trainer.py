@@ -16,6 +16,7 @@ from ..errors import ConfigError, refusing
 from ..export import exact_decays
 from ..old_names import reading_old_names
 from ..sections import GDN2, Data, Float8Linear, MXLinear, Task
+from ..tokens import check_tokenizer
 from ..validate_config import validate_config
 from .activation_checkpoint import Policy
 from .data import TrainingData, deal_out
@@ -111,6 +112,7 @@ class GDN2Trainer(Trainer):
         job_config = job_config_of(config)
         with in_words_of_03():
             validate_config(job_config)
+            check_tokenizer(config.hf_assets_path)
         hand_on(config, job_config)
         settle_timeouts()
         super().__init__(config)
