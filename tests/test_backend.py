@@ -216,7 +216,7 @@ def test_auto_cuts_a_sequence_into_segments_only_for_the_kernels_that_gain_by_it
     ("arrange", "backend", "dense"),
     [(None, "auto", False), (None, "torch", True), (old_gpu, "auto", True), (without_triton, "auto", True)],
 )
-def test_softmax_layers_do_without_tritons_flex_attention_where_the_others_do(arrange, backend, dense, way, monkeypatch):
+def test_softmax_layers_do_without_flex_attention_where_the_others_do(arrange, backend, dense, way, monkeypatch):
     monkeypatch.setattr(target, "capability", lambda device: (9, 0))
     if arrange is not None:
         arrange(monkeypatch)
