@@ -65,7 +65,7 @@ class DecayParameters(nn.Module):
         self._mark()
 
     def __setattr__(self, name, value):
-        """nn.Module's. A class that has its own makes FSDP2, which swaps parameters, call ``register_parameter``."""
+        """nn.Module's. Only past a method of this class does FSDP2 swap parameters by ``register_parameter``."""
         super().__setattr__(name, value)
 
     def __setstate__(self, state):
