@@ -359,7 +359,7 @@ def changed(**changes):
         (changed(activation="relu"), ValueError, "activation is 'relu'"),
         (changed(activation=["silu"]), ValueError, "activation is "),
         (changed(x=torch.zeros(4, 3)), ValueError, "x has shape (4, 3)"),
-        (changed(x=torch.zeros(1, 0, 3)), ValueError, "x has shape (1, 0, 3)"),
+        (changed(x=torch.zeros(1, 4, 0)), ValueError, "x has shape (1, 4, 0)"),
         (changed(weight=torch.zeros(3, 5)), ValueError, "weight has shape (3, 5)"),
         (changed(weight=torch.zeros(3, 1)), ValueError, "weight has shape (3, 1)"),
         (changed(weight=torch.zeros(4, 4)), ValueError, "weight has shape (4, 4)"),

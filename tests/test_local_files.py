@@ -178,7 +178,8 @@ def test_a_repository_that_cannot_be_opened_and_a_stream_that_breaks_off_are_one
     broken = datasets.IterableDataset.from_generator(texts)
     monkeypatch.setattr(corpus, "load_dataset", lambda *_, **__: broken)
     loader = build_dataloader(1, 0, TOKENIZER, config(dataset="a/b", batch=1))
-    refused(lambda: list(zip(loader, range(50))), "the stream of documents broke off: ConnectionError, the line is dead.")
+    sentence = "the stream of documents broke off: ConnectionError, the line is dead."
+    refused(lambda: list(zip(loader, range(50))), sentence)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

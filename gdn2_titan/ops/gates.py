@@ -31,9 +31,9 @@ def _gate(g, A_log, dt_bias):
     """rate [H, 1], stretch [H, 1] and x [B, T, H, K] of g's dtype with the log-decay -rate * softplus(x), whatever the
     finite inputs; softplus(x) is finite.
 
-    That is exp(A_log) and g + dt_bias, unless exp(A_log) is too large or too small a number. Softplus is exp on the far
-    left: there A_log is added to x, less STRONG, which the rate keeps. Where x is then no longer far on the left, exp
-    of the decay is 0 either way. Softplus is the identity on the far right: x is multiplied by what the rate lacks,
+    That is exp(A_log) and g + dt_bias, unless exp(A_log) is too large or too small a number. Softplus is exp on the
+    far left: there A_log is added to x, less STRONG, which the rate keeps. Where x is then no longer far on the left,
+    exp of the decay is 0 either way. Softplus is the identity on the far right: x is multiplied by what the rate lacks,
     stretch; elsewhere the decay is none either way.
     """
     info = torch.finfo(g.dtype)
