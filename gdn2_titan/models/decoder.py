@@ -154,7 +154,7 @@ class GDN2Model(nn.Module):
     def init_weights(self, buffer_device=None):
         """Fill every parameter and buffer, from whatever device the model was built on to where it now lies.
 
-        The random stream is the same for every parallel layout (see ``init``). buffer_device: where buffers shall lie
+        The random stream is the same for every sharding (see ``init``). buffer_device: where buffers shall lie
         if not beside the parameters (TorchTitan's CPU offload).
         """
         if self.tok_embeddings is not None:

@@ -1,7 +1,7 @@
-"""Initialisation that is the same whatever the parallel layout.
+"""Initialisation that is the same however parameters are sharded.
 
 A sharded parameter is drawn whole, from the same random stream on every rank, and each rank keeps its shard: one
-process and eight start from the same model.
+process and eight start from the same model. The stages of a pipeline do not: each draws for its own layers alone.
 """
 
 import math
