@@ -39,7 +39,7 @@ SHARED = [
     ("write_gate", NO_NAME, STRUCTURE),
     ("decay", NO_NAME, STRUCTURE),
     ("output_gate", ("slu", "SiLU", "swish", None, True), "it must be 'silu' or 'sigmoid'"),
-    ("backend", ("tritn", "cuda", "reference", None, True), "it must be 'auto', 'triton' or 'torch'"),
+    ("backend", ("tritn", "cuda", None, True), "it must be 'auto', 'triton', 'torch' or 'reference'"),
     ("tied_gates", NO_FLAG, FLAG),
     ("allow_neg_eigval", NO_FLAG, FLAG),
     ("norm_eps", NO_NUMBER, POSITIVE),

@@ -158,6 +158,15 @@ def test_a_layer_of_either_backend_equals_its_formulas_in_fp64(backend, gpu):
     assert (built(x, resets).double() - want).norm() < 1e-4 * want.norm()
 
 
+def test_a_layer_that_is_built_for_the_reference_runs_it_token_by_token(served):
+    torch.manual_seed(0)
+    built = GatedDeltaNet2(32, 2, 8, backend="reference")
+    x, resets = torch.randn(2, 21, 32), torch.rand(2, 21) < 0.1
+    got = built(x, resets)
+    assert not served  # no chunked kernel
+    torch.testing.assert_close(got.double(), by_hand(built.double(), x.double(), resets), rtol=0, atol=1e-5)
+
+
 def test_a_model_hands_its_backend_to_every_layer_and_convolution(served):
     torch.manual_seed(0)
     model = GDN2Model(GDN2ModelArgs(**SMALL | {"layer_pattern": ("gdn2", "swa"), "backend": "triton"}))

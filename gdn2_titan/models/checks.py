@@ -11,7 +11,7 @@ WIDTHS = (2, 3, 4)
 STRUCTURE = ("channel", "scalar")
 CHOICES = {
     "erase_gate": STRUCTURE, "write_gate": STRUCTURE, "decay": STRUCTURE, "output_gate": ("silu", "sigmoid"),
-    "backend": BACKENDS,
+    "backend": (*BACKENDS, "reference"),
 }  # fmt: skip
 
 

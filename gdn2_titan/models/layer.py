@@ -87,7 +87,7 @@ class GatedDeltaNet2(nn.Module):
         output_gate: "silu" or "sigmoid".
         norm_eps: of the RMS norm on each value head.
         backend: of the ops and convolutions: "triton", "torch", or "auto", which takes Triton's kernels on a GPU that
-            they can serve.
+            they can serve; or "reference", the op token by token and PyTorch's convolutions.
         num_segments: of :func:`gdn2_titan.ops.chunk_gdn2`, also an attribute: "auto", or into how many segments every
             sequence is cut, on a CPU too. Where ranks share a sequence they have its segments, and it has no effect.
 
@@ -141,9 +141,10 @@ class GatedDeltaNet2(nn.Module):
         self.q_proj = linear(hidden_size, key_size)
         self.k_proj = linear(hidden_size, key_size)
         self.v_proj = linear(hidden_size, value_size)
-        self.q_conv1d = ShortConvolution(key_size, conv_size, backend)
-        self.k_conv1d = ShortConvolution(key_size, conv_size, backend)
-        self.v_conv1d = ShortConvolution(value_size, conv_size, backend)
+        conv_backend = "torch" if backend == "reference" else backend
+        self.q_conv1d = ShortConvolution(key_size, conv_size, conv_backend)
+        self.k_conv1d = ShortConvolution(key_size, conv_size, conv_backend)
+        self.v_conv1d = ShortConvolution(value_size, conv_size, conv_backend)
         if decay == "channel":
             self.decay_low_proj = linear(hidden_size, self.head_v_dim)
             self.decay_proj = linear(self.head_v_dim, key_size)

@@ -53,4 +53,4 @@ def triton_can_serve(x, backend, head_sizes=()):
 
 def triton_serves_device(device, backend):
     """Whether a model on a device may run kernels made of Triton, flex attention's among them."""
-    return backend != "torch" and not (_on_gpu(device) and obstacle_on(device) is not None)
+    return backend not in ("torch", "reference") and not (_on_gpu(device) and obstacle_on(device) is not None)

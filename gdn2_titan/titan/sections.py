@@ -47,7 +47,7 @@ class GDN2:
     rope_theta: float | None = None
     """Base of the rotary frequencies"""
     backend: str | None = None
-    """Kernels of the GDN-2 layers: "auto", "triton" or "torch" """
+    """Kernels of the GDN-2 layers: "auto", "triton", "torch" or, token by token, "reference" """
     document_resets: bool = True
     """Forget the state, and mask attention, where a packed document begins"""
     statistics_freq: int = 50
