@@ -73,7 +73,7 @@ def test_what_follows_from_the_fields_is_read_under_its_usual_name_and_taken_whe
     assert {name: getattr(made, name) for name in derived} == derived
     assert GDN2Config(**json.loads(made.to_json_string()) | derived).model_args() == made.model_args()
     assert GDN2Config(rope_parameters={"rope_theta": 7.0}).model_args() == GDN2ModelArgs(rope_theta=7.0)
-    with pytest.raises(ValueError, match="rope_theta is -1; it must be greater than 0"):
+    with pytest.raises(ValueError, match="rope_theta is -1; it must be a finite number greater than 0"):
         GDN2Config(layer_pattern=["swa"], rope_parameters={"rope_theta": -1})
     assert GDN2Config(rope_scaling=None, layer_types=None).model_args() == GDN2ModelArgs()
     assert made.get_text_config() is made and made.tie_word_embeddings is False

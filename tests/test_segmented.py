@@ -67,7 +67,7 @@ def test_the_layer_in_segments_equals_the_definition_token_by_token(count, monke
     got = evaluate()
     assert calls == [2 * count]
 
-    def by_definition(*args, num_segments, **options):
+    def by_definition(*args, num_segments, backend, **options):
         return naive_recurrent_gdn2(*args, **options)
 
     monkeypatch.setattr("gdn2_titan.models.layer.chunk_gdn2", by_definition)
