@@ -44,6 +44,9 @@ OPTIONS = {  # processes, sequences in a rank's batch, overrides
     "mxfp8": (1, 4, (f"--model.converters={MX[2:]}", f"{MX}.emulate", f"{MX}.smallest_side=32")),
     "cp2": (2, 4, ("--parallelism.context_parallel_degree=2",)),
 }  # fmt: skip
+# Another CPU adds up in another order, and what is then rounded to 16 or 8 bits falls to the other side now and then:
+# up to 3e-4 of a gradient norm was seen.
+TOLERANCES = dict.fromkeys(("fsdp2 bf16", "fsdp2 float8 gathered", "float8 rowwise", "mxfp8"), 1e-3)
 TASKS = sorted(path.stem for path in (ROOT / "train_configs" / "recall").glob("*.toml"))
 
 
@@ -68,11 +71,12 @@ def run(name, folder):
 @pytest.mark.parametrize("name", [*OPTIONS, *TASKS])
 def test_an_option_trains_as_0_2_2_recorded(name, tmp_path):
     found, expected = run(name, tmp_path), json.loads(CURVES.read_text())["options"][name]
+    rel = TOLERANCES.get(name, 1e-5)
     assert len(found["training"]) == 3 and len(found["validation"]) == 2
     for now, then in zip(found["training"], expected["training"], strict=True):
-        assert now == pytest.approx(then, rel=1e-5)
+        assert now == pytest.approx(then, rel=rel)
     assert found["tokens"] == expected["tokens"]
-    assert found["validation"] == pytest.approx(expected["validation"], rel=1e-5)
+    assert found["validation"] == pytest.approx(expected["validation"], rel=rel)
 
 
 def record():
