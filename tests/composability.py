@@ -44,7 +44,12 @@ FEATURES = {
     "context parallelism: hybrid models, full, windowed and document attention, with TP": [
         ("test_context_parallel_attention.py", "test_"), ("test_context_parallel_model.py", "test_"),
     ],
-    "a long sequence as segments on one device": [("test_segments.py", "test_")],
+    "a long sequence as segments on one device": [("test_segments.py", "test_"), ("test_segmented.py", "test_")],
+    "padding and packing in transformers": [("test_hf_padding.py", "test_")],
+    "transformers: quantized loading, heads, generate from embeddings": [
+        ("test_hf_loading.py", "test_"), ("test_hf_names.py", "test_"),
+    ],
+    "PEFT: LoRA, DoRA, IA3": [("test_lora.py", "test_")],
     "torch.export, dynamic, saved and loaded": [
         (LIBRARY, "test_exports_with_dynamic"), (CONV, "test_exports_with_dynamic"),
         ("test_export.py", "test_an_exported_hybrid"),

@@ -4,8 +4,6 @@ import re
 
 __all__ = ["Recorder", "features_of"]
 
-OUTCOMES = ("failed", "passed", "skipped")
-
 
 def features_of(nodeid, features):
     """The features that a test stands for. features: {feature: tests}, each by its file, by how its name begins and,
@@ -38,6 +36,8 @@ class Recorder:
 
 def _cell(outcomes):
     said = [outcome for outcome, _ in outcomes]
-    if set(said) == {"skipped"}:
-        return "skipped: " + "; ".join(sorted({reason for _, reason in outcomes}))
-    return ", ".join(f"{said.count(outcome)} {outcome}" for outcome in OUTCOMES if outcome in said) or "not run"
+    if "failed" in said:
+        return f"no: {said.count('failed')} of {len(said)} tests failed"
+    if "passed" in said:
+        return "yes"
+    return "skipped: " + "; ".join(sorted({reason for _, reason in outcomes})) if said else "not run"

@@ -34,7 +34,7 @@ def test_one_failure_shows_in_the_row_of_its_feature(tmp_path):
     recorder = Recorder(composability.FEATURES, functools.partial(composability.write_document, path))
     recorder.pytest_runtest_logreport(Report("test_export.py::test_make_fx_traces[a]", "failed"))
     recorder.pytest_sessionfinish()
-    assert "| make_fx | 1 failed |" in path.read_text()
+    assert "| make_fx | no: 1 of 1 tests failed |" in path.read_text()
     assert "| AOTInductor | not run |" in path.read_text()
 
 
