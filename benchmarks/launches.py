@@ -16,7 +16,7 @@ from gdn2_titan.ops.triton import launching, target
 
 __all__ = ["Launch", "recorded"]
 
-# Kernels ask on import whether they are interpreted: before ``recorded`` gives check_target another answer.
+# Kernels ask on import whether they are interpreted: before ``recorded`` gives them another answer.
 for module in pkgutil.iter_modules(kernels.__path__, kernels.__name__ + "."):
     importlib.import_module(module.name)
 
