@@ -2,7 +2,7 @@
 
 import torch
 
-from gdn2_titan.ops.segments import segment_gdn2_op
+from gdn2_titan.ops.gdn2.segments import segment_gdn2_op
 
 __all__ = ["KINDS", "conv_inputs", "gdn2_inputs", "segment"]
 

@@ -21,8 +21,8 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from gdn2_titan.ops.context_parallel import begin_gdn2
-from gdn2_titan.ops.shards import SequenceShards
+from gdn2_titan.ops.context_parallel.api import begin_gdn2
+from gdn2_titan.ops.context_parallel.shards import SequenceShards
 
 __all__ = ["between"]
 

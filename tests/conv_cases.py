@@ -2,7 +2,7 @@
 
 import torch
 
-from gdn2_titan.ops.causal_conv1d import causal_conv1d
+from gdn2_titan.ops.short_conv.api import causal_conv1d
 
 FORWARD = torch.ops.gdn2_titan.causal_conv1d
 BACKWARD = torch.ops.gdn2_titan.causal_conv1d_backward

@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gdn2_titan.models import GDN2Model, GDN2ModelArgs
-from gdn2_titan.ops import chunked, windowed_conv1d
+from gdn2_titan.ops.gdn2 import chunked
+from gdn2_titan.ops.short_conv import windowed as windowed_conv1d
 from gdn2_titan.parallel import (
     apply_activation_checkpoint,
     apply_compile,

@@ -10,8 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from gdn2_titan.ops import windowed_conv1d
-from gdn2_titan.ops.causal_conv1d import causal_conv1d
+from gdn2_titan.ops.short_conv import windowed as windowed_conv1d
+from gdn2_titan.ops.short_conv.api import causal_conv1d
 
 from .conv_cases import (
     BACKWARD,

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from gdn2_titan.ops import chunk_gdn2, context_parallel_gdn2
-from gdn2_titan.ops.context_parallel import begin_gdn2
-from gdn2_titan.ops.shards import LAYOUTS, SequenceShards
+from gdn2_titan.ops.context_parallel.api import begin_gdn2
+from gdn2_titan.ops.context_parallel.shards import LAYOUTS, SequenceShards
 from tests.gdn2_cases import RAW, cast, cotangents, leaves, make, random_resets, run
 from tests.processes import run as run_processes
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gdn2_titan.ops import chunk_gdn2, context_parallel_gdn2, handoff
-from gdn2_titan.ops.shards import SequenceShards
+from gdn2_titan.ops import chunk_gdn2, context_parallel_gdn2
+from gdn2_titan.ops.context_parallel import handoff
+from gdn2_titan.ops.context_parallel.shards import SequenceShards
 from tests.gdn2_cases import leaves, make
 from tests.processes import run as run_processes
 from tests.test_context_parallel import SEQUENCES, shard

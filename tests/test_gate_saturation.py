@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gdn2_titan.models import GatedDeltaNet2
 from gdn2_titan.ops import chunk_gdn2, naive_recurrent_gdn2, recurrent_gdn2, recurrent_gdn2_, segment_summary
-from gdn2_titan.ops.gates import activate, activate_backward
+from gdn2_titan.ops.gdn2.gates import activate, activate_backward
 from tests.gdn2_cases import (
     DEVICE,
     assert_close,

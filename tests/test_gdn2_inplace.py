@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gdn2_titan.ops import naive_recurrent_gdn2, recurrent_gdn2, recurrent_gdn2_
-from gdn2_titan.ops.flops import forward_flops
+from gdn2_titan.ops.gdn2.flops import forward_flops
 from tests.gdn2_cases import LEAVES, assert_close, leaves, make
 
 OP = torch.ops.gdn2_titan.recurrent_gdn2_

@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
-from gdn2_titan.ops import chunk_gdn2, chunked, naive_recurrent_gdn2, recurrent_gdn2
-from gdn2_titan.ops.flops import backward_flops, forward_flops
+from gdn2_titan.ops import chunk_gdn2, naive_recurrent_gdn2, recurrent_gdn2
+from gdn2_titan.ops.gdn2 import chunked
+from gdn2_titan.ops.gdn2.flops import backward_flops, forward_flops
 from tests.gdn2_cases import RAW, cast, cotangents, leaves, make, op_arguments, reversed_layout, run
 
 OPS = torch.ops.gdn2_titan
@@ -250,7 +251,7 @@ def test_flop_counter_reports_the_closed_form(function, packed):
 
 
 def test_the_closed_form_counts_the_chunk_size_in_use():
-    from gdn2_titan.ops import flops
+    from gdn2_titan.ops.gdn2 import flops
 
     assert flops.CHUNK == chunked.CHUNK == 64
 

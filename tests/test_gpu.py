@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from gdn2_titan.models import GDN2Model, GDN2ModelArgs
-from gdn2_titan.ops import causal_conv1d, chunk_gdn2, chunked, recurrent_gdn2, recurrent_gdn2_
+from gdn2_titan.ops import causal_conv1d, chunk_gdn2, recurrent_gdn2, recurrent_gdn2_
+from gdn2_titan.ops.gdn2 import chunked
 from tests.gdn2_cases import (
     DECAYS,
     DEVICE,

@@ -119,7 +119,7 @@ def test_the_code_is_flat_parses_and_names_no_other_module_of_this_package(tmp_p
         "AutoModelForTokenClassification": "classification_gdn2.GDN2ForTokenClassification",
     }
     files = {path.stem: ast.parse(path.read_text()) for path in tmp_path.glob("*.py")}
-    assert {"configuration_gdn2", "modeling_gdn2", "gdn2_ops_chunked", "gdn2_models_layer"} <= set(files)
+    assert {"configuration_gdn2", "modeling_gdn2", "gdn2_ops_gdn2_chunked", "gdn2_models_layer"} <= set(files)
     assert not any("triton" in name for name in files)
     for name, tree in files.items():
         for node in ast.walk(tree):

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from torch.utils.flop_counter import FlopCounterMode
 
 from gdn2_titan.ops import chunk_gdn2, naive_recurrent_gdn2, segment_summary
-from gdn2_titan.ops.flops import forward_flops
-from gdn2_titan.ops.maps import apply, read
-from gdn2_titan.ops.split import number_of_segments
+from gdn2_titan.ops.gdn2.flops import forward_flops
+from gdn2_titan.ops.gdn2.maps import apply, read
+from gdn2_titan.ops.gdn2.split import number_of_segments
 from tests.gdn2_cases import (
     DECAYS,
     RAW,
@@ -180,7 +180,7 @@ def test_auto_cuts_long_sequences_of_few_heads_and_nothing_on_a_cpu(monkeypatch)
     assert number_of_segments(B=1, T=4096, **sizes | dict(H=2, HV=2), processors=132) == 4
     assert number_of_segments(B=1, T=1024, **sizes | dict(H=2, HV=2), processors=132) == 1
     assert number_of_segments(B=8, T=131072, **sizes, processors=132) == 1
-    monkeypatch.setattr("gdn2_titan.ops.functional.split_gdn2", None)  # not called
+    monkeypatch.setattr("gdn2_titan.ops.gdn2.api.split_gdn2", None)  # not called
     inputs = make(B=1, T=20000, H=1, K=2, V=2, dtype=torch.float32)
     chunk_gdn2(**inputs, num_segments="auto")
 

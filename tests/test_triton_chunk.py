@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from gdn2_titan.ops import chunk_gdn2, chunked, recurrent_gdn2
+from gdn2_titan.ops import chunk_gdn2, recurrent_gdn2
+from gdn2_titan.ops.gdn2 import chunked
 from tests.gdn2_cases import (
     DECAYS,
     DEVICE,

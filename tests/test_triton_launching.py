@@ -10,7 +10,8 @@ pytest.importorskip("triton")
 
 import triton
 
-from gdn2_titan.ops.triton import chunk, launching, target
+from gdn2_titan.ops.gdn2.triton import chunk
+from gdn2_titan.ops.triton import launching, target
 from tests.gdn2_cases import RAW, cotangents, make, op_arguments
 
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from gdn2_titan.ops import naive_recurrent_gdn2, recurrent_gdn2, recurrent_gdn2_
+from gdn2_titan.ops.gdn2.triton.recurrent import configuration, padded
 from gdn2_titan.ops.triton import launching
-from gdn2_titan.ops.triton.recurrent import configuration, padded
 from tests.gdn2_cases import DECAYS, LEAVES, RAW, RESULTS, assert_close, cast, errors, leaves, make, reversed_layout
 
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 
 pytest.importorskip("triton")
 
-from gdn2_titan.ops import chunked
+from gdn2_titan.ops.gdn2 import chunked
 from gdn2_titan.ops.triton import launching
 from tests.gdn2_cases import (
     DECAYS,

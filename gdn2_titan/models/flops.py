@@ -1,6 +1,6 @@
 """Parameters and training FLOPs per token in closed form, for MFU."""
 
-from gdn2_titan.ops.flops import forward_flops
+from gdn2_titan.ops.gdn2.flops import forward_flops
 
 from .args import GDN2ModelArgs
 from .checks import value_head_dim

@@ -12,10 +12,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from gdn2_titan.ops import causal_conv1d, chunk_gdn2, recurrent_gdn2
-from gdn2_titan.ops.context_parallel import begin_gdn2
-from gdn2_titan.ops.gates import log_decay
-from gdn2_titan.ops.halo import halos
-from gdn2_titan.ops.split import check_num_segments
+from gdn2_titan.ops.context_parallel.api import begin_gdn2
+from gdn2_titan.ops.context_parallel.halo import halos
+from gdn2_titan.ops.gdn2.gates import log_decay
+from gdn2_titan.ops.gdn2.split import check_num_segments
 
 from .checks import check_convolution, check_count, check_gdn2, value_head_dim
 from .decay import DecayParameters

@@ -2,8 +2,8 @@
 
 from torch.distributed.device_mesh import DeviceMesh
 
-from gdn2_titan.ops.shards import LAYOUTS, SequenceShards
-from gdn2_titan.ops.validation import check_choice
+from gdn2_titan.ops.checks import check_choice
+from gdn2_titan.ops.context_parallel.shards import LAYOUTS, SequenceShards
 
 __all__ = ["apply_context_parallel", "check_context_parallel"]
 

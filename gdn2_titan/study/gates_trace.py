@@ -8,7 +8,7 @@ import torch
 
 from gdn2_titan.convert.errors import ConvertError
 from gdn2_titan.models.layer import SLOWEST_DECAY
-from gdn2_titan.ops.gates import activate
+from gdn2_titan.ops.gdn2.gates import activate
 
 from .gates_memory import follow_memory
 

@@ -96,7 +96,8 @@ def _check_shares(job_config):
             raise ConfigError(f"parallelism.tensor_parallel_degree is {degree}; {error}") from error
     check_lengths(job_config)
     if parallelism.context_parallel_degree > 1 and args.backend == "reference":
-        raise ConfigError("gdn2.backend is 'reference'; with context parallelism it must be 'auto', 'triton' or 'torch'")
+        allowed = "'auto', 'triton' or 'torch'"
+        raise ConfigError(f"gdn2.backend is 'reference'; with context parallelism it must be {allowed}")
     if parallelism.enable_async_tensor_parallel:
         if not compiles(job_config, "model"):
             raise ConfigError(

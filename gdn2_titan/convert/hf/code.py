@@ -19,7 +19,7 @@ from gdn2_titan.convert.aside import write_text
 __all__ = ["save_code"]
 
 PACKAGE = "gdn2_titan"
-LEFT_OUT = f"{PACKAGE}.ops.triton"
+LEFT_OUT = tuple(f"{PACKAGE}.ops.{room}triton" for room in ("", "gdn2.", "short_conv."))
 ENTRIES = {
     f"{PACKAGE}.convert.hf.{name}": name for name in ("configuration_gdn2", "modeling_gdn2", "classification_gdn2")
 }
@@ -127,7 +127,7 @@ def _rewritten(module):
 def _import_from(origin, alias):
     """The statements for ``from origin import alias``, and the module that they import or None."""
     inner, bound = f"{origin}.{alias.name}", alias.asname or alias.name
-    if LEFT_OUT in (origin, inner) or origin.startswith(f"{LEFT_OUT}."):
+    if inner in LEFT_OUT or any(f"{origin}.".startswith(f"{room}.") for room in LEFT_OUT):
         return [f'raise ImportError("{inner} is not part of this copy of the code")'], None
     # A package may have a function of the name of a module; it is then the function that is imported.
     if not inspect.ismodule(getattr(importlib.import_module(origin), alias.name)):

@@ -1,14 +1,6 @@
-"""The operators' GPU kernels, in Triton. Imported when the first of them runs, so that the package works without it.
+"""What the Triton kernels of all operators share.
 
-chunk.py             launches of the chunkwise form, forward and backward
-prepare.py           kernel: what of a chunk does not depend on the state
-scan.py              kernels: the state from chunk to chunk, and its gradient back
-gradient.py          kernel: every gradient of a chunk that needs no other chunk
-tree.py, rows.py     device functions: decays by halving; rows of inputs, activated
-recurrent.py         kernel: token by token, for decoding
-causal_conv1d.py     the short convolution, forward and backward
 products.py          device functions: matrix product and rounding
-configurations.py    candidates for the chunk kernels, by architecture, dtype and head sizes
 launching.py         the one place where a kernel is started, tuned or pinned
 target.py            which device a tensor is on, what it can do, and what is refused
 """

@@ -2,7 +2,7 @@
 
 import torch
 
-from .causal_conv1d import causal_conv1d, check_conv_inputs
+from ..short_conv.api import causal_conv1d, check_conv_inputs
 from .exchange_tokens import preceding
 from .shards import SequenceShards
 

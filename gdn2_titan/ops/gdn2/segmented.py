@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..autograd import differentiable, once
 from .flops import backward_flops, forward_flops
 from .gates import compute_dtype
 from .library import kernel_options, kernels, no_autocast
 from .maps import apply, apply_transposed, read, read_transposed
-from .transforms import differentiable, once
 
 __all__ = ["differentiable_segmented_gdn2"]
 

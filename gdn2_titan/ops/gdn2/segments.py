@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .dispatch import BACKENDS
+from ..autograd import differentiable
+from ..checks import check_choice, check_flags, check_inputs
+from ..dispatch import BACKENDS
 from .flops import forward_flops
 from .gates import compute_dtype
 from .library import chunk_gdn2_backward_once, kernel_options, kernels, no_autocast
-from .transforms import differentiable
-from .validation import check_choice, check_flags, check_inputs
 
 __all__ = ["segment_gdn2_op", "segment_summary"]
 

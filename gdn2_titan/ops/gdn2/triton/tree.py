@@ -16,7 +16,7 @@ masks that the compiler can compute in advance it keeps, and spills everything e
 import triton
 import triton.language as tl
 
-from .products import cast, dot
+from ...triton.products import cast, dot
 from .rows import C
 
 __all__ = ["HALF", "LEVELS", "after", "corner", "level", "pairs", "sum_over", "unknown", "up_to"]

@@ -5,8 +5,8 @@ The functions, their arguments and their results are those of ``chunked``.
 
 import torch
 
+from ..checks import check_cu_seqlens
 from .gates import compute_dtype
-from .validation import check_cu_seqlens
 
 __all__ = ["chunk_backward", "chunk_forward", "segment_forward"]
 

@@ -19,11 +19,11 @@ has no mailbox; within its graph nothing reads the message before the wait, and 
 
 import torch
 
+from ..gdn2.library import chunk_gdn2_backward_once, no_autocast
+from ..gdn2.maps import apply, apply_transposed, read, read_transposed
+from ..gdn2.segments import segment_gdn2_op
 from . import exchange_gather, exchange_scan
-from .library import chunk_gdn2_backward_once, no_autocast
-from .maps import apply, apply_transposed, read, read_transposed
 from .ordering import after
-from .segments import segment_gdn2_op
 from .shards import SequenceShards
 
 __all__ = ["FORMS", "Handoff", "begin"]

@@ -17,8 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launching
-from .products import cast
+from ..triton import launching
+from ..triton.products import cast
 
 __all__ = ["backward", "forward"]
 

@@ -9,8 +9,8 @@ Everything else in this package is measured against this file, in fp64.
 
 import torch
 
+from ..checks import check_cu_seqlens, check_inputs
 from .gates import activate, compute_dtype
-from .validation import check_cu_seqlens, check_inputs
 
 __all__ = ["naive_recurrent_gdn2", "recur_packed"]
 

@@ -2,11 +2,11 @@
 
 import torch
 
-from .dispatch import BACKENDS
+from ..checks import check_choice, check_flags, check_inputs, check_state
+from ..dispatch import BACKENDS
 from .library import differentiable_chunk_gdn2, differentiable_recurrent_gdn2, recurrent_gdn2_inplace_op
 from .reference import naive_recurrent_gdn2
 from .split import segments_of, split_gdn2
-from .validation import check_choice, check_flags, check_inputs, check_state
 
 __all__ = ["chunk_gdn2", "fused_recurrent_gdn2", "recurrent_gdn2", "recurrent_gdn2_"]
 

@@ -19,7 +19,7 @@ import math
 
 import torch
 
-from .maps import apply, apply_transposed
+from ..gdn2.maps import apply, apply_transposed
 from .ordering import after
 
 __all__ = ["kept", "pending_back", "receive", "receive_back", "send", "send_back"]

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ..checks import check_cu_seqlens
 from .flops import CHUNK
 from .gates import activate, activate_backward, compute_dtype
 from .intra import intra_chunk, intra_chunk_backward
-from .validation import check_cu_seqlens
 
 __all__ = ["chunk_backward", "chunk_forward", "segment_forward"]
 

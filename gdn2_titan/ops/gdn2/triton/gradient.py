@@ -11,8 +11,8 @@ A_qk and T gain goes to q, b, k and g down the tree.
 import triton
 import triton.language as tl
 
-from .products import cast, dot
-from .rows import (
+from ...triton.products import cast, dot
+from .rows import (  # fmt: skip
     C,
     chunk_of,
     load_erase,
@@ -23,7 +23,7 @@ from .rows import (
     load_unit,
     program,
     store_rows,
-)  # fmt: skip
+)
 from .tree import HALF, after, corner, level, pairs, sum_over, unknown, up_to
 
 __all__ = ["gradient_kernel"]

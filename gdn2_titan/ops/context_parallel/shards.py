@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from .validation import check_choice
+from ..checks import check_choice
 
 __all__ = ["LAYOUTS", "SequenceShards"]
 

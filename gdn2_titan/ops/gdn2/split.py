@@ -5,7 +5,7 @@ import numbers
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .dispatch import triton_can_serve
+from ..dispatch import triton_can_serve
 from .flops import CHUNK
 from .segmented import differentiable_segmented_gdn2
 

@@ -7,7 +7,7 @@ A_qk, times scale too     A = (I + T)^-1
 import triton
 import triton.language as tl
 
-from .products import cast, dot
+from ...triton.products import cast, dot
 from .rows import C, chunk_of, load_erase, load_log_decay, load_unit, program, store_inverse_norms
 from .tree import HALF, after, corner, level, pairs, sum_over, up_to
 

@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ...triton.products import cast
 from ..flops import CHUNK
 from ..gates import NORM_EPS, STRONG
-from .products import cast
 
 __all__ = [
     "C", "RESET", "chunk_of", "load_erase", "load_gate", "load_log_decay", "load_reset", "load_rows", "load_unit",

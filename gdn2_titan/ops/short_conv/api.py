@@ -3,16 +3,16 @@
     pre_t = bias + sum_i weight[:, i] * x_{t - (W - 1) + i}        y_t = pre_t or silu(pre_t)
 
 The past of a sequence's first tokens is its initial state or zero, that of a document's first tokens zero. Its kernels
-are in ``windowed_conv1d``, in PyTorch, and in ``triton.causal_conv1d``.
+are in ``windowed``, in PyTorch, and in ``triton``.
 """
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import windowed_conv1d
-from .dispatch import BACKENDS, use_triton
-from .transforms import differentiable, once
-from .validation import FLOAT_DTYPES, check_choice, check_cu_seqlens, check_flags, check_packing
+from ..autograd import differentiable, once
+from ..checks import FLOAT_DTYPES, check_choice, check_cu_seqlens, check_flags, check_packing
+from ..dispatch import BACKENDS, use_triton
+from . import windowed
 
 __all__ = ["causal_conv1d", "check_conv_inputs"]
 
@@ -24,10 +24,10 @@ def _kernels(x, weight, bias, backend):
     """The module whose ``forward`` and ``backward`` serve a call."""
     tensors = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
     if not all(use_triton(name, tensor, backend) for name, tensor in tensors.items()) or x.numel() == 0:
-        return windowed_conv1d
-    from .triton import causal_conv1d  # not before it is needed: Triton is not everywhere
+        return windowed
+    from . import triton  # not before it is needed: Triton is not everywhere
 
-    return causal_conv1d
+    return triton
 
 
 @torch.library.custom_op(

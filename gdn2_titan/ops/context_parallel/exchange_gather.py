@@ -8,7 +8,7 @@ Shapes: M [S, B, H, K, K], D [S, B, HV, K, V] of a rank's S segments, S first.
 
 import torch
 
-from .maps import apply, apply_transposed
+from ..gdn2.maps import apply, apply_transposed
 
 __all__ = ["kept", "pending_back", "receive", "receive_back", "send", "send_back"]
 

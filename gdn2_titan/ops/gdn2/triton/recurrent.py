@@ -9,10 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ...checks import check_cu_seqlens
+from ...triton import launching
+from ...triton.products import cast
 from ..gates import NORM_EPS
-from ..validation import check_cu_seqlens
-from . import launching
-from .products import cast
 from .rows import load_gate, softplus
 
 __all__ = ["recurrent_forward"]

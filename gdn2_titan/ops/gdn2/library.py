@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..autograd import differentiable, once
+from ..dispatch import use_triton
 from . import chunked, tokenless
-from .dispatch import use_triton
 from .flops import backward_flops, forward_flops
 from .gates import activate, compute_dtype
 from .reference import recur_packed
-from .transforms import differentiable, once
 
 __all__ = [
     "chunk_gdn2_backward_once", "differentiable_chunk_gdn2", "differentiable_recurrent_gdn2", "kernel_options",

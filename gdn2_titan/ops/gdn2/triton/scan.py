@@ -10,7 +10,7 @@ operand of a product, which tensor cores take from the registers that the produc
 import triton
 import triton.language as tl
 
-from .products import cast, dot
+from ...triton.products import cast, dot
 from .rows import C
 
 __all__ = ["reverse_kernel", "scan_kernel", "segment_kernel"]

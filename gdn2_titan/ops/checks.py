@@ -9,7 +9,7 @@ import numbers
 
 import torch
 
-from .gates import compute_dtype
+from .gdn2.gates import compute_dtype
 
 __all__ = [
     "FLOAT_DTYPES", "check_choice", "check_cu_seqlens", "check_flags", "check_inputs", "check_packing", "check_state",

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from ...checks import check_cu_seqlens
+from ...triton import launching, target
 from ..flops import CHUNK
-from ..validation import check_cu_seqlens
-from . import configurations, launching, target
+from . import configurations
 from .gradient import gradient_kernel
 from .prepare import prepare_kernel
 from .scan import reverse_kernel, scan_kernel, segment_kernel

@@ -1,12 +1,12 @@
 """Gated DeltaNet-2 over sequences that the ranks of a group share: the public function."""
 
+from ..checks import check_choice, check_flags, check_inputs
+from ..dispatch import BACKENDS
+from ..gdn2.api import chunk_gdn2
+from ..gdn2.gates import compute_dtype
 from . import handoff
-from .dispatch import BACKENDS
 from .exchange_cost import choose
-from .functional import chunk_gdn2
-from .gates import compute_dtype
 from .shards import SequenceShards
-from .validation import check_choice, check_flags, check_inputs
 
 __all__ = ["begin_gdn2", "context_parallel_gdn2"]
 

@@ -1,0 +1,1 @@
+"""The operator: ``api`` is what is called, ``reference`` what it computes."""

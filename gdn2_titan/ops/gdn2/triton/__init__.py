@@ -1,0 +1,10 @@
+"""The operator's GPU kernels, in Triton. Imported when the first of them runs, so that the package works without it.
+
+chunk.py             launches of the chunkwise form, forward and backward
+prepare.py           kernel: what of a chunk does not depend on the state
+scan.py              kernels: the state from chunk to chunk, and its gradient back
+gradient.py          kernel: every gradient of a chunk that needs no other chunk
+tree.py, rows.py     device functions: decays by halving; rows of inputs, activated
+recurrent.py         kernel: token by token, for decoding
+configurations.py    candidates for the chunk kernels, by architecture, dtype and head sizes
+"""
