@@ -15,7 +15,7 @@ import json
 import torch
 import torch.distributed as dist
 from processes import run
-from tables import DOCS, table, write
+from tables import DOCS, fill, table
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gdn2_titan.ops import context_parallel_gdn2
@@ -126,7 +126,7 @@ def main():
     chosen = parser.parse_args()
     result = rows()
     if chosen.write:
-        write(DOCS / "context_parallel.md", {"bytes": markdown(result)})
+        fill(DOCS / "context_parallel.md", {"bytes": markdown(result)})
     else:
         print(json.dumps(result) if chosen.json else markdown(result))
     raise SystemExit(any(counted != row["formula"] for row in result for counted in row["counted"]))

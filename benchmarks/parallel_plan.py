@@ -12,7 +12,7 @@ import itertools
 
 from parallel_costs import CHECKPOINTING, Costs, Layout
 from parallel_measured import measure_saved, measure_step
-from tables import DOCS, table, write
+from tables import DOCS, fill, table
 
 from gdn2_titan.models import GDN2ModelArgs
 from gdn2_titan.parallel import check_tensor_parallel
@@ -170,7 +170,7 @@ def main():
     if chosen.write or not rows:
         tables["plans"] = "\n\n".join(map(_plans_of, MODELS))
     if chosen.write:
-        write(DOCS / "parallelism.md", tables)
+        fill(DOCS / "parallelism.md", tables)
     else:
         print("\n\n".join(tables.values()))
     raise SystemExit(any(formula != measured for *_, formula, measured in rows))
