@@ -213,6 +213,8 @@ def main():
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--size", type=int, default=128, help="K and V")
     chosen = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("this benchmark needs a GPU")
     bench = Bench()
     facts = describe("cuda") | {"copy bandwidth": f"{bench.bandwidth / 1e9:.0f} GB/s"}
     try:
