@@ -1,7 +1,7 @@
 """Compile the kernels for GPUs that are not here, and read in the machine code what they take.
 
     python benchmarks/aot.py --target sm_90 --op chunk --kind bf16 --size 128
-    python benchmarks/aot.py --kind bf16 "bf16 raw" --write    # a table of these cases into docs/kernels.md
+    python benchmarks/aot.py --size 128 --kind "bf16 raw" --write    # a table of these cases into docs/kernels.md
 
 Each launch that the calls of ``CASES`` would make on a target is compiled by Triton's own path, specialisation of
 arguments included: by its warm-up entry, under a driver that knows nothing but the target. A line a kernel: its
