@@ -27,6 +27,12 @@ def test_every_link_of_a_page_leads_to_a_file_and_a_heading(page):
             assert not anchor or anchor in _anchors(there), target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_a_page_names_is_there(page):
+    for name in re.findall(r"(?<![\w./-])((?:\w+/)+[\w.]+\.(?:py|sh|toml|json))\b", page.read_text()):
+        assert any((folder / name).is_file() for folder in (ROOT, ROOT / "gdn2_titan")), name
+
+
 def test_every_page_is_found_from_the_readme():
     linked = set(re.findall(r"\]\((docs/\w+\.md)", (ROOT / "README.md").read_text()))
     assert linked == {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
