@@ -46,7 +46,7 @@ def test_the_code_of_a_page_runs(name):
 
 def test_the_page_of_settings_has_every_field():
     pytest.importorskip("torchtitan")
-    from gdn2_titan.titan.sections import GDN2, Data, Task
+    from gdn2_titan.titan.settings import GDN2, Data, Task
 
     page = (ROOT / "docs" / "settings.md").read_text()
     for section in (GDN2, Data, Task):
