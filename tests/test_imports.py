@@ -35,7 +35,7 @@ BELOW_OPS = {
 # Package of others: where it may be imported.
 OTHERS = {
     "torchtitan": ("titan", "study"),
-    "transformers": ("convert.hf", "generate", "study", "model_options", "stream_clock"),
+    "transformers": ("convert.hf", "generate", "study", "model_options"),
     "triton": ("ops.triton", "ops.gdn2.triton", "ops.short_conv.triton"),
 }
 
