@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from .errors import ConfigError
-from .setting_ranges import check_range, describe
-from .toml_check import check_known
+from gdn2_titan.convert.toml_table import ConfigError, check_known, describe
+
+from .setting_ranges import check_range
 
 __all__ = ["check_arguments", "options_of"]
 

@@ -1,14 +1,15 @@
 """The model that a config describes."""
 
-import dataclasses
+from typing import Any
 
-from gdn2_titan.models import flavors
+from gdn2_titan.models import GDN2ModelArgs
+from gdn2_titan.models.overrides import model_args_of
 
 from .sections import section
 
 __all__ = ["model_args"]
 
 
-def model_args(job_config):
+def model_args(job_config: Any) -> GDN2ModelArgs:
     """GDN2ModelArgs of model.flavor with the changes of [gdn2]. Unchecked."""
-    return dataclasses.replace(flavors[job_config.model.flavor], **section(job_config, "gdn2").overrides())
+    return model_args_of(job_config.model.flavor, section(job_config, "gdn2"))

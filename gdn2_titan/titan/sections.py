@@ -3,61 +3,20 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from gdn2_titan.models.overrides import ModelOverrides
 from gdn2_titan.parallel.float8 import EXCLUDE, MXFP8_RECIPES, SMALLEST_SIDE
 
 __all__ = ["GDN2", "Data", "Float8Linear", "MXLinear", "Task", "compiles", "section"]
 
 
 @dataclass
-class GDN2:
-    """[gdn2]: changes to the flavor (None keeps what the flavor says), and how this model is trained."""
+class GDN2(ModelOverrides):
+    """[gdn2]: changes to the flavor, and how this model is trained."""
 
-    layer_pattern: list[str] | None = None
-    """Mixers of the layers, repeated: "gdn2", "swa", "attention" """
-    mlp_size: int | None = None
-    """Inner size of the MLPs, for models of equal parameter counts"""
-    num_heads: int | None = None
-    """Key heads of the GDN-2 layers"""
-    num_v_heads: int | None = None
-    """Value heads of the GDN-2 layers, a multiple of num_heads"""
-    head_dim: int | None = None
-    """Key size of a GDN-2 head"""
-    expand_v: float | None = None
-    """Value size of a GDN-2 head over its key size"""
-    conv_size: int | None = None
-    """Width of the short convolutions, 2 to 4"""
-    erase_gate: str | None = None
-    """ "channel" or "scalar" """
-    write_gate: str | None = None
-    """ "channel" or "scalar" """
-    tied_gates: bool | None = None
-    """One scalar per head for both gates (Kimi Delta Attention)"""
-    decay: str | None = None
-    """ "channel" or "scalar" (with tied_gates: Gated DeltaNet)"""
-    allow_neg_eigval: bool | None = None
-    """Let the erase gate span [0, 2]"""
-    output_gate: str | None = None
-    """ "silu" or "sigmoid" """
-    attn_heads: int | None = None
-    """Query heads of the softmax layers"""
-    attn_kv_heads: int | None = None
-    """Key/value heads of the softmax layers"""
-    window: int | None = None
-    """Tokens that a "swa" layer sees, the query itself included"""
-    rope_theta: float | None = None
-    """Base of the rotary frequencies"""
-    backend: str | None = None
-    """Kernels of the GDN-2 layers: "auto", "triton", "torch" or, token by token, "reference" """
     document_resets: bool = True
     """Forget the state, and mask attention, where a packed document begins"""
     statistics_freq: int = 50
     """Write the gates' statistics to TensorBoard every so many steps (and at the first step of a run); 0: never"""
-
-    def overrides(self):
-        """The fields of GDN2ModelArgs that the config sets."""
-        own = ("document_resets", "statistics_freq")
-        said = {name: value for name, value in vars(self).items() if name not in own and value is not None}
-        return {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
 
 
 @dataclass

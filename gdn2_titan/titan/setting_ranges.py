@@ -8,14 +8,13 @@ import dataclasses
 import functools
 import math
 import os
-import types
 import typing
 from collections.abc import Callable
 from typing import Any
 
-from .errors import ConfigError
+from gdn2_titan.convert.toml_table import ConfigError, describe, fits
 
-__all__ = ["ANY", "ELSEWHERE", "IGNORED", "RANGES", "Allowed", "check_range", "check_ranges", "describe", "fits"]
+__all__ = ["ANY", "ELSEWHERE", "IGNORED", "RANGES", "Allowed", "check_range", "check_ranges"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,42 +197,6 @@ ANY = {
         "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns",
     ),
 }
-
-
-def fits(value: Any, annotation: Any) -> bool:
-    """Whether a value is of a field's type; a whole number is also a number, and truth values are neither."""
-    origin = typing.get_origin(annotation)
-    if annotation is Any:
-        return True
-    if origin in (typing.Union, types.UnionType):
-        return any(fits(value, part) for part in typing.get_args(annotation))
-    if origin is typing.Literal:
-        return value in typing.get_args(annotation)
-    if origin is list:
-        (item,) = typing.get_args(annotation)
-        return isinstance(value, (list, tuple)) and all(fits(x, item) for x in value)
-    if annotation is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if annotation is str:
-        return isinstance(value, (str, os.PathLike))
-    return isinstance(value, annotation)
-
-
-def describe(annotation: Any) -> str:
-    """A field's type in words, as what a value must be."""
-    origin = typing.get_origin(annotation)
-    if origin in (typing.Union, types.UnionType):
-        parts = [describe(part) for part in typing.get_args(annotation) if part is not type(None)]
-        return " or ".join(dict.fromkeys(parts))
-    if origin is typing.Literal:
-        return "one of " + ", ".join(map(repr, typing.get_args(annotation)))
-    if origin is list:
-        return f"a list of {describe(typing.get_args(annotation)[0])}"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}.get(
-        annotation, getattr(annotation, "__name__", str(annotation))
-    )
 
 
 def check_range(field: str, value: Any) -> None:

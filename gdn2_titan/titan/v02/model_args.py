@@ -16,7 +16,7 @@ class TitanModelArgs(GDN2ModelArgs):
     attn_type = "varlen"
 
     def update_from_config(self, job_config, **kwargs):
-        for name, value in section(job_config, "gdn2").overrides().items():
+        for name, value in section(job_config, "gdn2").changes().items():
             setattr(self, name, value)
 
     def get_nparams_and_flops(self, model, seq_len):
