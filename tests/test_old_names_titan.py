@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 pytest.importorskip("torchtitan")
 
 from gdn2_titan.convert.commands import to_hf
-from gdn2_titan.convert.names import to_hf_name
+from gdn2_titan.convert.mapping import to_hf_name
 from gdn2_titan.models import flavors
 from gdn2_titan.titan.old_names import reading_old_names
 from gdn2_titan.titan.state_dict_adapter import GDN2StateDictAdapter

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from gdn2_titan.convert.aside import check_free, new_path
+from gdn2_titan.convert.atomic import check_free, new_path
 from gdn2_titan.convert.errors import ConvertError
 from gdn2_titan.convert.run_folders import checkpoint_folder
-from gdn2_titan.model_options import add_model_options, document_ids, dtype_of, encode, number, open_model
+from gdn2_titan.convert.tokenizer import document_ids, encode
+from gdn2_titan.model_options import add_model_options, dtype_of, number, open_model
 
 __all__ = ["add_parser", "run"]
 
@@ -78,7 +79,7 @@ def run(options):
     check_free(options.out)
     text = _read_text(options.text)
     checkpoint, tokenizer = open_model(options)
-    args = checkpoint.record.model_args
+    args = checkpoint.info.model_args
     layer, count = _layer(args, options)
     encoding = encode(tokenizer, text, return_offsets_mapping=tokenizer.is_fast)
     if not encoding["input_ids"]:

@@ -1,6 +1,6 @@
 """The files that a finished recall study leaves: CSV, tables in Markdown, plots."""
 
-from gdn2_titan.convert.aside import write_text
+from gdn2_titan.convert.atomic import write_text
 
 from .cells import RECALL_TASKS, TRACKING_TASKS
 from .plots import plot_accuracy

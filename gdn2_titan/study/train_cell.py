@@ -10,7 +10,7 @@ import traceback
 import torch
 from torchtitan.tools.logging import init_logger
 
-from gdn2_titan.convert.aside import write_text
+from gdn2_titan.convert.atomic import write_text
 from gdn2_titan.titan.job_config import build, parse
 
 __all__ = ["RESULT", "train_cell"]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from gdn2_titan.convert.companions import write_companions
-from gdn2_titan.convert.record import Record, write_record
+from gdn2_titan.convert.checkpoint_info import CheckpointInfo, write_info
+from gdn2_titan.convert.hf_folder import write_model_files
 
 __all__ = ["write_checkpoint_files"]
 
@@ -32,9 +32,9 @@ def write_checkpoint_files(job_config, model_args, step):
     checkpoint = job_config.checkpoint
     folder = Path(job_config.job.dump_folder) / checkpoint.folder
     folder.mkdir(parents=True, exist_ok=True)
-    record = Record(model_args, job_config.to_dict())
-    write_record(folder, record)
+    info = CheckpointInfo(model_args, job_config.to_dict())
+    write_info(folder, info)
     if step == job_config.training.steps and checkpoint.last_save_in_hf:
         own = folder / f"step-{step}"
         own.mkdir(exist_ok=True)
-        write_companions(own, record, os.path.abspath(job_config.model.hf_assets_path), checkpoint.export_dtype, step)
+        write_model_files(own, info, os.path.abspath(job_config.model.hf_assets_path), checkpoint.export_dtype, step)

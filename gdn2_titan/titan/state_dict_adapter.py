@@ -6,8 +6,7 @@ import re
 
 from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 
-from gdn2_titan.convert.layout import tensors_of
-from gdn2_titan.convert.names import from_hf_name, to_hf_name
+from gdn2_titan.convert.mapping import from_hf_name, tensors_of, to_hf_name
 from gdn2_titan.models.old_names import current_name
 
 from .old_names import CurrentNamesHFReader

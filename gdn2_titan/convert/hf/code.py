@@ -14,7 +14,7 @@ import json
 import re
 from pathlib import Path
 
-from gdn2_titan.convert.aside import write_text
+from gdn2_titan.convert.atomic import write_text
 
 __all__ = ["save_code"]
 

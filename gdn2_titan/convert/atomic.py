@@ -1,8 +1,9 @@
-"""Writing so that the final name never holds half of something: aside in the same parent, fsync, rename."""
+"""Atomic writes: the final name never holds half of something. Write beside it, fsync, rename."""
 
 import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import ConvertError
@@ -10,7 +11,7 @@ from .errors import ConvertError
 __all__ = ["check_free", "new_path", "write_text"]
 
 
-def check_free(out):
+def check_free(out: str | os.PathLike[str]) -> None:
     """Raise ConvertError unless something new can be put there: nothing, or an empty folder, is there now."""
     out = Path(out)
     if out.is_dir() and not out.is_symlink():
@@ -20,7 +21,7 @@ def check_free(out):
         raise ConvertError(f"{out} exists; it must be a new name, or an empty folder")
 
 
-def _sync(path):
+def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -29,7 +30,7 @@ def _sync(path):
 
 
 @contextlib.contextmanager
-def new_path(out, folder=True):
+def new_path(out: str | os.PathLike[str], folder: bool = True) -> Iterator[Path]:
     """Gives a path to write a folder (made empty) or a file at; it becomes ``out`` when the block ends well.
 
     If the block raises, nothing is left. A process that is killed leaves a hidden path that ends with ".part".
@@ -58,7 +59,7 @@ def new_path(out, folder=True):
     _sync(out.parent)
 
 
-def write_text(path, text):
+def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes one small file whole, or not at all."""
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
