@@ -13,11 +13,10 @@ from gdn2_titan.convert.hf_folder import write_model_files
 from gdn2_titan.convert.mapping import to_hf_name
 from gdn2_titan.convert.safetensors_files import write_safetensors
 from gdn2_titan.models import flavors
-from gdn2_titan.titan.checkpoint_files import write_checkpoint_files
+from gdn2_titan.titan.checkpoint import GDN2StateDictAdapter, write_checkpoint_files
+from gdn2_titan.titan.checks.settings import check_settings as validate_config
 from gdn2_titan.titan.errors import ConfigError
 from gdn2_titan.titan.job_config import JobConfig
-from gdn2_titan.titan.state_dict_adapter import GDN2StateDictAdapter
-from gdn2_titan.titan.validate_config import validate_config
 from tests.convert_cases import (
     HYBRID,
     TOKENIZER,

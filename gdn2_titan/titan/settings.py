@@ -1,12 +1,14 @@
-"""The sections that this package adds to TorchTitan's config, and its own form of those on float8."""
+"""The settings that this package reads, under the names of TOML files, and the sections that it adds to them."""
 
+import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from gdn2_titan.models.overrides import ModelOverrides
+from gdn2_titan.models import GDN2ModelArgs
+from gdn2_titan.models.overrides import ModelOverrides, model_args_of
 from gdn2_titan.parallel.float8 import EXCLUDE, MXFP8_RECIPES, SMALLEST_SIDE
 
-__all__ = ["GDN2", "Data", "Float8Linear", "MXLinear", "Task", "compiles", "section"]
+__all__ = ["GDN2", "Data", "Float8Linear", "MXLinear", "Settings", "Task"]
 
 
 @dataclass
@@ -101,11 +103,56 @@ class MXLinear:
     """Round to MXFP8, multiply in high precision: on any device, compiled or not"""
 
 
-def section(job_config, name):
-    """A section of ours, or its defaults where the job config is a fork's own and does not have it."""
-    return getattr(job_config, name, None) or {"gdn2": GDN2, "data": Data, "task": Task}[name]()
+@dataclass
+class Settings:
+    """What a training is to do, whichever TorchTitan trains: ``settings.training.seq_len`` and so on.
 
+    0.2.2's is filled by ``Settings.of(job_config)``, 0.3's by ``v03.trainer.settings_of(config)``. Nothing goes back
+    from here into TorchTitan's config.
+    """
 
-def compiles(job_config, component):
-    """Whether [compile] asks for a component: "model" or "loss"."""
-    return job_config.compile.enable and component in job_config.compile.components
+    source: Any
+    """What it was filled from: a config whose ``to_dict()`` says all of it"""
+    job: Any
+    profiling: Any
+    metrics: Any
+    model: Any
+    optimizer: Any
+    lr_scheduler: Any
+    training: Any
+    parallelism: Any
+    checkpoint: Any
+    activation_checkpoint: Any
+    compile: Any
+    quantize: Any
+    comm: Any
+    validation: Any
+    debug: Any
+    # TorchTitan 0.3 has none of these three.
+    memory_estimation: Any = None
+    fault_tolerance: Any = None
+    experimental: Any = None
+    # A fork's own job config may have none of these three.
+    gdn2: GDN2 = field(default_factory=GDN2)
+    data: Data = field(default_factory=Data)
+    task: Task = field(default_factory=Task)
+
+    @classmethod
+    def of(cls, config: "Settings | Any") -> "Settings":
+        """Of an object with the sections of a TOML file; those of this package that it lacks have their defaults."""
+        if isinstance(config, Settings):
+            return config
+        sections = {f.name: getattr(config, f.name, None) for f in dataclasses.fields(cls)}
+        return cls(**{name: found for name, found in sections.items() if found is not None} | {"source": config})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All that the config said, also in sections that this package does not read."""
+        return self.source.to_dict()
+
+    def compiles(self, component: str) -> bool:
+        """Whether [compile] asks for a component: "model" or "loss"."""
+        return self.compile.enable and component in self.compile.components
+
+    def model_args(self) -> GDN2ModelArgs:
+        """GDN2ModelArgs of model.flavor with the changes of [gdn2]. Unchecked."""
+        return model_args_of(self.model.flavor, self.gdn2)

@@ -1,4 +1,4 @@
-"""Reads changes on a command line against the config classes before TorchTitan does, as toml_check reads a file."""
+"""A command line and the TOML file that it names, checked against the config classes before TorchTitan reads them."""
 
 import types
 import typing
@@ -6,11 +6,29 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from gdn2_titan.convert import toml_table
 from gdn2_titan.convert.toml_table import ConfigError, check_known, describe
 
-from .setting_ranges import check_range
+from .ranges import check_range
 
-__all__ = ["check_arguments", "options_of"]
+__all__ = ["check_arguments", "check_table", "config_file", "options_of"]
+
+FLAGS = ("--job.config_file", "--job.config-file")
+
+
+def config_file(argv: Sequence[str]) -> str | None:
+    """The TOML file named on a command line, or None."""
+    for i, argument in enumerate(argv):
+        flag, _, value = argument.partition("=")
+        if flag in FLAGS:
+            return value if value else (argv[i + 1] if i + 1 < len(argv) else None)
+    return None
+
+
+def check_table(table: dict[str, Any], cls: type) -> None:
+    """Raise ConfigError unless what a file says fits the (merged) config class."""
+    toml_table.check_table(table, cls, check_range)
+
 
 # In the place of a value: it is none of the field's type, or only TorchTitan knows how to read the type.
 WRONG, UNREADABLE = object(), object()
@@ -42,7 +60,7 @@ def options_of(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
         yield name, values
 
 
-def _check(cls, sections, last, values):
+def _check(cls: type, sections: list[str], last: str, values: list[str]) -> None:
     prefix = ""
     for one in sections:
         check_known(one, {}, cls, prefix)

@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError
-from .generation import HAS_TOML
-from .processes import number_of_processes
+from ..errors import ConfigError
+from ..settings import Settings
+from ..torchtitan_version import IS_V02
+from .combinations import number_of_processes
 
 __all__ = ["check_checkpoint"]
 
@@ -21,9 +22,9 @@ NEED_ENABLE = {
 }
 
 
-def check_checkpoint(job_config: Any) -> None:
+def check_checkpoint(settings: Settings) -> None:
     """Raise ConfigError unless the training can begin and end as [checkpoint] says."""
-    checkpoint = job_config.checkpoint
+    checkpoint = settings.checkpoint
     if not checkpoint.enable:
         for name, default in NEED_ENABLE.items():
             if (value := getattr(checkpoint, name)) != default:
@@ -38,12 +39,12 @@ def check_checkpoint(job_config: Any) -> None:
                 )
     if checkpoint.create_seed_checkpoint and (processes := number_of_processes()) > 1:
         raise ConfigError(f"checkpoint.create_seed_checkpoint is true; with {processes} processes it must be false")
-    folder = os.path.join(job_config.job.dump_folder, checkpoint.folder)
+    folder = os.path.join(settings.job.dump_folder, checkpoint.folder)
     if "://" not in folder:
-        _check_begin(job_config, folder)
+        _check_begin(settings, folder)
 
 
-def _check_formats(checkpoint):
+def _check_formats(checkpoint: Any) -> None:
     """TorchTitan itself finds these out at the last step, with the training done and its weights not yet saved."""
     for name, other in (
         ("last_save_in_hf", "last_save_model_only"),
@@ -64,9 +65,9 @@ def _check_formats(checkpoint):
         )
 
 
-def _check_begin(job_config, folder):
+def _check_begin(settings: Settings, folder: str) -> None:
     """The checkpoint that TorchTitan would load is there, if there is one to load."""
-    checkpoint = job_config.checkpoint
+    checkpoint = settings.checkpoint
     own, exported = _steps(folder)
     step = checkpoint.load_step
     if step != -1 and step not in own:
@@ -85,8 +86,8 @@ def _check_begin(job_config, folder):
         return
     field, path = "checkpoint.initial_load_path", checkpoint.initial_load_path
     if not path:
-        field, path = "model.hf_assets_path", job_config.model.hf_assets_path
-    if HAS_TOML and os.path.exists(folder):
+        field, path = "model.hf_assets_path", settings.model.hf_assets_path
+    if IS_V02 and os.path.exists(folder):
         raise ConfigError(
             f"{field} is {path!r}; TorchTitan reads it only where the folder of checkpoints is not there yet: "
             f"{folder!r}, which has none, must be removed"
@@ -94,7 +95,7 @@ def _check_begin(job_config, folder):
     _check_weights(field, path, checkpoint.initial_load_in_hf)
 
 
-def _steps(folder):
+def _steps(folder: str | Path) -> tuple[list[int], list[int]]:
     """Steps of the checkpoints in a folder, sorted: (those of TorchTitan's format, those of Hugging Face's)."""
     own, exported = [], []
     for path in Path(folder).glob("step-*"):
@@ -107,7 +108,7 @@ def _steps(folder):
     return sorted(own), sorted(exported)
 
 
-def _check_weights(field, path, in_hf):
+def _check_weights(field: str, path: str, in_hf: bool) -> None:
     if "://" in path:
         return
     folder = Path(path)

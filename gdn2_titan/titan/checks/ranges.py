@@ -25,24 +25,24 @@ class Allowed:
     """Whether a value of the field's type is allowed"""
 
 
-def _one_of(*names):
+def _one_of(*names: str) -> Allowed:
     return Allowed("one of " + ", ".join(map(repr, names)), lambda value: value in names)
 
 
-def _names_of(*names):
+def _names_of(*names: str) -> Allowed:
     words = f"a list of some of {', '.join(map(repr, names))}, each at most once"
     return Allowed(words, lambda value: set(value) <= set(names) and len(set(value)) == len(value))
 
 
-def _or_none(allowed):
+def _or_none(allowed: Allowed) -> Allowed:
     return Allowed(f"left out, or {allowed.words}", lambda value: value is None or allowed.test(value))
 
 
-def _at_least(least):
+def _at_least(least: int) -> Allowed:
     return Allowed(f"at least {least}", lambda value: value >= least)
 
 
-def _is_schedule(name):
+def _is_schedule(name: str) -> bool:
     from torch.distributed.pipelining.schedules import get_schedule_class
 
     try:
@@ -59,7 +59,7 @@ MOMENT = Allowed("at least 0 and less than 1", lambda value: 0 <= value < 1)
 TIMEOUT = Allowed("at least 1 and at most 1000000000", lambda value: 1 <= value <= 10**9)
 TEXT = Allowed("not empty", lambda value: value.strip() != "")
 
-RANGES = {
+RANGES: dict[str, Allowed] = {
     "job.save_config_file": Allowed("the name of a file", lambda value: value is None or os.path.basename(value) != ""),
     "profiling.profile_freq": COUNT,
     "profiling.profiler_active": COUNT,
@@ -131,7 +131,7 @@ _FT = "this training has no fault tolerance of TorchFT's"
 _SCRIPT = "only another program of TorchTitan's reads it"
 
 # Field: the one value that it may have, and why. Nothing that trains this model reads these.
-IGNORED = {
+IGNORED: dict[str, tuple[Any, str]] = {
     "parallelism.context_parallel_rotate_method": ("allgather", "this model's ranks hand on states, not keys"),
     "parallelism.pipeline_parallel_expert_parallel_overlap": (True, _MOE),
     "parallelism.expert_parallel_degree": (1, _MOE),
@@ -156,8 +156,8 @@ IGNORED = {
     "comm.mode": ("default", "the model's operators need the other ranks"),
 }
 
-# Fields that are checked with others, by validate_config and what it calls.
-ELSEWHERE = {
+# Fields that are checked with others, by checks.settings and what it calls.
+ELSEWHERE: set[str] = {
     *("job.config_file", "job.dump_folder", "job.custom_config_module", "experimental.custom_import"),
     *("model.name", "model.flavor", "model.hf_assets_path", "model.tokenizer_path", "model.converters"),
     *("profiling.enable_profiling", "profiling.enable_memory_snapshot", "metrics.enable_wandb"),
@@ -179,7 +179,7 @@ ELSEWHERE = {
 }
 
 # Fields of which any value of their type is right, and why.
-ANY = {
+ANY: dict[str, tuple[str, ...]] = {
     "a text that the log shows": ("job.description",),
     "a folder in job.dump_folder, made where it is missing, or the beginning of names there": (
         *("profiling.save_traces_folder", "profiling.save_memory_snapshot_folder", "metrics.save_tb_folder"),
@@ -209,20 +209,17 @@ def check_range(field: str, value: Any) -> None:
         raise ConfigError(f"{field} is {value!r}; it must be {allowed.words}")
 
 
-def check_ranges(job_config: Any) -> None:
+def check_ranges(settings: Any) -> None:
     """Raise ConfigError if a setting of TorchTitan's, or of this package, has a wrong type, or is never allowed."""
     fields = {*RANGES, *IGNORED, *ELSEWHERE, *(name for names in ANY.values() for name in names)}
     for name in sorted(fields):
         *sections, last = name.split(".")
         try:
-            section = functools.reduce(getattr, sections, job_config)
+            section = functools.reduce(getattr, sections, settings)
         except AttributeError:  # of the other generation
             continue
         if dataclasses.is_dataclass(section) and hasattr(section, last):
-            _check_type(name, getattr(section, last), typing.get_type_hints(type(section)).get(last, Any))
-            check_range(name, getattr(section, last))
-
-
-def _check_type(field, value, annotation):
-    if not fits(value, annotation):
-        raise ConfigError(f"{field} is {value!r}; it must be {describe(annotation)}")
+            value, annotation = getattr(section, last), typing.get_type_hints(type(section)).get(last, Any)
+            if not fits(value, annotation):
+                raise ConfigError(f"{name} is {value!r}; it must be {describe(annotation)}")
+            check_range(name, value)
