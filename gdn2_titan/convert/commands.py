@@ -75,15 +75,10 @@ def _write_hf(
 
 
 def to_hf(
-    checkpoint: PathLike,
-    out: PathLike,
-    dtype: torch.dtype | None = None,
-    shard_size: int = SHARD_SIZE,
-    config: PathLike | None = None,
-    flavor: str | None = None,
-    tokenizer: PathLike | None = None,
-    with_code: bool = False,
-) -> None:
+    checkpoint: PathLike, out: PathLike, dtype: torch.dtype | None = None,
+    shard_size: int = SHARD_SIZE, config: PathLike | None = None, flavor: str | None = None,
+    tokenizer: PathLike | None = None, with_code: bool = False,
+) -> None:  # fmt: skip
     """TorchTitan checkpoint -> Hugging Face folder.
 
     Args:
@@ -114,12 +109,9 @@ def from_hf(folder: PathLike, out: PathLike) -> None:
 
 
 def to_torch(
-    checkpoint: PathLike,
-    out: PathLike,
-    dtype: torch.dtype | None = None,
-    config: PathLike | None = None,
-    flavor: str | None = None,
-) -> None:
+    checkpoint: PathLike, out: PathLike, dtype: torch.dtype | None = None,
+    config: PathLike | None = None, flavor: str | None = None,
+) -> None:  # fmt: skip
     """Checkpoint -> one file of torch.save with {name: tensor}. Holds the model in memory, as its readers do."""
     check_free(out)
     opened = open_checkpoint(checkpoint, config, flavor)
@@ -142,14 +134,10 @@ def from_fla(folder: PathLike, out: PathLike, dtype: torch.dtype | None = None, 
 
 
 def to_fla(
-    checkpoint: PathLike,
-    out: PathLike,
-    dtype: torch.dtype | None = None,
-    shard_size: int = SHARD_SIZE,
-    config: PathLike | None = None,
-    flavor: str | None = None,
+    checkpoint: PathLike, out: PathLike, dtype: torch.dtype | None = None,
+    shard_size: int = SHARD_SIZE, config: PathLike | None = None, flavor: str | None = None,
     tokenizer: PathLike | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Checkpoint -> folder with flash-linear-attention's names and config fields."""
     check_free(out)
     opened = open_checkpoint(checkpoint, config, flavor, tokenizer)
@@ -163,15 +151,10 @@ def to_fla(
 
 
 def from_nvlabs(
-    path: PathLike,
-    out: PathLike,
-    dtype: torch.dtype | None = None,
-    shard_size: int = SHARD_SIZE,
-    config: PathLike | None = None,
-    flavor: str | None = None,
-    tokenizer: PathLike | None = None,
-    qkv_order: str | None = None,
-) -> None:
+    path: PathLike, out: PathLike, dtype: torch.dtype | None = None,
+    shard_size: int = SHARD_SIZE, config: PathLike | None = None, flavor: str | None = None,
+    tokenizer: PathLike | None = None, qkv_order: str | None = None,
+) -> None:  # fmt: skip
     """Checkpoint file (or safetensors folder) of the authors' trainer -> Hugging Face folder of this model.
 
     Such a checkpoint does not say its shape: config or flavor must. qkv_order: see ``from_nvlabs_mapping``.
