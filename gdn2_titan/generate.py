@@ -5,16 +5,20 @@ The folder is a TorchTitan checkpoint (a step, or a run's folder: the latest) or
 
 import argparse
 import sys
+import time
+from collections.abc import Sequence
+from typing import Any
 
 from gdn2_titan.convert.errors import ConvertError, exit_status
 from gdn2_titan.convert.run_folders import checkpoint_folder
-from gdn2_titan.model_options import add_model_options, document_ids, dtype_of, encode, number, open_model
+from gdn2_titan.convert.tokenizer import document_ids, encode
+from gdn2_titan.model_options import add_model_options, dtype_of, number, open_model
 
 # A longer prompt is read in pieces of so many tokens, so that the masks of softmax layers stay small.
 PIECE = 2048
 
 
-def _parser():
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m gdn2_titan.generate", description=__doc__.splitlines()[0])
     add_model_options(parser)
     add = parser.add_argument
@@ -32,7 +36,31 @@ def _parser():
     return parser
 
 
-def generate(options):
+class _Clock:
+    """A streamer that also remembers when the prompt and each token came."""
+
+    def __init__(self, streamer: Any) -> None:
+        self.streamer, self.times = streamer, []
+
+    def put(self, value: Any) -> None:
+        self.times.append(time.perf_counter())
+        self.streamer.put(value)
+
+    def end(self) -> None:
+        self.streamer.end()
+
+    def report(self, prompt: int) -> str:
+        """One line: how many tokens in how long, apart from the prompt's ``prompt`` tokens."""
+        start, *tokens = self.times
+        count, first = len(tokens), tokens[0] - start
+        rate = (count - 1) / (tokens[-1] - tokens[0]) if count > 1 else 1 / first
+        return (
+            f"{count} tokens in {tokens[-1] - start:.2f} s, {rate:.1f} tokens/s after the first; "
+            f"prompt of {prompt} tokens in {first:.2f} s"
+        )
+
+
+def generate(options: argparse.Namespace) -> None:
     """Print the text to stdout and the rate to stderr.
 
     Raises:
@@ -44,15 +72,14 @@ def generate(options):
     checkpoint_folder(options.model)  # a path that is not there is answered before torch is imported
     try:
         import torch
-        from transformers import GenerationConfig
+        from transformers import GenerationConfig, TextStreamer
 
         from gdn2_titan.convert.hf.load import load_checkpoint
-        from gdn2_titan.stream_clock import Clock
     except ImportError as error:
         raise ConvertError(f"{error}; generating needs the extra 'hf': pip install 'gdn2_titan[hf]'") from error
     checkpoint, tokenizer = open_model(options)
     ids = encode(tokenizer, options.prompt)["input_ids"]
-    ids = document_ids(tokenizer, ids, checkpoint.record.model_args.vocab_size)
+    ids = document_ids(tokenizer, ids, checkpoint.info.model_args.vocab_size)
     if not ids.shape[1]:
         raise ConvertError("--prompt is empty; with a tokenizer that has no bos token it must not be")
     model = load_checkpoint(checkpoint, dtype_of(options), options.device)
@@ -67,12 +94,13 @@ def generate(options):
     )
     if options.seed is not None:
         torch.manual_seed(options.seed)
-    clock, ids = Clock(tokenizer), ids.to(options.device)
+    clock = _Clock(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+    ids = ids.to(options.device)
     model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=clock)
     print(clock.report(ids.shape[1]), file=sys.stderr)
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 1 after one sentence on stderr."""
     return exit_status(generate, _parser().parse_args(arguments))
 

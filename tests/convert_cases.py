@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 
 from gdn2_titan.convert.__main__ import main
-from gdn2_titan.convert.record import Record, write_record
+from gdn2_titan.convert.checkpoint_info import CheckpointInfo, write_info
 from gdn2_titan.models import GDN2Model, GDN2ModelArgs
 from gdn2_titan.parallel import apply_fsdp, apply_tensor_parallel
 
@@ -44,7 +44,7 @@ def save_step(folder, tensors, args, job_config=None):
     others = {"optimizer": {"state.norm.weight.step": torch.ones(())}, "train_state": {"step": 7}}
     dcp.save(tensors | others, checkpoint_id=folder, no_dist=True)
     if args is not None:
-        write_record(folder.parent, Record(args, job_config))
+        write_info(folder.parent, CheckpointInfo(args, job_config))
     return folder
 
 
@@ -96,4 +96,4 @@ def save_sharded(rank, folder, world, tensor_parallel, args):
     dcp.save(tensors | {"train_state": {"step": 3}}, checkpoint_id=folder / "step-3")
     if dist.get_rank() == 0:
         torch.save(whole, folder / "whole.pt")
-        write_record(folder, Record(args))
+        write_info(folder, CheckpointInfo(args))

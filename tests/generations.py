@@ -9,7 +9,8 @@ from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.distributed import ParallelDims
 
 from gdn2_titan.titan.byte_tokenizer import BYTE_TOKENIZER_DIR
-from gdn2_titan.titan.generation import HAS_TOML
+from gdn2_titan.titan.settings import Settings
+from gdn2_titan.titan.torchtitan_version import IS_V02 as HAS_TOML
 
 if HAS_TOML:
     from torchtitan.config.job_config import Parallelism as StockParallelism
@@ -17,15 +18,15 @@ if HAS_TOML:
     from torchtitan.protocols.model_converter import build_model_converters
     from torchtitan.protocols.train_spec import get_train_spec
 
-    from gdn2_titan.titan.v02 import loss as generation_loss
-    from gdn2_titan.titan.v02.parallelize import parallelize
+    from gdn2_titan.titan.v02 import components as generation_loss
+    from gdn2_titan.titan.v02.train_spec import parallelize
 else:
     from torchtitan.config.configs import ParallelismConfig as StockParallelism
 
-    from gdn2_titan.titan.v03 import parallelize as generation_parallelize
-    from gdn2_titan.titan.v03.data import deal_out
-    from gdn2_titan.titan.v03.job_config import trainer_config
-    from gdn2_titan.titan.v03.trainer import hand_on
+    from gdn2_titan.titan.v03 import components as generation_parallelize
+    from gdn2_titan.titan.v03.components import deal_out
+    from gdn2_titan.titan.v03.config import trainer_config
+    from gdn2_titan.titan.v03.trainer import fill
 
 __all__ = [
     "HAS_TOML",
@@ -62,7 +63,7 @@ def dimensions(world):
 def _parts(job_config):
     """TorchTitan 0.3's config, with the job config handed on as its trainer does."""
     config = trainer_config(job_config)
-    hand_on(config, job_config)
+    fill(config, Settings.of(job_config))
     return config
 
 
@@ -141,7 +142,7 @@ def convert(model, job_config, dims):
     if HAS_TOML:
         build_model_converters(job_config, dims).convert(model)
         return
-    for converter in generation_parallelize._converters(job_config, dims):
+    for converter in generation_parallelize.converters_of(job_config, dims):
         converter.convert(model)
 
 

@@ -9,8 +9,8 @@ from torch import nn
 pytest.importorskip("torchtitan")
 from torchtitan.components.loss import cross_entropy_loss
 
-from gdn2_titan.titan.accuracy import Accuracy
 from gdn2_titan.titan.job_config import JobConfig
+from gdn2_titan.titan.validation import Accuracy
 from tests.generations import HAS_TOML, loss_of, validator_of
 from tests.test_tasks import TASKS, VALIDATED, read_mqar
 from tests.test_titan_config import check, write_toml

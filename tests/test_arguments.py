@@ -10,9 +10,8 @@ from gdn2_titan.models import GatedDeltaNet2, GDN2Model, GDN2ModelArgs
 from gdn2_titan.models.attention import Attention
 from gdn2_titan.models.decay import DecayParameters
 from gdn2_titan.models.decoder import SwiGLU
-from gdn2_titan.models.flops import mixing_flops
+from gdn2_titan.models.flops import mixing_flops, state_bytes
 from gdn2_titan.models.layer import ShortConvolution
-from gdn2_titan.models.state_size import state_bytes
 from gdn2_titan.ops import causal_conv1d, chunk_gdn2, naive_recurrent_gdn2, recurrent_gdn2, segment_summary
 from tests.gdn2_cases import make
 from tests.test_models import SMALL

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from gdn2_titan.convert.checkpoint_info import find_info
 from gdn2_titan.convert.commands import from_hf, to_hf
-from gdn2_titan.convert.names import from_hf_name, to_hf_name
-from gdn2_titan.convert.record import find_record
+from gdn2_titan.convert.mapping import from_hf_name, to_hf_name
 from gdn2_titan.models import GDN2ModelArgs
 from tests.convert_cases import (
     HYBRID,
@@ -61,7 +61,7 @@ def test_tensors_come_out_and_in_bit_for_bit(tmp_path, args):
     assert_equal(load_safetensors(tmp_path / "hf"), {to_hf_name(n): t for n, t in expected.items()})
     from_hf(tmp_path / "hf", tmp_path / "back")
     assert_equal(load_step(tmp_path / "back", args), expected)
-    assert find_record(tmp_path / "back").model_args == args
+    assert find_info(tmp_path / "back").model_args == args
     assert hashes(step) == before
 
 

@@ -9,10 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from gdn2_titan.convert.errors import ConvertError
-from gdn2_titan.convert.fla import config_for_fla, from_fla_layout, to_fla_layout
-from gdn2_titan.convert.layout import Renamed, check_fits, tensors_of
-from gdn2_titan.convert.names import from_hf_name
-from gdn2_titan.convert.nvlabs import from_nvlabs_layout
+from gdn2_titan.convert.fla import config_for_fla, from_fla_mapping, to_fla_mapping
+from gdn2_titan.convert.mapping import Renamed, check_fits, from_hf_name, tensors_of
+from gdn2_titan.convert.nvlabs import from_nvlabs_mapping
 from gdn2_titan.models import GDN2Model, GDN2ModelArgs, flavors
 from tests.convert_cases import HYBRID, assert_equal, convert, load_safetensors, save_step, weights
 
@@ -139,9 +138,9 @@ def test_what_ours_has_and_flas_layer_does_not_is_refused(tmp_path, capsys, fiel
 def test_the_papers_shapes_fit_flas_layout(flavor):
     args = dataclasses.replace(flavors[flavor], output_gate="sigmoid")
     source = type("Source", (), {"path": "fla", "tensors": fla_checkpoint(args, "meta")})
-    renamed = Renamed(source, from_fla_layout(args))
+    renamed = Renamed(source, from_fla_mapping(args))
     check_fits(renamed, args)
-    back = Renamed(renamed, to_fla_layout(args))
+    back = Renamed(renamed, to_fla_mapping(args))
     assert {n: t.shape for n, t in back.tensors.items()} == {n: t.shape for n, t in source.tensors.items()}
     assert config_for_fla(args)["num_hidden_layers"] == 18
 
@@ -210,7 +209,7 @@ def test_the_papers_shapes_fit_the_authors_layout(flavor):
     args: GDN2ModelArgs = flavors[flavor]
     theirs = nvlabs_checkpoint(args, dict(tensors_of(args)), "grouped")
     source = type("Source", (), {"path": "nvlabs", "tensors": theirs})
-    check_fits(Renamed(source, from_nvlabs_layout(args, source, "grouped")), args)
+    check_fits(Renamed(source, from_nvlabs_mapping(args, source, "grouped")), args)
 
 
 def test_keys_whose_meaning_is_not_known_are_refused_by_name(tmp_path, capsys):
@@ -232,4 +231,4 @@ def test_mlp_matrices_that_cannot_be_told_apart_are_refused():
     args = dataclasses.replace(HYBRID, mlp_size=HYBRID.hidden_size)
     source = type("Source", (), {"path": "nvlabs", "tensors": nvlabs_checkpoint(args, weights(args), "grouped")})
     with pytest.raises(ConvertError, match="mlp_size equals hidden_size"):
-        from_nvlabs_layout(args, source, "grouped")
+        from_nvlabs_mapping(args, source, "grouped")

@@ -7,17 +7,16 @@ import shutil
 import pytest
 from safetensors.torch import load_file
 
+from gdn2_titan.convert.checkpoint_info import INFO_FILE, CheckpointInfo, find_info
 from gdn2_titan.convert.commands import from_hf, to_hf
-from gdn2_titan.convert.companions import write_companions
-from gdn2_titan.convert.names import to_hf_name
-from gdn2_titan.convert.record import RECORD, Record, find_record
+from gdn2_titan.convert.hf_folder import write_model_files
+from gdn2_titan.convert.mapping import to_hf_name
 from gdn2_titan.convert.safetensors_files import write_safetensors
 from gdn2_titan.models import flavors
-from gdn2_titan.titan.checkpoint_files import write_checkpoint_files
+from gdn2_titan.titan.checkpoint import GDN2StateDictAdapter, write_checkpoint_files
+from gdn2_titan.titan.checks.settings import check_settings as validate_config
 from gdn2_titan.titan.errors import ConfigError
 from gdn2_titan.titan.job_config import JobConfig
-from gdn2_titan.titan.state_dict_adapter import GDN2StateDictAdapter
-from gdn2_titan.titan.validate_config import validate_config
 from tests.convert_cases import (
     HYBRID,
     TOKENIZER,
@@ -50,8 +49,8 @@ def test_the_record_is_written_with_a_checkpoint_and_not_before(tmp_path):
         write_checkpoint_files(config, DEBUG, step)
     assert not any(tmp_path.iterdir())
     write_checkpoint_files(config, DEBUG, 4)
-    assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == [RECORD]
-    record = find_record(tmp_path / "checkpoint" / "step-4")
+    assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == [INFO_FILE]
+    record = find_info(tmp_path / "checkpoint" / "step-4")
     assert record.model_args == DEBUG
     assert record.job_config == json.loads(json.dumps(config.to_dict(), default=str))
 
@@ -67,7 +66,7 @@ def test_the_record_is_written_with_a_checkpoint_and_not_before(tmp_path):
 )
 def test_it_is_written_where_torchtitan_saves(tmp_path, step, changes, written):
     write_checkpoint_files(job(tmp_path, **changes), DEBUG, step)
-    assert (tmp_path / "checkpoint" / RECORD).exists() == written
+    assert (tmp_path / "checkpoint" / INFO_FILE).exists() == written
 
 
 def test_the_last_steps_hugging_face_folder_gets_config_and_tokenizer(tmp_path):
@@ -118,7 +117,7 @@ def test_the_adapter_keeps_the_files_of_this_models_weights_and_no_other_models(
 
 def test_a_tokenizer_that_the_model_has_no_room_for_is_refused(tmp_path):
     with pytest.raises(ValueError, match="bos_token_id 256; vocab_size is 100"):
-        write_companions(tmp_path, Record(dataclasses.replace(DEBUG, vocab_size=100)), TOKENIZER, "float32")
+        write_model_files(tmp_path, CheckpointInfo(dataclasses.replace(DEBUG, vocab_size=100)), TOKENIZER, "float32")
 
 
 def test_a_checkpoint_that_does_not_say_its_model_takes_a_flavor_or_a_toml(tmp_path, capsys):

@@ -19,10 +19,9 @@ import torch.distributed.checkpoint as dcp
 from gdn2_titan.titan import corpus
 from gdn2_titan.titan.corpus import check_source, load_source
 from gdn2_titan.titan.dataloader import build_dataloader, build_validation_dataloader
-from gdn2_titan.titan.documents import epoch_order
 from gdn2_titan.titan.errors import ConfigError
 from gdn2_titan.titan.job_config import JobConfig
-from gdn2_titan.titan.packing import PackedText
+from gdn2_titan.titan.packing import PackedText, epoch_order
 from gdn2_titan.titan.stdlib import is_held_out, stdlib_documents
 from tests.generations import byte_tokenizer
 

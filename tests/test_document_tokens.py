@@ -82,7 +82,7 @@ def test_every_document_stands_between_bos_and_eos(tmp_path, make, add):
 @pytest.mark.parametrize("make", [make for make in MAKES if make != "no config"])
 def test_a_prompt_begins_as_a_document_does(tmp_path, make):
     transformers = pytest.importorskip("transformers")
-    from gdn2_titan.model_options import document_ids, encode
+    from gdn2_titan.convert.tokenizer import document_ids, encode
 
     config, post, before, _ = MAKES[make]
     path = write(tmp_path / "t", config | {"tokenizer_class": "PreTrainedTokenizerFast"}, post)

@@ -9,7 +9,7 @@ import sys
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from gdn2_titan.convert.local_paths import without_folders
+from gdn2_titan.convert.hf_folder import without_folders
 from gdn2_titan.models import GDN2Model
 from tests.convert_cases import HYBRID, TOKENIZER, convert, save_step
 

@@ -10,7 +10,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gdn2_titan.convert.hf import GDN2Config, GDN2ForCausalLM
-from gdn2_titan.convert.names import to_hf_name
+from gdn2_titan.convert.mapping import to_hf_name
 from gdn2_titan.models import GatedDeltaNet2, GDN2Model
 from gdn2_titan.models.decoder import Block
 from tests.hf_cases import HYBRID, config, left_padded, pair

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from gdn2_titan.convert.hf import GDN2Cache, GDN2Config, GDN2ForCausalLM
-from gdn2_titan.convert.names import to_hf_name
+from gdn2_titan.convert.mapping import to_hf_name
 from gdn2_titan.models import GatedDeltaNet2, GDN2Model, GDN2ModelArgs, flavors
 from tests.hf_cases import HYBRID, RECURRENT, WINDOWED, config, left_padded, pair, storages, tokens
 from tests.test_models import GATES, gate_structures

@@ -11,10 +11,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 pytest.importorskip("torchtitan")
 
 from gdn2_titan.convert.commands import to_hf
-from gdn2_titan.convert.names import to_hf_name
+from gdn2_titan.convert.mapping import to_hf_name
 from gdn2_titan.models import flavors
-from gdn2_titan.titan.old_names import reading_old_names
-from gdn2_titan.titan.state_dict_adapter import GDN2StateDictAdapter
+from gdn2_titan.titan.checkpoint import GDN2StateDictAdapter, reading_old_names
 from tests.convert_cases import assert_equal, load_safetensors, save_step, weights
 from tests.old_name_cases import old_names
 from tests.training import SHORT, train

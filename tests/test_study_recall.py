@@ -15,15 +15,12 @@ import torch
 
 from gdn2_titan.convert.errors import ConvertError
 from gdn2_titan.models import GDN2Model, flavors
-from gdn2_titan.models.state_size import state_bytes
+from gdn2_titan.models.flops import state_bytes
 from gdn2_titan.study.__main__ import main
-from gdn2_titan.study.cells import Cell, Experiment, grid
-from gdn2_titan.study.mixers import MIXERS, matched, model_args, parameters
+from gdn2_titan.study.cells import MIXERS, Cell, Experiment, grid, matched, model_args, parameters, toml_text
 from gdn2_titan.study.report import write_report
-from gdn2_titan.study.results import Row, capacity, csv_text
-from gdn2_titan.study.tables import accuracy_table, capacity_table, separation_table
-from gdn2_titan.study.toml_text import toml_text
-from gdn2_titan.study.train_cell import LOG, RESULT
+from gdn2_titan.study.results import Row, accuracy_table, capacity, capacity_table, csv_text, separation_table
+from gdn2_titan.study.training import LOG, RESULT
 
 from .training import ROOT
 
@@ -152,7 +149,7 @@ if __name__ == "__main__":
 
 
 def study(out, jobs):
-    from gdn2_titan.study.pool import train_all
+    from gdn2_titan.study.training import train_all
 
     folders = [out / "runs" / cell.name for cell in CELLS]
     train_all({folder: cell.toml(folder) for folder, cell in zip(folders, CELLS, strict=True)}, jobs)
@@ -233,7 +230,7 @@ def test_a_folder_with_another_study_is_refused_before_anything_is_trained(tmp_p
 
 
 def test_a_training_that_fails_is_named_and_the_others_are_done(tmp_path):
-    from gdn2_titan.study.pool import train_all
+    from gdn2_titan.study.training import train_all
 
     good, bad = tmp_path / "good", tmp_path / "bad"
     broken = CELLS[-1].toml(bad).replace('"parity"', '"no such task"')

@@ -11,14 +11,14 @@ import torch
 pytest.importorskip("torchtitan")
 import torch.distributed.checkpoint as dcp
 
-from gdn2_titan.titan import sections
+from gdn2_titan.titan import settings as sections
+from gdn2_titan.titan.checks.settings import check_settings as validate_config
 from gdn2_titan.titan.dataloader import build_dataloader, build_task_dataloader
 from gdn2_titan.titan.errors import ConfigError
 from gdn2_titan.titan.job_config import JobConfig
 from gdn2_titan.titan.stdlib import stdlib_documents
 from gdn2_titan.titan.tasks import TASKS, TaskDataset, conditions
-from gdn2_titan.titan.tasks.permutations import ELEMENTS
-from gdn2_titan.titan.validate_config import validate_config
+from gdn2_titan.titan.tasks.state_tracking import ELEMENTS
 from tests.generations import byte_tokenizer, only_toml
 from tests.test_data import check_resume_everywhere, plain, take
 from tests.test_titan_config import assert_refused, check, write_toml

@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gdn2_titan.models import GDN2Model, flavors
 from gdn2_titan.titan.byte_tokenizer import BYTE_TOKENIZER_DIR
-from gdn2_titan.titan.context import layout_of
 from gdn2_titan.titan.errors import ConfigError
 from gdn2_titan.titan.job_config import parse, validate
+from gdn2_titan.titan.parallelize import layout_of
 from tests.generations import StockParallelism, loader_of, model_config, only_toml, optimizers_of
 from tests.training import ROOT, SHORT, command, environment
 

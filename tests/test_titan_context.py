@@ -6,8 +6,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from gdn2_titan.ops.context_parallel.shards import SequenceShards
-from gdn2_titan.titan.context import layout_of
 from gdn2_titan.titan.job_config import JobConfig
+from gdn2_titan.titan.parallelize import layout_of
 
 from .generations import HAS_TOML, dealt_out
 from .processes import run

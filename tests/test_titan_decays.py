@@ -10,9 +10,8 @@ from torch.distributed.checkpoint import FileSystemReader
 pytest.importorskip("torchtitan")
 
 from gdn2_titan.models import GDN2Model, flavors
-from gdn2_titan.titan.export import exact_decays
-from gdn2_titan.titan.generation import HAS_TOML
-from gdn2_titan.titan.state_dict_adapter import GDN2StateDictAdapter
+from gdn2_titan.titan.checkpoint import GDN2StateDictAdapter, exact_decays
+from gdn2_titan.titan.torchtitan_version import IS_V02 as HAS_TOML
 from tests.convert_cases import load_safetensors
 from tests.training import SHORT, train
 

@@ -13,7 +13,7 @@ pytest.importorskip("torchtitan")
 
 from gdn2_titan.titan.byte_tokenizer import BYTE_TOKENIZER_DIR
 from gdn2_titan.titan.errors import ConfigError
-from gdn2_titan.titan.v03.counterparts import COUNTERPARTS, WITHOUT
+from gdn2_titan.titan.v03.fields import COUNTERPARTS, WITHOUT
 from tests.concerns import concerns_titan
 from tests.distributed import runs, test_recall
 from tests.distributed.runs import write_documents
@@ -112,11 +112,12 @@ def test_every_field_of_a_toml_file_has_a_counterpart_or_is_named_as_having_none
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_each_toml_file_becomes_a_config_that_says_the_same(path):
     from gdn2_titan.titan.job_config import parse, validate
-    from gdn2_titan.titan.v03.job_config import job_config_of, trainer_config
+    from gdn2_titan.titan.v03.config import trainer_config
+    from gdn2_titan.titan.v03.trainer import settings_of
 
     job_config = parse([f"--job.config_file={path}", f"--model.hf_assets_path={BYTE_TOKENIZER_DIR}"])
     validate(job_config)
-    back = job_config_of(trainer_config(job_config)).to_dict()
+    back = settings_of(trainer_config(job_config)).to_dict()
     said = job_config.to_dict()
     assert said["job"].pop("custom_config_module") and back["job"].pop("custom_config_module") == ""
     for name in ("config_file", "description"):
@@ -181,11 +182,11 @@ def test_there_is_a_config_function_for_every_flavor(name):
     ],
 )
 def test_a_config_function_says_what_the_toml_file_does(name, file, monkeypatch):
-    from gdn2_titan.titan.v03.job_config import job_config_of
+    from gdn2_titan.titan.v03.trainer import settings_of
 
     registry = importlib.import_module("gdn2_titan.titan.config_registry")
     monkeypatch.setenv("GDN2_TOML", str(ROOT / "train_configs" / f"{file}.toml"))
-    said, wanted = (job_config_of(function()).to_dict() for function in (getattr(registry, name), registry.from_toml))
+    said, wanted = (settings_of(function()).to_dict() for function in (getattr(registry, name), registry.from_toml))
     assert said == wanted
 
 

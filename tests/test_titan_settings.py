@@ -12,13 +12,12 @@ import pytest
 
 pytest.importorskip("torchtitan")
 
-from gdn2_titan.titan.arguments_check import check_arguments
 from gdn2_titan.titan.check import main as check_command
+from gdn2_titan.titan.checks.command_line import check_arguments, check_table
+from gdn2_titan.titan.checks.ranges import ANY, ELSEWHERE, IGNORED, RANGES
 from gdn2_titan.titan.errors import ConfigError
-from gdn2_titan.titan.generation import HAS_TOML
 from gdn2_titan.titan.job_config import JobConfig, parse, validate
-from gdn2_titan.titan.setting_ranges import ANY, ELSEWHERE, IGNORED, RANGES
-from gdn2_titan.titan.toml_check import check_table
+from gdn2_titan.titan.torchtitan_version import IS_V02 as HAS_TOML
 from tests.generations import only_functions, only_toml
 from tests.test_titan_config import check, write_toml
 from tests.training import ROOT, SHORT, command, environment
@@ -344,7 +343,7 @@ def test_the_ends_of_each_range_are_right(which, one_process, tmp_path):
 
 
 def test_profiling_and_logging_want_room_and_what_is_installed(one_process, tmp_path, monkeypatch):
-    monkeypatch.setattr("gdn2_titan.titan.validate_config.accelerator", lambda: "cuda")
+    monkeypatch.setattr("gdn2_titan.titan.checks.settings.accelerator", lambda: "cuda")
     changes = {"profiling.enable_profiling": True, "profiling.profiler_warmup": 10}
     sentence = _sentence(lambda: check(write_toml(tmp_path / "x.toml", changes)))
     assert sentence.startswith("profiling.profile_freq is 10; it must be at least 11")
@@ -503,8 +502,8 @@ def test_a_launch_of_a_config_function_is_refused_in_the_names_of_its_config(opt
 @only_functions
 def test_every_field_of_torchtitan_03s_config_has_a_counterpart_or_a_check_of_its_own():
     from gdn2_titan.titan.config_registry import gdn2_debug
-    from gdn2_titan.titan.v03 import own_fields
-    from gdn2_titan.titan.v03.counterparts import COUNTERPARTS
+    from gdn2_titan.titan.v03 import fields as own_fields
+    from gdn2_titan.titan.v03.fields import COUNTERPARTS
     from gdn2_titan.titan.v03.trainer import check as check_config
 
     known = {*COUNTERPARTS.values(), *own_fields.ONLY, *own_fields.OR_NONE, *own_fields.ANY}
@@ -514,7 +513,7 @@ def test_every_field_of_torchtitan_03s_config_has_a_counterpart_or_a_check_of_it
             value, name = getattr(config, field.name), prefix + field.name
             if dataclasses.is_dataclass(value) and name not in known:
                 yield from fields_of(value, f"{name}.")
-            elif field.name != "_job_config":
+            elif field.name != "_settings":
                 yield name
 
     assert set(fields_of(gdn2_debug())) == known

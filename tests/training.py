@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gdn2_titan.titan.generation import HAS_TOML
+from gdn2_titan.titan.torchtitan_version import IS_V02 as HAS_TOML
 
 ROOT = Path(__file__).resolve().parents[1]
 DEBUG_HYBRID = ROOT / "train_configs" / "debug_hybrid.toml"

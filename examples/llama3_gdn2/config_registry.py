@@ -11,7 +11,7 @@ from gdn2_titan.titan import settle_device
 from gdn2_titan.titan.byte_tokenizer import BYTE_TOKENIZER_DIR
 from gdn2_titan.titan.corpus import load_source
 from gdn2_titan.titan.v03.activation_checkpoint import SavedOpsAC
-from gdn2_titan.titan.v03.timeouts import settle_timeouts
+from gdn2_titan.titan.v03.trainer import settle_timeouts
 
 from .v03 import model_spec
 

@@ -14,7 +14,7 @@ from gdn2_titan.models import GatedDeltaNet2
 from gdn2_titan.parallel import SAVED_OPS, apply_mixer_tensor_parallel, shard_decays
 from gdn2_titan.titan import settle_device
 from gdn2_titan.titan.dataloader import build_dataloader
-from gdn2_titan.titan.v02.optimizer import build_optimizers
+from gdn2_titan.titan.v02.components import build_optimizers
 
 
 class GDN2Block(TransformerBlock):

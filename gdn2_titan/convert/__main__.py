@@ -3,17 +3,19 @@
 import argparse
 import re
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 from .errors import ConvertError, quiet
-from .names import QKV_ORDERS
 from .run_folders import checkpoint_folder
 
 # torch is not imported before the command line is known to be right: that takes seconds.
 _DTYPES = ("float32", "bfloat16", "float16")
+_QKV_ORDERS = ("grouped", "concatenated")  # those of nvlabs
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def _bytes(text):
+def _bytes(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)?", text, re.IGNORECASE)
     size = int(float(found.group(1)) * _UNITS[(found.group(2) or "").upper()]) if found else 0
     if size < 1:
@@ -41,11 +43,11 @@ _OPTIONS = {
     "shard_size": {"type": _bytes, "help": "of a safetensors file (default: 5GB)"},
     "tokenizer": {"metavar": "FOLDER", "help": "instead of the one that the model was trained with"},
     "with_code": {"action": "store_true", "help": "the model's code too, for trust_remote_code=True elsewhere"},
-    "qkv_order": {"choices": QKV_ORDERS, "help": "rows of attn.attn: per key head, or all q, all k, all v"},
+    "qkv_order": {"choices": _QKV_ORDERS, "help": "rows of attn.attn: per key head, or all q, all k, all v"},
 }
 
 
-def _parser():
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m gdn2_titan.convert", description=__doc__)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, what, source, options in _COMMANDS:
@@ -58,7 +60,7 @@ def _parser():
     return parser
 
 
-def _run(command, source, out, options):
+def _run(command: str, source: str, out: str, options: dict[str, Any]) -> None:
     import torch
 
     from . import commands
@@ -68,7 +70,7 @@ def _run(command, source, out, options):
     getattr(commands, command.replace("-", "_"))(source, out, **options)
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 1 after one sentence on stderr."""
     options = {name: value for name, value in vars(_parser().parse_args(arguments)).items() if value is not None}
     command, source, out = (options.pop(name) for name in ("command", "source", "out"))

@@ -2,54 +2,58 @@
 
 import json
 import math
+import os
 from pathlib import Path
+from typing import Any
 
+import torch
 from tqdm import tqdm
 
-from .aside import check_free, new_path
-from .checkpoints import Checkpoint, chosen_record, open_checkpoint, open_hf, read_config
-from .companions import copy_tokenizer, write_companions
+from .atomic import check_free, new_path
+from .checkpoint_info import CheckpointInfo, chosen_info, write_info
+from .checkpoints import Checkpoint, open_checkpoint, open_hf, read_config
 from .dcp import write_dcp
 from .errors import ConvertError, reading
-from .fla import args_from_fla, config_for_fla, from_fla_layout, to_fla_layout
-from .layout import Part, Renamed, check_fits, tensors_of
-from .names import to_hf_name
-from .nvlabs import from_nvlabs_layout
-from .record import Record, write_record
+from .fla import args_from_fla, config_for_fla, from_fla_mapping, to_fla_mapping
+from .hf_folder import write_model_files
+from .mapping import Part, Renamed, Source, check_fits, tensors_of, to_hf_name
+from .nvlabs import from_nvlabs_mapping
 from .run_folders import checkpoint_folder
 from .safetensors_files import SafetensorsFolder, write_safetensors
+from .tokenizer import copy_tokenizer
 from .torch_file import TorchFile, save_to
 
 __all__ = ["SHARD_SIZE", "from_fla", "from_hf", "from_nvlabs", "to_fla", "to_hf", "to_torch"]
 
 SHARD_SIZE = 5 * 10**9
+PathLike = str | os.PathLike[str]
 
 
-def _dtype(tensors):
+def _dtype(tensors: dict[str, torch.Tensor]) -> str:
     return str(tensors["lm_head.weight"].dtype).removeprefix("torch.")
 
 
 class _Bar:
     """A source whose reads move a progress bar, shown on terminals only."""
 
-    def __init__(self, source, what):
+    def __init__(self, source: Source, what: str) -> None:
         self.tensors, self._source = source.tensors, source
         total = sum(math.prod(t.shape) * t.dtype.itemsize for t in source.tensors.values())
         self._bar = tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=None, leave=False)
 
-    def read(self, name):
+    def read(self, name: str) -> torch.Tensor:
         tensor = self._source.read(name)
         self._bar.update(tensor.nbytes)
         return tensor
 
-    def __enter__(self):
+    def __enter__(self) -> "_Bar":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         self._bar.close()
 
 
-def _save_code(folder):
+def _save_code(folder: Path) -> None:
     try:
         from .hf import save_code  # not before it is wanted: all else is done without transformers
     except ImportError as error:
@@ -57,20 +61,24 @@ def _save_code(folder):
     save_code(folder)
 
 
-def _write_hf(checkpoint: Checkpoint, out, dtype, shard_size, with_code=False):
-    layout = {to_hf_name(name): Part(name) for name in tensors_of(checkpoint.record.model_args)}
-    renamed = Renamed(checkpoint.source, layout, dtype)
+def _write_hf(
+    checkpoint: Checkpoint, out: PathLike, dtype: torch.dtype | None, shard_size: int, with_code: bool = False
+) -> None:
+    mapping = {to_hf_name(name): Part(name) for name in tensors_of(checkpoint.info.model_args)}
+    renamed = Renamed(checkpoint.source, mapping, dtype)
     with new_path(out) as folder, _Bar(renamed, f"writing {out}") as source:
         written = _dtype(source.tensors)
-        write_companions(folder, checkpoint.record, checkpoint.tokenizer, written, checkpoint.step, with_code)
+        write_model_files(folder, checkpoint.info, checkpoint.tokenizer, written, checkpoint.step, with_code)
         if with_code:
             _save_code(folder)
         write_safetensors(folder, source.tensors, source.read, shard_size)
 
 
 def to_hf(
-    checkpoint, out, dtype=None, shard_size=SHARD_SIZE, config=None, flavor=None, tokenizer=None, with_code=False
-):
+    checkpoint: PathLike, out: PathLike, dtype: torch.dtype | None = None,
+    shard_size: int = SHARD_SIZE, config: PathLike | None = None, flavor: str | None = None,
+    tokenizer: PathLike | None = None, with_code: bool = False,
+) -> None:  # fmt: skip
     """TorchTitan checkpoint -> Hugging Face folder.
 
     Args:
@@ -88,7 +96,7 @@ def to_hf(
     _write_hf(open_checkpoint(checkpoint, config, flavor, tokenizer), out, dtype, shard_size, with_code)
 
 
-def from_hf(folder, out):
+def from_hf(folder: PathLike, out: PathLike) -> None:
     """Hugging Face folder -> checkpoint that TorchTitan's ``checkpoint.initial_load_path`` reads, bit for bit."""
     check_free(out)
     folder = checkpoint_folder(folder)
@@ -97,10 +105,13 @@ def from_hf(folder, out):
     checkpoint = open_hf(folder)
     with new_path(out) as part, _Bar(checkpoint.source, f"writing {out}") as source:
         write_dcp(part, source.tensors, map(source.read, source.tensors))
-        write_record(part, checkpoint.record)
+        write_info(part, checkpoint.info)
 
 
-def to_torch(checkpoint, out, dtype=None, config=None, flavor=None):
+def to_torch(
+    checkpoint: PathLike, out: PathLike, dtype: torch.dtype | None = None,
+    config: PathLike | None = None, flavor: str | None = None,
+) -> None:  # fmt: skip
     """Checkpoint -> one file of torch.save with {name: tensor}. Holds the model in memory, as its readers do."""
     check_free(out)
     opened = open_checkpoint(checkpoint, config, flavor)
@@ -111,23 +122,27 @@ def to_torch(checkpoint, out, dtype=None, config=None, flavor=None):
         save_to(stream, tensors)
 
 
-def from_fla(folder, out, dtype=None, shard_size=SHARD_SIZE):
+def from_fla(folder: PathLike, out: PathLike, dtype: torch.dtype | None = None, shard_size: int = SHARD_SIZE) -> None:
     """flash-linear-attention folder (config.json and safetensors) -> Hugging Face folder of this model."""
     check_free(out)
     path = Path(folder) / "config.json"
     with reading(path):
         args = args_from_fla(read_config(folder), path)
-    source = Renamed(SafetensorsFolder(folder), from_fla_layout(args))
+    source = Renamed(SafetensorsFolder(folder), from_fla_mapping(args))
     check_fits(source, args)
-    _write_hf(Checkpoint(source, Record(args), Path(folder), None), out, dtype, shard_size)
+    _write_hf(Checkpoint(source, CheckpointInfo(args), Path(folder), None), out, dtype, shard_size)
 
 
-def to_fla(checkpoint, out, dtype=None, shard_size=SHARD_SIZE, config=None, flavor=None, tokenizer=None):
+def to_fla(
+    checkpoint: PathLike, out: PathLike, dtype: torch.dtype | None = None,
+    shard_size: int = SHARD_SIZE, config: PathLike | None = None, flavor: str | None = None,
+    tokenizer: PathLike | None = None,
+) -> None:  # fmt: skip
     """Checkpoint -> folder with flash-linear-attention's names and config fields."""
     check_free(out)
     opened = open_checkpoint(checkpoint, config, flavor, tokenizer)
-    fields = config_for_fla(opened.record.model_args)
-    renamed = Renamed(opened.source, to_fla_layout(opened.record.model_args), dtype)
+    fields = config_for_fla(opened.info.model_args)
+    renamed = Renamed(opened.source, to_fla_mapping(opened.info.model_args), dtype)
     with new_path(out) as part, _Bar(renamed, f"writing {out}") as source:
         fields["dtype"] = _dtype(source.tensors)
         (part / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
@@ -135,17 +150,21 @@ def to_fla(checkpoint, out, dtype=None, shard_size=SHARD_SIZE, config=None, flav
         write_safetensors(part, source.tensors, source.read, shard_size)
 
 
-def from_nvlabs(path, out, dtype=None, shard_size=SHARD_SIZE, config=None, flavor=None, tokenizer=None, qkv_order=None):
+def from_nvlabs(
+    path: PathLike, out: PathLike, dtype: torch.dtype | None = None,
+    shard_size: int = SHARD_SIZE, config: PathLike | None = None, flavor: str | None = None,
+    tokenizer: PathLike | None = None, qkv_order: str | None = None,
+) -> None:  # fmt: skip
     """Checkpoint file (or safetensors folder) of the authors' trainer -> Hugging Face folder of this model.
 
-    Such a checkpoint does not say its shape: config or flavor must. qkv_order: see ``from_nvlabs_layout``.
+    Such a checkpoint does not say its shape: config or flavor must. qkv_order: see ``from_nvlabs_mapping``.
     """
     check_free(out)
-    record = chosen_record(config, flavor)
-    if record is None:
+    info = chosen_info(config, flavor)
+    if info is None:
         raise ConvertError(f"{path} does not say which model it is of; name it with --config or --flavor")
     theirs = SafetensorsFolder(path) if Path(path).is_dir() else TorchFile(path)
-    source = Renamed(theirs, from_nvlabs_layout(record.model_args, theirs, qkv_order))
-    check_fits(source, record.model_args)
+    source = Renamed(theirs, from_nvlabs_mapping(info.model_args, theirs, qkv_order))
+    check_fits(source, info.model_args)
     tokenizer = None if tokenizer is None else Path(tokenizer)
-    _write_hf(Checkpoint(source, Record(record.model_args), tokenizer, None), out, dtype, shard_size)
+    _write_hf(Checkpoint(source, CheckpointInfo(info.model_args), tokenizer, None), out, dtype, shard_size)

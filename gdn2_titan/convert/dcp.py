@@ -3,7 +3,9 @@
 import math
 import os
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
@@ -17,7 +19,6 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from .dcp_metadata import read_metadata
 from .errors import ConvertError, reading
 from .torch_file import save_to
 
@@ -26,6 +27,43 @@ __all__ = ["DistributedCheckpoint", "write_dcp"]
 # What TorchTitan saves beside the model, whose own tensors have no prefix.
 _NOT_THE_MODEL = ("optimizer.", "lr_scheduler.", "dataloader.", "train_state.")
 
+# What PyTorch's own writer puts into the file; dtypes are names of torch that are dtypes.
+_CLASSES = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch": {
+        "Size", "bfloat16", "bool", "float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2", "int8", "int16",
+        "int32", "int64", "uint8",
+    },
+    "torch.serialization": {"_get_layout"},
+    "pathlib": {"Path", "PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath"},
+    "pathlib._local": {"Path", "PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath"},
+    "collections": {"OrderedDict"},
+}  # fmt: skip
+
+
+class _DataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _CLASSES.get(module, ()):
+            raise ConvertError(
+                f"the checkpoint's .metadata names {module}.{name}, which is none of the plain classes that PyTorch "
+                "writes there; it was not loaded"
+            )
+        return super().find_class(module, name)
+
+
+def _read_metadata(folder: Path) -> Metadata:
+    """What a checkpoint says of itself. The file is a pickle; only data can come out of it here."""
+    path = folder / ".metadata"
+    with reading(path), open(path, "rb") as file:
+        metadata = _DataUnpickler(file).load()
+        if not isinstance(metadata.state_dict_metadata, dict) or not isinstance(metadata.storage_data, dict):
+            raise ConvertError(f"{path} is not the metadata of a distributed checkpoint with one writer per file")
+        return metadata
+
 
 class DistributedCheckpoint:
     """The model's tensors in a checkpoint folder, however they were sharded.
@@ -33,9 +71,9 @@ class DistributedCheckpoint:
     tensors: {name: meta tensor with shape and dtype}.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.path = Path(folder)
-        self._metadata = read_metadata(folder)
+        self._metadata = _read_metadata(self.path)
         with reading(self.path / ".metadata"):
             self.tensors = {
                 name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
@@ -48,7 +86,7 @@ class DistributedCheckpoint:
         self._reader = FileSystemReader(self.path)
         self._reader.set_up_storage_reader(self._metadata, True)
 
-    def _check_files(self):
+    def _check_files(self) -> None:
         """Those of other states too: where they are damaged the checkpoint is, whatever the model's part looks like."""
         sizes = {}
         for index, info in self._metadata.storage_data.items():
@@ -65,7 +103,7 @@ class DistributedCheckpoint:
                     f"{sizes[file]}"
                 )
 
-    def _check_chunks(self, name):
+    def _check_chunks(self, name: str) -> None:
         entry = self._metadata.state_dict_metadata[name]
         for chunk in entry.chunks:
             if MetadataIndex(name, chunk.offsets) not in self._metadata.storage_data:
@@ -73,7 +111,7 @@ class DistributedCheckpoint:
         if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
             raise ConvertError(f"{self.path} holds {name!r} in parts that do not add up to its shape {[*entry.size]}")
 
-    def read(self, name):
+    def read(self, name: str) -> torch.Tensor:
         """One whole tensor, on the CPU. Takes memory for it and for its largest stored part."""
         tensor = torch.empty_like(self.tensors[name], device="cpu")
         files = {
@@ -87,7 +125,7 @@ class DistributedCheckpoint:
         return tensor
 
 
-def write_dcp(folder, names, tensors):
+def write_dcp(folder: str | os.PathLike[str], names: Iterable[str], tensors: Iterable[torch.Tensor]) -> None:
     """Writes a checkpoint of one file into an existing folder.
 
     PyTorch's own writer keeps every tensor until its file is closed; this one holds none.

@@ -1,11 +1,16 @@
 """What a command says: the error that it ends with, and nothing of what libraries remark on the way."""
 
 import contextlib
+import json
 import logging
+import os
 import sys
 import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
-__all__ = ["ConvertError", "exit_status", "quiet", "reading"]
+__all__ = ["ConvertError", "exit_status", "quiet", "read_json", "reading"]
 
 
 class ConvertError(ValueError):
@@ -13,7 +18,7 @@ class ConvertError(ValueError):
 
 
 @contextlib.contextmanager
-def reading(path):
+def reading(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turns whatever a damaged file makes its reader raise into a ConvertError that names the file."""
     try:
         yield
@@ -26,8 +31,18 @@ def reading(path):
         raise ConvertError(f"{path} cannot be read, it is damaged or of another kind: {reason}") from error
 
 
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        ConvertError: it is missing or damaged.
+    """
+    with reading(path):
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
 @contextlib.contextmanager
-def quiet():
+def quiet() -> Iterator[None]:
     """Without the warnings and log lines of libraries, which are about their insides; errors are still seen.
 
     ``python -W`` and PYTHONWARNINGS keep the warnings.
@@ -43,7 +58,7 @@ def quiet():
         logging.disable(disabled)
 
 
-def exit_status(command, options):
+def exit_status(command: Callable[[Any], None], options: Any) -> int:
     """Runs ``command(options)``. Returns 0, or 1 after the sentence of its ConvertError on stderr."""
     try:
         with quiet():

@@ -1,4 +1,4 @@
-"""The layout of flash-linear-attention: its GatedDeltaNet2 layer inside a decoder named as that library's decoders are.
+"""The names of flash-linear-attention: its GatedDeltaNet2 layer inside a decoder named as that library's decoders are.
 
 As of its 0.6.0. It has the layer, not yet a decoder around it: names of the rest are those of its other decoders (KDA,
 Gated DeltaNet), which agree. Its gates are per channel, its output gate is a sigmoid.
@@ -6,14 +6,19 @@ Gated DeltaNet), which agree. Its gates are per channel, its output gate is a si
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
 
 from gdn2_titan.models import GDN2ModelArgs
 
+from .checkpoint_info import args_from_fields
 from .errors import ConvertError
-from .layout import Part, tensors_of
-from .record import args_from_fields
+from .mapping import Part, tensors_of
 
-__all__ = ["args_from_fla", "config_for_fla", "from_fla_layout", "to_fla_layout"]
+__all__ = ["args_from_fla", "config_for_fla", "from_fla_mapping", "to_fla_mapping"]
 
 _OUTSIDE = {"tok_embeddings.": "model.embeddings.", "norm.": "model.norm.", "lm_head.": "lm_head."}
 _BLOCK = {"mixer_norm.": "attn_norm.", "mixer.": "attn."}
@@ -32,14 +37,14 @@ _SAME = (
 )  # fmt: skip
 
 
-def _replaced(name, prefixes):
+def _replaced(name: str, prefixes: Mapping[str, str]) -> str:
     for ours, theirs in prefixes.items():
         if name.startswith(ours):
             return theirs + name.removeprefix(ours)
     return name
 
 
-def _name(name, args):
+def _name(name: str, args: GDN2ModelArgs) -> str:
     if not name.startswith("layers."):
         return _replaced(name, _OUTSIDE)
     _, layer, rest = name.split(".", 2)
@@ -51,14 +56,14 @@ def _name(name, args):
     return f"model.layers.{layer}.{rest}"
 
 
-def _shape(name, shape):
+def _shape(name: str, shape: torch.Size) -> tuple[int, ...]:
     """That library's convolutions are nn.Conv1d's [channels, 1, width], its dt_bias is flat."""
     if "_conv1d." in name:
         return (shape[0], 1, shape[1])
     return (math.prod(shape),) if name.endswith(".dt_bias") else tuple(shape)
 
 
-def _reshaped(theirs, shape):
+def _reshaped(theirs: tuple[int, ...], shape: tuple[int, ...]) -> Callable[[torch.Tensor], torch.Tensor]:
     def of(tensor):
         if tuple(tensor.shape) != theirs:
             raise RuntimeError(f"it must be {[*theirs]}")
@@ -67,19 +72,19 @@ def _reshaped(theirs, shape):
     return of
 
 
-def from_fla_layout(args):
+def from_fla_mapping(args: GDN2ModelArgs) -> dict[str, Part]:
     """{name here: Part of a flash-linear-attention checkpoint}."""
     tensors = tensors_of(args)
     return {n: Part(_name(n, args), _reshaped(_shape(n, t.shape), tuple(t.shape))) for n, t in tensors.items()}
 
 
-def to_fla_layout(args):
+def to_fla_mapping(args: GDN2ModelArgs) -> dict[str, Part]:
     """{name there: Part of a checkpoint here}."""
     tensors = tensors_of(args)
     return {_name(n, args): Part(n, _reshaped(tuple(t.shape), _shape(n, t.shape))) for n, t in tensors.items()}
 
 
-def _softmax_layers(config, path):
+def _softmax_layers(config: Mapping[str, Any], path: Path) -> dict[int, dict[str, Any]]:
     """{layer: what its softmax attention is}, from the one description or the list of them that the config has."""
     specs = config.get("attn") or []
     found = {}
@@ -96,13 +101,13 @@ def _softmax_layers(config, path):
     return found
 
 
-def _shortest_period(pattern):
+def _shortest_period(pattern: Sequence[str]) -> tuple[str, ...]:
     for length in range(1, len(pattern) + 1):
         if all(mixer == pattern[i % length] for i, mixer in enumerate(pattern)):
             return tuple(pattern[:length])
 
 
-def args_from_fla(config, path):
+def args_from_fla(config: Mapping[str, Any], path: Path) -> GDN2ModelArgs:
     """GDN2ModelArgs of the dict of a config.json at ``path``.
 
     Raises:
@@ -138,7 +143,7 @@ def args_from_fla(config, path):
     return args_from_fields(fields, path)
 
 
-def config_for_fla(args: GDN2ModelArgs):
+def config_for_fla(args: GDN2ModelArgs) -> dict[str, Any]:
     """The dict of a config.json for that library; without "model_type", as it has no decoder of this kind yet.
 
     Raises:

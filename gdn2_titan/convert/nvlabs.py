@@ -1,4 +1,4 @@
-"""The key layout of the authors' trainer, as far as it is known here.
+"""The tensors' names of the authors' trainer, as far as it is known here.
 
 Blocks are ``transformer.h.N`` with ``norm_1``, ``attn``, ``norm_2`` and ``mlp.w1`` to ``w3``; a softmax layer has q, k
 and v in one matrix, ``attn.attn``. Taken, not known: that the other keys of a GDN-2 layer are those of
@@ -6,12 +6,19 @@ flash-linear-attention's, that a softmax layer's output is ``attn.proj`` and the
 that is none of these, or is missing, ends the conversion with its name.
 """
 
-from .errors import ConvertError
-from .fla import from_fla_layout
-from .layout import Part, tensors_of
-from .names import QKV_ORDERS
+from collections.abc import Callable, Mapping
 
-__all__ = ["from_nvlabs_layout"]
+import torch
+
+from gdn2_titan.models import GDN2ModelArgs
+
+from .errors import ConvertError
+from .fla import from_fla_mapping
+from .mapping import Part, Source, tensors_of
+
+__all__ = ["from_nvlabs_mapping"]
+
+QKV_ORDERS = ("grouped", "concatenated")  # of the rows of attn.attn
 
 _OUTSIDE = {
     "tok_embeddings.weight": "transformer.wte.weight", "norm.weight": "transformer.ln_f.weight",
@@ -20,7 +27,7 @@ _OUTSIDE = {
 _BLOCK = {"mixer_norm.weight": "norm_1.weight", "mlp_norm.weight": "norm_2.weight"}
 
 
-def _rows(args, projection, order):
+def _rows(args: GDN2ModelArgs, projection: str, order: str | None) -> Callable[[torch.Tensor], torch.Tensor]:
     """Picks one projection's rows out of q, k and v in one matrix.
 
     "grouped": for every key head its query heads, its key, its value. "concatenated": all q, all k, all v.
@@ -41,7 +48,7 @@ def _rows(args, projection, order):
     return of
 
 
-def _mlp(args, tensors, prefix):
+def _mlp(args: GDN2ModelArgs, tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, str]:
     """Which of w1, w2, w3 is which. w1 is the gate in both known orders; the shape tells which one leads back."""
     if args.mlp_size == args.hidden_size:
         raise ConvertError("mlp_size equals hidden_size; which of mlp.w2 and mlp.w3 leads back cannot be told then")
@@ -52,7 +59,7 @@ def _mlp(args, tensors, prefix):
     return {"gate_proj": "w1", "up_proj": "w3" if down == "w2" else "w2", "down_proj": down}
 
 
-def from_nvlabs_layout(args, source, qkv_order=None):
+def from_nvlabs_mapping(args: GDN2ModelArgs, source: Source, qkv_order: str | None = None) -> dict[str, Part]:
     """{name here: Part of the authors' checkpoint}.
 
     Args:
@@ -66,23 +73,23 @@ def from_nvlabs_layout(args, source, qkv_order=None):
             "attn.attn.weight holds q, k and v of a softmax layer in one matrix, and nothing in a checkpoint tells "
             f"their order; --qkv-order must be one of {', '.join(QKV_ORDERS)}"
         )
-    fla, layout = from_fla_layout(args), {}
+    fla, mapping = from_fla_mapping(args), {}
     for name in tensors_of(args):
         if name in _OUTSIDE:
-            layout[name] = Part(_OUTSIDE[name])
+            mapping[name] = Part(_OUTSIDE[name])
             continue
         _, layer, rest = name.split(".", 2)
         block, (module, inner) = f"transformer.h.{layer}", rest.split(".", 1)
         if rest in _BLOCK:
-            layout[name] = Part(f"{block}.{_BLOCK[rest]}")
+            mapping[name] = Part(f"{block}.{_BLOCK[rest]}")
         elif module == "mlp":
             projection = inner.removesuffix(".weight")
-            layout[name] = Part(f"{block}.mlp.{_mlp(args, source.tensors, block + '.mlp')[projection]}.weight")
+            mapping[name] = Part(f"{block}.mlp.{_mlp(args, source.tensors, block + '.mlp')[projection]}.weight")
         elif args.mixer(int(layer)) == "gdn2":
             part = fla[name]
-            layout[name] = Part(f"{block}.{part.name.split('.', 3)[3]}", part.of)
+            mapping[name] = Part(f"{block}.{part.name.split('.', 3)[3]}", part.of)
         elif inner == "o_proj.weight":
-            layout[name] = Part(f"{block}.attn.proj.weight")
+            mapping[name] = Part(f"{block}.attn.proj.weight")
         else:
-            layout[name] = Part(f"{block}.attn.attn.weight", _rows(args, inner[0], qkv_order))
-    return layout
+            mapping[name] = Part(f"{block}.attn.attn.weight", _rows(args, inner[0], qkv_order))
+    return mapping

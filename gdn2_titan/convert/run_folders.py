@@ -1,23 +1,25 @@
 """Where in a run's folder a checkpoint lies. Without torch, so that a wrong path is answered at once."""
 
+import os
 import re
 from pathlib import Path
 
 from .errors import ConvertError
-from .names import INDEX, SINGLE
 
-__all__ = ["checkpoint_folder", "step_of"]
+__all__ = ["INDEX", "SINGLE", "checkpoint_folder", "step_of"]
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 _STEP = re.compile(r"step-(\d+)")
 
 
-def step_of(folder):
+def step_of(folder: Path) -> int | None:
     """The training step that a folder is named after, or None."""
     found = _STEP.fullmatch(folder.absolute().name)
     return int(found.group(1)) if found else None
 
 
-def _steps(folder):
+def _steps(folder: Path) -> tuple[list[Path], list[Path]]:
     """The folder's checkpoints of steps: (all, those that are complete)."""
     try:
         steps = [step for step in folder.iterdir() if _STEP.fullmatch(step.name) and step.is_dir()]
@@ -26,7 +28,7 @@ def _steps(folder):
     return steps, [step for step in steps if any((step / name).is_file() for name in (".metadata", INDEX, SINGLE))]
 
 
-def checkpoint_folder(path):
+def checkpoint_folder(path: str | os.PathLike[str]) -> Path:
     """The folder with the tensors that ``path`` means: itself, or where it is a run's folder (``job.dump_folder``) or
     its folder of checkpoints, the latest complete step.
 

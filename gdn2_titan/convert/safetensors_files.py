@@ -2,13 +2,15 @@
 
 import json
 import math
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
 from .errors import ConvertError, reading
-from .names import INDEX, SINGLE
+from .run_folders import INDEX, SINGLE
 
 __all__ = ["DTYPES", "SafetensorsFolder", "write_safetensors"]
 
@@ -57,7 +59,7 @@ class SafetensorsFolder:
         ConvertError: a file is missing or damaged, or index and files differ.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.path = Path(folder)
         indexed = _files_by_tensor(self.path)
         if indexed is None and not (self.path / SINGLE).is_file():
@@ -82,7 +84,7 @@ class SafetensorsFolder:
             if name not in self.tensors:
                 raise ConvertError(f"{self.path / file} does not have tensor {name!r}; {INDEX} says it is there")
 
-    def read(self, name):
+    def read(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU. One file at a time is mapped into memory."""
         file = self._files[name]
         with reading(self.path / file):
@@ -91,7 +93,7 @@ class SafetensorsFolder:
             return self._open[1].get_tensor(name)
 
 
-def _nbytes(tensor):
+def _nbytes(tensor: torch.Tensor) -> int:
     return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
@@ -119,7 +121,9 @@ def _header(tensors):
     return len(text).to_bytes(8, "little") + text
 
 
-def write_safetensors(folder, tensors, read, shard_size):
+def write_safetensors(
+    folder: Path, tensors: Mapping[str, torch.Tensor], read: Callable[[str], torch.Tensor], shard_size: int
+) -> None:
     """Writes files, and an index where there are several, into an existing folder.
 
     safetensors' own writer wants a file's tensors in memory together; this one holds one.

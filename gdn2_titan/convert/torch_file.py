@@ -1,6 +1,8 @@
 """Files of torch.save, loaded as weights only."""
 
+import os
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 
@@ -26,7 +28,7 @@ class _KeepsError:
         self.stream.flush()
 
 
-def save_to(stream, content):
+def save_to(stream: BinaryIO, content: Any) -> None:
     """torch.save that raises the OSError of a failed write."""
     keeper = _KeepsError(stream)
     try:
@@ -43,7 +45,7 @@ class TorchFile:
     tensors: {name: meta tensor with shape and dtype}.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         with reading(path):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -55,5 +57,5 @@ class TorchFile:
         self._content = content
         self.tensors = {name: tensor.to("meta") for name, tensor in content.items()}
 
-    def read(self, name):
+    def read(self, name: str) -> torch.Tensor:
         return self._content[name].clone()

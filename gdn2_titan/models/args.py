@@ -2,12 +2,18 @@
 
 import numbers
 from dataclasses import dataclass, fields
+from typing import Any
 
 from .checks import check_attention, check_count, check_gdn2, check_number
 
 __all__ = ["GDN2ModelArgs", "MIXERS"]
 
 MIXERS = ("gdn2", "swa", "attention")
+# Fields that are arguments of GatedDeltaNet2, by the same names.
+GDN2_OPTIONS = (
+    "num_heads", "head_dim", "num_v_heads", "expand_v", "conv_size", "erase_gate", "write_gate", "tied_gates", "decay",
+    "allow_neg_eigval", "output_gate", "norm_eps", "backend",
+)  # fmt: skip
 
 
 @dataclass
@@ -50,22 +56,26 @@ class GDN2ModelArgs:
     # How it is computed, not what: "triton", "torch", or "auto", which takes Triton's kernels where they can serve.
     backend: str = "auto"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         # Numbers of other libraries become Python's, which files can hold.
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, numbers.Real) and not isinstance(value, (bool, int, float)):
                 setattr(self, field.name, int(value) if isinstance(value, numbers.Integral) else float(value))
 
-    def mixer(self, layer):
+    def mixer(self, layer: int) -> str:
         """The mixer's name for a layer index."""
         return self.layer_pattern[layer % len(self.layer_pattern)]
 
-    def mixers(self):
+    def mixers(self) -> set[str]:
         """The names of all mixers that the model has."""
         return {self.mixer(layer) for layer in range(self.n_layers)}
 
-    def validate(self):
+    def gdn2_options(self) -> dict[str, Any]:
+        """What GatedDeltaNet2 is made with, besides the hidden size."""
+        return {name: getattr(self, name) for name in GDN2_OPTIONS}
+
+    def validate(self) -> None:
         """Raise ValueError, one sentence with field, value and what is allowed, unless a model can be built."""
         for field in ("vocab_size", "hidden_size", "n_layers", "mlp_size", "attn_heads", "window"):
             check_count(field, getattr(self, field))
@@ -73,11 +83,7 @@ class GDN2ModelArgs:
         if not isinstance(names, (tuple, list)) or not names or any(name not in MIXERS for name in names):
             said = list(names) if isinstance(names, (tuple, list)) else names
             raise ValueError(f"layer_pattern is {said!r}; it must be a non-empty list of: {', '.join(MIXERS)}")
-        check_gdn2(
-            self.num_heads, self.head_dim, self.num_v_heads, self.expand_v, self.conv_size, self.erase_gate,
-            self.write_gate, self.tied_gates, self.decay, self.allow_neg_eigval, self.output_gate, self.norm_eps,
-            self.backend,
-        )  # fmt: skip
+        check_gdn2(**self.gdn2_options())
         for field in ("init_std", "mixer_gain", "dt_min", "dt_max", "rope_theta"):
             check_number(field, getattr(self, field))
         if self.dt_max < self.dt_min:

@@ -6,13 +6,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from gdn2_titan.ops.context_parallel.exchange_tokens import gather_sequence, preceding
 
 from .checks import check_attention, check_count
 from .init import fill_
 from .masks import reach
+from .rows import Rows
 
 __all__ = ["Attention", "AttentionState", "rotary_angles"]
 
@@ -22,7 +23,7 @@ def _compiled_flex_attention():
     return torch.compile(flex_attention)
 
 
-def rotary_angles(positions, head_dim, theta):
+def rotary_angles(positions: torch.Tensor, head_dim: int, theta: float) -> torch.Tensor:
     """positions [T] or [B, T] -> cosines and sines stacked, fp32 [2, ..., T, 1, head_dim / 2]."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     angle = positions[..., None, None].float() * frequency
@@ -50,7 +51,9 @@ class Attention(nn.Module):
     ``parallel.context``) T is what a rank has of it, and the window tells which keys and values it gets from others.
     """
 
-    def __init__(self, hidden_size, num_heads, num_kv_heads=None, window=None):
+    def __init__(
+        self, hidden_size: int, num_heads: int, num_kv_heads: int | None = None, window: int | None = None
+    ) -> None:
         super().__init__()
         check_attention(hidden_size, num_heads, num_kv_heads)
         if window is not None:
@@ -65,7 +68,10 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=False)
 
-    def forward(self, x, angles, mask, *, state=None, return_state=False, rows=None):
+    def forward(
+        self, x: torch.Tensor, angles: torch.Tensor, mask: torch.Tensor | BlockMask | None, *,
+        state: AttentionState | None = None, return_state: bool = False, rows: Rows | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, AttentionState]:  # fmt: skip
         """x [B, T, D] -> [B, T, D], or ([B, T, D], AttentionState) with ``return_state``.
 
         angles: of ``rotary_angles``; mask: of ``masks.attention_mask``, with shards of ``masks.context_mask``, with a
@@ -119,7 +125,7 @@ class Attention(nn.Module):
             kv = torch.cat((preceding(kv, self.shards, past), own), 1) if past else own
         return q, *kv.chunk(2, 2)
 
-    def init_weights(self, output_scale=1.0, std=0.02):
+    def init_weights(self, output_scale: float = 1.0, std: float = 0.02) -> None:
         for projection in (self.q_proj, self.k_proj, self.v_proj):
             fill_(projection.weight, lambda x: nn.init.normal_(x, std=std))
         fill_(self.o_proj.weight, lambda x: nn.init.normal_(x, std=std * output_scale))

@@ -2,6 +2,8 @@
 
 import math
 import numbers
+from collections.abc import Collection
+from typing import Any
 
 from gdn2_titan.ops.dispatch import BACKENDS
 
@@ -15,29 +17,29 @@ CHOICES = {
 }  # fmt: skip
 
 
-def check_count(name, value):
+def check_count(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
 
 
-def check_number(name, value):
+def check_number(name: str, value: Any) -> None:
     # Not "value <= 0": NaN is neither.
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < math.inf:
         raise ValueError(f"{name} is {value!r}; it must be a finite number greater than 0")
 
 
-def check_width(name, value):
+def check_width(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value not in WIDTHS:
         raise ValueError(f"{name} is {value!r}; it must be 2, 3 or 4")
 
 
-def check_choice(name, value, allowed):
+def check_choice(name: str, value: Any, allowed: Collection[str]) -> None:
     if not isinstance(value, str) or value not in allowed:
         *others, last = map(repr, allowed)
         raise ValueError(f"{name} is {value!r}; it must be {', '.join(others)} or {last}")
 
 
-def value_head_dim(head_dim, expand_v):
+def value_head_dim(head_dim: int, expand_v: float) -> int:
     """head_dim * expand_v, which must be whole but for the rounding of the product."""
     check_number("expand_v", expand_v)
     size = round(head_dim * float(expand_v))
@@ -49,9 +51,10 @@ def value_head_dim(head_dim, expand_v):
 
 
 def check_gdn2(
-    num_heads, head_dim, num_v_heads, expand_v, conv_size, erase_gate, write_gate, tied_gates, decay,
-    allow_neg_eigval, output_gate, norm_eps, backend,
-):  # fmt: skip
+    num_heads: int, head_dim: int, num_v_heads: int | None, expand_v: float, conv_size: int, erase_gate: str,
+    write_gate: str, tied_gates: bool, decay: str, allow_neg_eigval: bool, output_gate: str, norm_eps: float,
+    backend: str,
+) -> None:  # fmt: skip
     """Arguments of a GDN-2 layer, by the names that the layer and a model's fields share."""
     check_count("num_heads", num_heads)
     check_count("head_dim", head_dim)
@@ -73,21 +76,21 @@ def check_gdn2(
     check_number("norm_eps", norm_eps)
 
 
-def check_attention(hidden_size, num_heads, num_kv_heads, heads="num_heads", kv_heads="num_kv_heads"):
+def check_attention(
+    hidden_size: int, num_heads: int, num_kv_heads: int | None, heads: str = "num_heads", kv_heads: str = "num_kv_heads"
+) -> None:
     """Arguments of a softmax layer. heads, kv_heads: what they are called where they come from."""
     check_count("hidden_size", hidden_size)
     check_count(heads, num_heads)
     if hidden_size % num_heads or hidden_size // num_heads % 2:
-        raise ValueError(
-            f"{heads} is {num_heads}; it must divide hidden_size = {hidden_size} into heads of even size"
-        )
+        raise ValueError(f"{heads} is {num_heads}; it must divide hidden_size = {hidden_size} into heads of even size")
     if num_kv_heads is not None:
         check_count(kv_heads, num_kv_heads)
         if num_heads % num_kv_heads:
             raise ValueError(f"{kv_heads} is {num_kv_heads}; it must divide {heads} = {num_heads}")
 
 
-def check_convolution(channels, width, backend):
+def check_convolution(channels: int, width: int, backend: str) -> None:
     """Arguments of a short convolution."""
     check_count("channels", channels)
     check_width("width", width)

@@ -24,7 +24,7 @@ class DecayParameters(nn.Module):
     Both carry ``_no_weight_decay``, which trainers look for. Read, never called: see ``gdn2_titan.parallel.fsdp``.
     """
 
-    def __init__(self, num_heads, channels):
+    def __init__(self, num_heads: int, channels: int) -> None:
         super().__init__()
         check_count("num_heads", num_heads)
         check_count("channels", channels)
@@ -32,7 +32,7 @@ class DecayParameters(nn.Module):
         self.A_log = nn.Parameter(torch.empty(num_heads, dtype=dtype))
         self.dt_bias = nn.Parameter(torch.empty(num_heads, channels, dtype=dtype))
 
-    def init_weights(self, dt_min=1e-3, dt_max=1e-1):
+    def init_weights(self, dt_min: float = 1e-3, dt_max: float = 1e-1) -> None:
         """A ~ U(1, 16); softplus(dt_bias) log-uniform in [dt_min, dt_max]: by default half-lives of 1 to 700 tokens."""
 
         def draw_dt_bias(x):
@@ -60,7 +60,7 @@ class DecayParameters(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         self._mark()
 
-    def register_parameter(self, name, param):
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         super().register_parameter(name, param)
         self._mark()
 

@@ -2,16 +2,18 @@
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from gdn2_titan.ops.context_parallel.exchange_tokens import gather_sequence
 
 from .args import GDN2ModelArgs
-from .attention import Attention, rotary_angles
+from .attention import Attention, AttentionState, rotary_angles
 from .checks import check_count
 from .init import depth_scale, fill_
-from .layer import GatedDeltaNet2
+from .layer import GatedDeltaNet2, GDN2State
 from .masks import attention_mask, context_mask
+from .rows import Rows
 
 __all__ = ["Block", "GDN2Model"]
 
@@ -19,7 +21,7 @@ __all__ = ["Block", "GDN2Model"]
 class SwiGLU(nn.Module):
     """x [..., D] -> [..., D] through a hidden size of ``size``."""
 
-    def __init__(self, hidden_size, size):
+    def __init__(self, hidden_size: int, size: int) -> None:
         super().__init__()
         check_count("hidden_size", hidden_size)
         check_count("size", size)
@@ -27,10 +29,10 @@ class SwiGLU(nn.Module):
         self.up_proj = nn.Linear(hidden_size, size, bias=False)
         self.down_proj = nn.Linear(size, hidden_size, bias=False)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
-    def init_weights(self, output_scale, std):
+    def init_weights(self, output_scale: float, std: float) -> None:
         for projection in (self.gate_proj, self.up_proj):
             fill_(projection.weight, lambda x: nn.init.normal_(x, std=std))
         fill_(self.down_proj.weight, lambda x: nn.init.normal_(x, std=std * output_scale))
@@ -39,36 +41,25 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, args: GDN2ModelArgs, layer: int):
+    def __init__(self, args: GDN2ModelArgs, layer: int) -> None:
         super().__init__()
         self.kind = args.mixer(layer)
         self.output_scale, self.init_std = depth_scale(args.n_layers), args.init_std
         self.mixer_init = (args.mixer_gain, args.dt_min, args.dt_max) if self.kind == "gdn2" else (args.init_std,)
         self.mixer_norm = nn.RMSNorm(args.hidden_size, eps=args.norm_eps)
         if self.kind == "gdn2":
-            self.mixer = GatedDeltaNet2(
-                args.hidden_size,
-                args.num_heads,
-                args.head_dim,
-                num_v_heads=args.num_v_heads,
-                expand_v=args.expand_v,
-                conv_size=args.conv_size,
-                erase_gate=args.erase_gate,
-                write_gate=args.write_gate,
-                tied_gates=args.tied_gates,
-                decay=args.decay,
-                allow_neg_eigval=args.allow_neg_eigval,
-                output_gate=args.output_gate,
-                norm_eps=args.norm_eps,
-                backend=args.backend,
-            )
+            self.mixer = GatedDeltaNet2(args.hidden_size, **args.gdn2_options())
         else:
             window = args.window if self.kind == "swa" else None
             self.mixer = Attention(args.hidden_size, args.attn_heads, args.attn_kv_heads, window)
         self.mlp_norm = nn.RMSNorm(args.hidden_size, eps=args.norm_eps)
         self.mlp = SwiGLU(args.hidden_size, args.mlp_size)
 
-    def forward(self, x, resets=None, angles=None, mask=None, *, state=None, return_state=False, rows=None):
+    def forward(
+        self, x: Tensor, resets: Tensor | None = None, angles: Tensor | None = None,
+        mask: Tensor | BlockMask | None = None, *, state: GDN2State | AttentionState | None = None,
+        return_state: bool = False, rows: Rows | None = None,
+    ) -> Tensor | tuple[Tensor, GDN2State | AttentionState]:  # fmt: skip
         """x [B, T, D]; resets bool [B, T] or None; angles and mask for softmax layers -> [B, T, D].
 
         With ``return_state`` ([B, T, D], the mixer's state), which starts from ``state``, that of the segment before.
@@ -84,7 +75,7 @@ class Block(nn.Module):
         x = x + self.mlp(self.mlp_norm(x))
         return (x, state) if return_state else x
 
-    def init_weights(self):
+    def init_weights(self) -> None:
         nn.init.ones_(self.mixer_norm.weight)
         nn.init.ones_(self.mlp_norm.weight)
         self.mixer.init_weights(self.output_scale, *self.mixer_init)
@@ -102,7 +93,7 @@ class GDN2Model(nn.Module):
         ValueError: naming the field of ``args`` that no model can be built from.
     """
 
-    def __init__(self, args: GDN2ModelArgs):
+    def __init__(self, args: GDN2ModelArgs) -> None:
         super().__init__()
         args.validate()
         self.args = args
@@ -115,7 +106,7 @@ class GDN2Model(nn.Module):
         # A SequenceShards where ranks share a sequence also inside the mixers (context parallelism).
         self.shards = None
 
-    def forward(self, tokens, resets=None):
+    def forward(self, tokens: Tensor, resets: Tensor | None = None) -> Tensor:
         """tokens: ids [B, T] (or hidden states [B, T, D]); resets: bool [B, T], True where a document begins."""
         if self.tok_embeddings is not None:
             (B, T), h = tokens.shape, self.tok_embeddings(tokens)
@@ -151,7 +142,7 @@ class GDN2Model(nn.Module):
             }
         return rotary_angles(positions, args.hidden_size // args.attn_heads, args.rope_theta), masks
 
-    def init_weights(self, buffer_device=None):
+    def init_weights(self, buffer_device: torch.device | None = None) -> None:
         """Fill every parameter and buffer, from whatever device the model was built on to where it now lies.
 
         The random stream is the same for every sharding (see ``init``). buffer_device: where buffers shall lie

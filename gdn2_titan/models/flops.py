@@ -1,26 +1,28 @@
-"""Parameters and training FLOPs per token in closed form, for MFU."""
+"""What a model costs, in closed form: parameters, training FLOPs per token, and bytes of state."""
+
+from torch import nn
 
 from gdn2_titan.ops.gdn2.flops import forward_flops
 
 from .args import GDN2ModelArgs
 from .checks import value_head_dim
 
-__all__ = ["flops_per_token", "mixing_flops", "parameter_counts"]
+__all__ = ["flops_per_token", "mixing_flops", "parameter_counts", "state_bytes"]
 
 
-def parameter_counts(model):
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """(all parameters, parameters of the token embedding), counted on the unsharded model."""
     total = sum(p.numel() for p in model.parameters())
     return total, sum(p.numel() for p in model.tok_embeddings.parameters())
 
 
-def _visible_tokens(length, window):
+def _visible_tokens(length: int, window: int) -> float:
     """Mean number of tokens that a query sees."""
     window = min(window, length)
     return window - window * (window - 1) / (2 * length)
 
 
-def mixing_flops(args: GDN2ModelArgs, layer, seq_len):
+def mixing_flops(args: GDN2ModelArgs, layer: int, seq_len: int) -> float:
     """Forward FLOPs per token of what a layer's mixer multiplies by itself: the op, or attention."""
     kind = args.mixer(layer)
     if kind == "gdn2":
@@ -30,10 +32,28 @@ def mixing_flops(args: GDN2ModelArgs, layer, seq_len):
     return 4 * args.hidden_size * _visible_tokens(seq_len, args.window if kind == "swa" else seq_len)
 
 
-def flops_per_token(args: GDN2ModelArgs, nparams, nparams_embedding, seq_len):
+def flops_per_token(args: GDN2ModelArgs, nparams: int, nparams_embedding: int, seq_len: int) -> int:
     """Forward and backward, six per parameter that multiplies, plus three times the mixers' own products.
 
     What activation checkpointing and the op's backward compute again is not counted, as MFU has it.
     """
     mixing = sum(mixing_flops(args, layer, seq_len) for layer in range(args.n_layers))
     return int(6 * (nparams - nparams_embedding) + 3 * mixing)
+
+
+def state_bytes(args: GDN2ModelArgs, tokens: int, itemsize: int = 4) -> int:
+    """Bytes that all layers keep of one sequence of ``tokens`` tokens to read on from there.
+
+    GDN-2: the memory [HV, K, V] in fp32 and the last tokens under the short convolutions; softmax: keys and values, in
+    a window those that the next token can see. itemsize: bytes of an activation.
+    """
+    return sum(_layer_bytes(args, args.mixer(layer), tokens, itemsize) for layer in range(args.n_layers))
+
+
+def _layer_bytes(args: GDN2ModelArgs, kind: str, tokens: int, itemsize: int) -> int:
+    if kind != "gdn2":
+        kept = tokens if kind == "attention" else min(tokens, args.window - 1)
+        return 2 * (args.attn_kv_heads or args.attn_heads) * (args.hidden_size // args.attn_heads) * kept * itemsize
+    value_heads, value_dim = args.num_v_heads or args.num_heads, value_head_dim(args.head_dim, args.expand_v)
+    channels = 2 * args.num_heads * args.head_dim + value_heads * value_dim
+    return 4 * value_heads * args.head_dim * value_dim + (args.conv_size - 1) * channels * itemsize

@@ -5,6 +5,8 @@ process and eight start from the same model. The stages of a pipeline do not: ea
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +16,7 @@ __all__ = ["depth_scale", "fill_", "xavier_"]
 
 
 @torch.no_grad()
-def fill_(param, draw):
+def fill_(param: torch.Tensor, draw: Callable[[torch.Tensor], Any]) -> None:
     """Fill a parameter or its shards by ``draw(tensor)``, which initialises a full-size tensor in place. One on the
     meta device has nothing to fill."""
     if param.is_meta:
@@ -27,11 +29,11 @@ def fill_(param, draw):
         draw(param)
 
 
-def xavier_(param, gain=1.0):
+def xavier_(param: torch.Tensor, gain: float = 1.0) -> None:
     """Xavier-uniform for a linear weight [out, in]."""
     fill_(param, lambda x: nn.init.xavier_uniform_(x, gain=gain))
 
 
-def depth_scale(n_layers):
+def depth_scale(n_layers: int) -> float:
     """What a residual branch's output projection is multiplied by, two branches a layer."""
     return 1 / math.sqrt(2 * n_layers)

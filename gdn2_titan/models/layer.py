@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, D hidden size, H key heads of size K, HV value heads of size V.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from .checks import check_convolution, check_count, check_gdn2, value_head_dim
 from .decay import DecayParameters
 from .init import fill_, xavier_
 from .old_names import rename_old
+from .rows import Rows
 
 __all__ = ["GDN2State", "GatedDeltaNet2", "STATISTICS"]
 
@@ -41,7 +43,7 @@ class GDN2State(NamedTuple):
     memory: torch.Tensor  # [B, HV, K, V] fp32
 
 
-def _of_this_rank(param):
+def _of_this_rank(param: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a parameter: under tensor parallelism, the part of its heads."""
     return param.to_local() if isinstance(param, DTensor) else param
 
@@ -49,20 +51,23 @@ def _of_this_rank(param):
 class ShortConvolution(nn.Module):
     """Depthwise causal convolution and SiLU over [B, T, channels]. width: 2, 3 or 4; backend: of ``causal_conv1d``."""
 
-    def __init__(self, channels, width, backend="auto"):
+    def __init__(self, channels: int, width: int, backend: str = "auto") -> None:
         super().__init__()
         check_convolution(channels, width, backend)
         self.backend = backend
         self.weight = nn.Parameter(torch.empty(channels, width))
 
-    def forward(self, x, resets=None, state=None, return_state=False, cu_seqlens=None):
+    def forward(
+        self, x: torch.Tensor, resets: torch.Tensor | None = None, state: torch.Tensor | None = None,
+        return_state: bool = False, cu_seqlens: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         return causal_conv1d(
             x, _of_this_rank(self.weight), activation="silu",
             initial_state=state, output_final_state=return_state, resets=resets, cu_seqlens=cu_seqlens,
             backend=self.backend,
         )  # fmt: skip
 
-    def init_weights(self):
+    def init_weights(self) -> None:
         bound = self.weight.shape[1] ** -0.5  # as nn.Conv1d: fan-in is the width
         fill_(self.weight, lambda x: nn.init.uniform_(x, -bound, bound))
 
@@ -101,22 +106,22 @@ class GatedDeltaNet2(nn.Module):
 
     def __init__(
         self,
-        hidden_size,
-        num_heads,
-        head_dim,
-        num_v_heads=None,
-        expand_v=1.0,
-        conv_size=4,
-        erase_gate="channel",
-        write_gate="channel",
-        tied_gates=False,
-        decay="channel",
-        allow_neg_eigval=False,
-        output_gate="silu",
-        norm_eps=1e-5,
-        backend="auto",
-        num_segments="auto",
-    ):
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int,
+        num_v_heads: int | None = None,
+        expand_v: float = 1.0,
+        conv_size: int = 4,
+        erase_gate: str = "channel",
+        write_gate: str = "channel",
+        tied_gates: bool = False,
+        decay: str = "channel",
+        allow_neg_eigval: bool = False,
+        output_gate: str = "silu",
+        norm_eps: float = 1e-5,
+        backend: str = "auto",
+        num_segments: int | str = "auto",
+    ) -> None:
         super().__init__()
         check_count("hidden_size", hidden_size)
         check_gdn2(
@@ -135,9 +140,7 @@ class GatedDeltaNet2(nn.Module):
         num_v_heads = num_heads if num_v_heads is None else num_v_heads
         key_size, value_size = num_heads * head_dim, num_v_heads * self.head_v_dim
 
-        def linear(inputs, outputs, bias=False):
-            return nn.Linear(inputs, outputs, bias=bias)
-
+        linear = functools.partial(nn.Linear, bias=False)
         self.q_proj = linear(hidden_size, key_size)
         self.k_proj = linear(hidden_size, key_size)
         self.v_proj = linear(hidden_size, value_size)
@@ -168,7 +171,10 @@ class GatedDeltaNet2(nn.Module):
         self.register_load_state_dict_pre_hook(rename_old)
         self.init_weights()  # so that the layer alone, in anybody's model, starts as it should
 
-    def forward(self, x, resets=None, *, state=None, return_state=False, rows=None):
+    def forward(
+        self, x: torch.Tensor, resets: torch.Tensor | None = None, *, state: GDN2State | None = None,
+        return_state: bool = False, rows: Rows | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, GDN2State]:  # fmt: skip
         """x [B, T, D], resets bool [B, T] or None -> [B, T, D], or ([B, T, D], GDN2State) with ``return_state``.
 
         state: the GDN2State of the segment before. One token with a state takes the recurrent op, all else the chunked.
@@ -254,7 +260,9 @@ class GatedDeltaNet2(nn.Module):
         pairs = [erase.mean(), erase.std(), write.mean(), write.std(), half_life.mean(), half_life.std(correction=0)]
         self.statistics.copy_(torch.stack([*pairs, state_norm.float()]))
 
-    def init_weights(self, output_scale=1.0, gain=2**-2.5, dt_min=1e-3, dt_max=1e-1):
+    def init_weights(
+        self, output_scale: float = 1.0, gain: float = 2**-2.5, dt_min: float = 1e-3, dt_max: float = 1e-1
+    ) -> None:
         """Xavier-uniform with ``gain`` for every projection, the output projection scaled by depth on top."""
         for module in self.modules():
             if isinstance(module, nn.Linear):

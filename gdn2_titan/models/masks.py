@@ -5,8 +5,9 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from gdn2_titan.ops.context_parallel.shards import SequenceShards
 from gdn2_titan.ops.dispatch import triton_serves_device
 
 __all__ = ["attention_mask", "context_mask", "continued_mask", "reach"]
@@ -16,14 +17,6 @@ def _visible(query, key, window):
     """query and key: positions, any broadcastable shapes. window None: all of the past."""
     visible = key <= query
     return visible if window is None else visible & (query - key < window)
-
-
-def _dense_mask(length, window, documents, device):
-    position = torch.arange(length, device=device)
-    mask = _visible(position[:, None], position[None, :], window)
-    if documents is not None:
-        mask = mask & (documents[:, :, None] == documents[:, None, :])  # [B, T, T]
-    return mask.view(-1, 1, length, length)
 
 
 def _is_dense(device, backend):
@@ -44,7 +37,14 @@ def _block_mask(batch, length, window, documents, device, create=create_block_ma
     return create(mask_mod, None if documents is None else batch, None, length, length, device=device)
 
 
-def attention_mask(batch, length, window, resets, device, backend="auto"):
+def attention_mask(
+    batch: int,
+    length: int,
+    window: int | None,
+    resets: torch.Tensor | None,
+    device: torch.device,
+    backend: str = "auto",
+) -> torch.Tensor | BlockMask | None:
     """The mask of one kind of softmax layer, shared by all layers of the kind.
 
     window: tokens a query sees, itself included; None for all. resets: bool [B, T] or None; attention stays within
@@ -59,11 +59,19 @@ def attention_mask(batch, length, window, resets, device, backend="auto"):
     if _is_dense(device, backend):
         if window is None and documents is None:
             return None
-        return _dense_mask(length, window, documents, device)
+        positions = torch.arange(length, device=device)[None]
+        return _dense_mask_of_rows(window, positions, positions, documents, documents)
     return _block_mask(batch, length, window, documents, device, _compiled_block_mask())
 
 
-def continued_mask(length, kept, window, seen, resets, device):
+def continued_mask(
+    length: int,
+    kept: int,
+    window: int | None,
+    seen: int | torch.Tensor,
+    resets: torch.Tensor | None,
+    device: torch.device,
+) -> torch.Tensor | None:
     """The mask of one kind of softmax layer for ``length`` tokens after those that its state comes from.
 
     kept: keys in the state, 0 where there is none. seen: tokens of its last document that a row has seen, an int or
@@ -85,7 +93,7 @@ def continued_mask(length, kept, window, seen, resets, device):
     return _dense_mask_of_rows(window, keys[:, kept:], keys, *documents)
 
 
-def reach(window, length, shards):
+def reach(window: int | None, length: int, shards: SequenceShards) -> int | None:
     """Tokens before each of its segments whose keys and values a rank needs, or None where it needs them all.
 
     length: tokens that a rank has, T_local. A window that looks back further than one segment is served by gathering.
@@ -93,7 +101,10 @@ def reach(window, length, shards):
     return None if window is None or window - 1 > length // shards.per_rank else window - 1
 
 
-def context_mask(batch, length, window, documents, shards, device, backend="auto"):
+def context_mask(
+    batch: int, length: int, window: int | None, documents: torch.Tensor | None, shards: SequenceShards,
+    device: torch.device, backend: str = "auto",
+) -> torch.Tensor | BlockMask:  # fmt: skip
     """``attention_mask`` for a rank that has ``length`` tokens of every sequence, by their places in the whole of it.
 
     documents: int64 [B, T], the document of every token of all ranks, or None. With the keys of all T tokens, queries

@@ -1,6 +1,7 @@
 """Names of parameters in checkpoints written while the layer's low-rank projections were each one module of two."""
 
 import re
+from typing import Any
 
 __all__ = ["OLD_NAMES", "current_name", "rename_old"]
 
@@ -19,7 +20,7 @@ def current_name(name: str) -> str:
     return _OLD.sub(lambda found: OLD_NAMES[found.group()], name)
 
 
-def rename_old(module, state_dict, prefix, *_) -> None:
+def rename_old(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """A hook before a layer loads its part of a state dict: old names in it become today's."""
     for old, new in OLD_NAMES.items():
         for name in [name for name in state_dict if name.startswith(prefix + old)]:

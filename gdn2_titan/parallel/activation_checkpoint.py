@@ -4,6 +4,7 @@ import functools
 
 import torch
 import torch._functorch.config
+from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
@@ -41,7 +42,7 @@ def _policy(context, op, *args, **kwargs):
     return CheckpointPolicy.MUST_SAVE if op in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def apply_activation_checkpoint(model, mode="full", every=1):
+def apply_activation_checkpoint(model: nn.Module, mode: str = "full", every: int = 1) -> None:
     """Wrap blocks of a ``GDN2Model`` in place, before compiling and sharding.
 
     State-dict keys stay as they are; the names of parameters gain torch's ``_checkpoint_wrapped_module.``.
@@ -65,7 +66,7 @@ def apply_activation_checkpoint(model, mode="full", every=1):
         model.layers[name] = checkpoint_wrapper(block, **options)
 
 
-def apply_memory_budget(budget):
+def apply_memory_budget(budget: float) -> None:
     """Let the compiler choose what to keep, in every graph that it compiles from now on in this process.
 
     budget: between 0, which keeps graph inputs alone, and 1, which is the compiler's own choice; a block that is

@@ -1,6 +1,7 @@
 """torch.compile for the decoder, block by block, so that equal blocks share one compilation, or as a whole."""
 
 import torch
+from torch import nn
 
 __all__ = ["apply_compile"]
 
@@ -12,7 +13,7 @@ BATCH = (0, 0, None, 0)
 LENGTH = ((1,), (1,), (1,), (2, 3))
 
 
-def apply_compile(model, backend: str = "inductor", whole: bool = False, dynamic: bool = False):
+def apply_compile(model: nn.Module, backend: str = "inductor", whole: bool = False, dynamic: bool = False) -> None:
     """Compile a ``GDN2Model`` in place, without a graph break; state-dict keys stay as they are.
 
     Blocks of one kind share one compilation per set of shapes. As it is, the first shapes get graphs of their own, and

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -30,12 +31,12 @@ def has_mxfp8() -> bool:
 
 
 def apply_float8(
-    model,
+    model: nn.Module,
     recipe: str = "tensorwise",
     *,
     emulate: bool = False,
     fsdp_all_gather: bool = False,
-    exclude=EXCLUDE,
+    exclude: Iterable[str] = EXCLUDE,
     smallest_side: int = SMALLEST_SIDE,
 ) -> list[str]:
     """Convert large linear layers of a model in place and return their names; state-dict keys stay as they are.
@@ -120,7 +121,7 @@ def _to_mxfp8(model, names, emulate, wgrad_with_hp):
         model.set_submodule(name, new)
 
 
-def float8_share(model, names, seq_len: int) -> tuple[float, float]:
+def float8_share(model: nn.Module, names: Iterable[str], seq_len: int) -> tuple[float, float]:
     """The named linear layers' share of a ``GDN2Model``'s forward FLOPs: (of all linear layers', of all).
 
     Linear layers are all matrices that multiply, the output head among them. "All" adds what the mixers multiply by

@@ -1,6 +1,7 @@
 """Fully sharded data parallelism (FSDP2) for the decoder: one unit per block."""
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -10,14 +11,14 @@ __all__ = ["apply_fsdp", "shard_decays", "sum_gradients"]
 
 
 def apply_fsdp(
-    model,
+    model: nn.Module,
     mesh: DeviceMesh,
     param_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
     reshard_after_forward: bool = True,
     reshard_last: bool = False,
     cpu_offload: bool = False,
-):
+) -> None:
     """Shard a ``GDN2Model`` in place over ``mesh`` (1-D, or 2-D replicate x shard for HSDP).
 
     The decays are sharded by ``shard_decays``. reshard_last: free the head's parameters after forward too; they are
@@ -39,7 +40,7 @@ def apply_fsdp(
             unit.set_force_sum_reduction_for_comms(True)  # gloo has neither averages nor pre-multiplied sums
 
 
-def shard_decays(model, mesh: DeviceMesh, reduce_dtype: torch.dtype, cpu_offload: bool = False):
+def shard_decays(model: nn.Module, mesh: DeviceMesh, reduce_dtype: torch.dtype, cpu_offload: bool = False) -> None:
     """Shard A_log and dt_bias of all ``GatedDeltaNet2`` in anybody's model, in place, before ``fully_shard`` takes the
     modules around them and the model itself.
 
@@ -63,7 +64,7 @@ def _common(mesh, cpu_offload):
     return {"mesh": mesh, "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")}
 
 
-def sum_gradients(model):
+def sum_gradients(model: nn.Module) -> None:
     """Add gradients over ranks instead of averaging: for losses that are already divided by the global token count."""
     for unit in _units(model):
         unit.set_gradient_divide_factor(1.0)

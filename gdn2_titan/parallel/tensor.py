@@ -17,6 +17,8 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from gdn2_titan.models.args import GDN2ModelArgs
+
 __all__ = ["apply_mixer_tensor_parallel", "apply_tensor_parallel", "check_tensor_parallel"]
 
 SEQUENCE = Shard(1)
@@ -35,7 +37,7 @@ class _Distributed(ParallelStyle):
         return module
 
 
-def check_tensor_parallel(args, degree):
+def check_tensor_parallel(args: GDN2ModelArgs, degree: int) -> None:
     """Raise ValueError, one sentence, unless ``degree`` ranks can share the model of a ``GDN2ModelArgs``."""
     sides = {"mlp_size": args.mlp_size}
     if "gdn2" in args.mixers():
@@ -49,7 +51,7 @@ def check_tensor_parallel(args, degree):
             raise ValueError(f"{field} is {value}; the tensor parallel degree {degree} must divide it")
 
 
-def apply_tensor_parallel(model, mesh: DeviceMesh, loss_parallel: bool = True):
+def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, loss_parallel: bool = True) -> None:
     """Shard a ``GDN2Model``, or a pipeline stage of one, in place over the 1-D ``mesh``.
 
     Token ids [B, T] come in whole on every rank; T must be a multiple of the mesh's size. A stage without
@@ -78,7 +80,7 @@ def apply_tensor_parallel(model, mesh: DeviceMesh, loss_parallel: bool = True):
     model.sequence_shards = mesh.size()
 
 
-def apply_mixer_tensor_parallel(mixer, mesh: DeviceMesh):
+def apply_mixer_tensor_parallel(mixer: nn.Module, mesh: DeviceMesh) -> None:
     """Shard one ``GatedDeltaNet2`` in place over the 1-D ``mesh``, in whatever block it is.
 
     Hidden states [B, T / ranks, D] come in, as tensors or as DTensors sharded on T, and go out as tensors; resets

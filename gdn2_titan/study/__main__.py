@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 from gdn2_titan.convert.errors import exit_status
 
@@ -11,7 +12,7 @@ from . import gates, recall
 _COMMANDS = (recall, gates)
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 1 after one sentence on stderr."""
     parser = argparse.ArgumentParser("python -m gdn2_titan.study", description="Studies of what a model does.")
     subparsers = parser.add_subparsers(required=True, metavar="STUDY")

@@ -1,19 +1,77 @@
-"""The grid of the recall study: every cell is one TorchTitan config, which trains alone as well.
+"""The grid of the recall study: mixers with as many parameters and as large a state each, on tasks. Every cell is one
+TorchTitan config, which trains alone as well.
 
 What is trained how long is fixed here, so that a study of the same seed is the same study.
 """
 
+import dataclasses
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from .mixers import FLAVOR, matched
-from .toml_text import toml_text
+import torch
 
-__all__ = ["RECALL_TASKS", "TRACKING_TASKS", "Cell", "Experiment", "grid"]
+from gdn2_titan.models import GDN2Model, GDN2ModelArgs, flavors
+from gdn2_titan.models.flops import state_bytes
 
+__all__ = ["MIXERS", "RECALL_TASKS", "TRACKING_TASKS", "Cell", "Experiment", "grid", "matched", "model_args",
+           "parameters", "toml_text"]  # fmt: skip
 
 GATES = ("GDN-2", "erase only", "write only", "KDA", "Gated DeltaNet", "GDN-2 + window", "softmax")
 REFLECTING = ("GDN-2", "GDN-2, erase up to 2")
 RECALL_TASKS, TRACKING_TASKS = ("mqar", "overwrite"), ("parity", "permutations")
+
+
+FLAVOR = "recall"
+
+# Fields of [gdn2] that make the mixer, by the name it has in tables and plots.
+MIXERS = {
+    "GDN-2": {},
+    "erase only": {"write_gate": "scalar"},
+    "write only": {"erase_gate": "scalar"},
+    "KDA": {"tied_gates": True},
+    "Gated DeltaNet": {"tied_gates": True, "decay": "scalar"},
+    "GDN-2 + window": {"layer_pattern": ["gdn2", "swa"]},
+    "softmax": {"layer_pattern": ["attention"]},
+    "GDN-2, erase up to 2": {"allow_neg_eigval": True},
+}
+
+
+def model_args(fields: dict[str, Any]) -> GDN2ModelArgs:
+    """The study's model with these fields of [gdn2]."""
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    return dataclasses.replace(flavors[FLAVOR], **fields)
+
+
+def parameters(args: GDN2ModelArgs) -> int:
+    """Number of parameters of a model."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in GDN2Model(args).parameters())
+
+
+def matched(mixer: str, shape: dict[str, Any]) -> dict[str, Any]:
+    """The fields of [gdn2] for a mixer: those of ``shape``, its own, the MLP's size that brings its parameters closest
+    to those of GDN-2 in that shape, and the window that keeps as much as a GDN-2 layer does (what full attention keeps
+    grows instead)."""
+    fields, like = shape | MIXERS[mixer], model_args(shape)
+    if "swa" in fields.get("layer_pattern", ()):
+        layer = state_bytes(dataclasses.replace(like, n_layers=1), 1)
+        window = dataclasses.replace(like, n_layers=1, layer_pattern=("swa",), window=2)
+        fields["window"] = 1 + round(layer / state_bytes(window, 1))
+    smallest, next_one = (parameters(model_args(fields | {"mlp_size": size})) for size in (1, 2))
+    fields["mlp_size"] = max(1, 1 + round((parameters(like) - smallest) / (next_one - smallest)))
+    return fields
+
+
+def toml_text(sections: dict[str, dict[str, Any]]) -> str:
+    """``{"training": {"steps": 10}}`` as TOML: sections of texts, numbers, truth values and lists of them."""
+    # Of these kinds, JSON's notation is TOML's.
+    blocks = (
+        "\n".join([f"[{name}]", *(f"{field} = {json.dumps(value)}" for field, value in fields.items())])
+        for name, fields in sections.items()
+    )
+    return "\n\n".join(blocks) + "\n"
 
 
 @dataclass(frozen=True)
@@ -22,12 +80,12 @@ class Experiment:
 
     task: str
     mixers: tuple[str, ...]
-    task_fields: dict
+    task_fields: dict[str, Any]
     steps: int
     seq_len: int
     batch: int
     learning_rate: float
-    model_fields: dict = field(default_factory=dict)
+    model_fields: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -39,16 +97,16 @@ class Cell:
     seed: int
 
     @property
-    def model_fields(self):
+    def model_fields(self) -> dict[str, Any]:
         """The fields of [gdn2] that make its model."""
         return matched(self.mixer, self.experiment.model_fields)
 
     @property
-    def name(self):
+    def name(self) -> str:
         """The name of its folder."""
         return f"{self.experiment.task}-{self.mixer}-{self.seed}".replace(" ", "_").replace(",", "")
 
-    def toml(self, dump_folder):
+    def toml(self, dump_folder: Path | str) -> str:
         """Text of the config that trains it."""
         what = self.experiment
         return toml_text(
@@ -86,7 +144,7 @@ class Cell:
         )
 
 
-def _experiments(quick):
+def _experiments(quick: bool) -> list[Experiment]:
     steps, counting = (800, 300) if quick else (2400, 500)
     recall, symbols = {"steps": steps, "seq_len": 64, "batch": 16, "learning_rate": 3e-3}, {"keys": 32, "values": 8}
     tracking = {"learning_rate": 2e-3, "model_fields": {"num_heads": 4}}
@@ -102,7 +160,7 @@ def _experiments(quick):
     ]
 
 
-def grid(quick, seeds=None):
+def grid(quick: bool, seeds: int | None = None) -> list[Cell]:
     """The cells of the study, the longest trainings first; seeds: how many of each."""
     seeds = seeds or (1 if quick else 3)
     return [

@@ -1,19 +1,24 @@
 """``python -m gdn2_titan.study gates``: pictures and a page of what the gates of a model do over a text."""
 
+import argparse
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from gdn2_titan.convert.aside import check_free, new_path
+from gdn2_titan.convert.atomic import check_free, new_path
 from gdn2_titan.convert.errors import ConvertError
 from gdn2_titan.convert.run_folders import checkpoint_folder
-from gdn2_titan.model_options import add_model_options, document_ids, dtype_of, encode, number, open_model
+from gdn2_titan.convert.tokenizer import document_ids, encode
+from gdn2_titan.model_options import add_model_options, dtype_of, number, open_model
 
-__all__ = ["add_parser", "run"]
+__all__ = ["Token", "add_parser", "run", "tokens_of"]
 
 # Pictures of more would be beyond what PNG readers take, and a page of more beyond what a person reads.
 MOST_TOKENS = 4096
+_SIGNS = {" ": "·", "\n": "⏎", "\t": "⇥"}
 
 
-def add_parser(subparsers):
+def add_parser(subparsers: Any) -> None:
+    """Adds the command; its options are in its --help."""
     what = "pictures of what the gates do over a text: PNG files, and gates.html with all of it"
     parser = subparsers.add_parser("gates", help=what, description=what)
     add = parser.add_argument
@@ -28,7 +33,7 @@ def add_parser(subparsers):
     parser.set_defaults(run=run)
 
 
-def _read_text(path):
+def _read_text(path: str) -> str:
     try:
         content = Path(path).read_bytes()
     except OSError as error:
@@ -42,8 +47,8 @@ def _read_text(path):
     return text
 
 
-def _layer(args, options):
-    """The layer to show the channels of, after checking it and the head."""
+def _layer(args: Any, options: argparse.Namespace) -> tuple[int, int]:
+    """The layer to show the channels of, after checking it and the head; and how many GDN-2 layers there are."""
     layers = [layer for layer in range(args.n_layers) if args.mixer(layer) == "gdn2"]
     if not layers:
         mixers = ", ".join(sorted(args.mixers()))
@@ -57,7 +62,42 @@ def _layer(args, options):
     return layer, len(layers)
 
 
-def run(options):
+class Token(NamedTuple):
+    id: int
+    text: str  # of all tokens together it is the text; empty for bos and for the rest of a character's bytes
+    label: str  # what to show in its place, never empty
+
+
+def _label(text: str) -> str:
+    """The text with everything to be seen: signs for white space, and \\x00 for what no font has a glyph for."""
+    return "".join(_SIGNS.get(c) or (c if c.isprintable() else repr(c)[1:-1]) for c in text)
+
+
+def tokens_of(tokenizer: Any, text: str, encoding: Any, ids: list[int]) -> list[Token]:
+    """[Token] of the document's beginning ``ids``, the first of which may be bos.
+
+    encoding: of text, with ``offset_mapping`` where the tokenizer can say it.
+    """
+    ids, tokens, end = list(ids), [], 0
+    count = len(ids)
+    if tokenizer.bos_token_id is not None:
+        tokens.append(Token(ids[0], "", tokenizer.bos_token))
+        count -= 1
+    for place in range(count):
+        token = encoding["input_ids"][place]
+        if "offset_mapping" in encoding:
+            start, stop = encoding["offset_mapping"][place]
+            # From where the last one ended: some tokenizers leave the space before a word out of it.
+            piece, end = text[end:stop], max(end, stop)
+            label = _label(piece) or f"…{_label(text[start:stop])}"
+        else:
+            piece = tokenizer.decode([token])
+            label = _label(piece) or "…"
+        tokens.append(Token(token, piece, label))
+    return tokens
+
+
+def run(options: argparse.Namespace) -> None:
     """Write the folder ``options.out``, whole or not at all.
 
     Raises:
@@ -71,14 +111,13 @@ def run(options):
 
         from .gates_figures import draw_figures
         from .gates_page import write_page
-        from .gates_tokens import tokens_of
         from .gates_trace import trace_gates
     except ImportError as error:
         raise ConvertError(f"{error}; this study needs the extra 'study': pip install 'gdn2_titan[study]'") from error
     check_free(options.out)
     text = _read_text(options.text)
     checkpoint, tokenizer = open_model(options)
-    args = checkpoint.record.model_args
+    args = checkpoint.info.model_args
     layer, count = _layer(args, options)
     encoding = encode(tokenizer, text, return_offsets_mapping=tokenizer.is_fast)
     if not encoding["input_ids"]:

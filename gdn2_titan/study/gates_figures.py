@@ -1,6 +1,8 @@
 """Pictures of traces: strips of [heads or channels x tokens] over the text, broken into lines as a text is."""
 
 import functools
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -10,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from .gates_quantities import QUANTITIES, colours_of
+from .gates import Token
+from .gates_trace import QUANTITIES, Channels, LayerTrace, colours_of
 
 __all__ = ["draw_figures"]
 
@@ -40,11 +43,11 @@ class Strip(NamedTuple):
     bar: str  # the legend of its colours; strips of the same legend share one
 
 
-def _height(strip):
+def _height(strip: Strip) -> float:
     return min(max(HEAD_ROW * len(strip.values), LEAST_STRIP), TALLEST_STRIP)
 
 
-def _gaps(strips):
+def _gaps(strips: list[Strip]) -> list[float]:
     """What is between each strip and the one before it."""
     pairs = zip(strips, strips[1:], strict=False)
     return [0.0, *(GAP if one.group == next.group else GROUP_GAP for one, next in pairs)]
@@ -55,7 +58,7 @@ def _glyphs():
     return frozenset(get_font(findfont(MONOSPACE)).get_charmap())
 
 
-def _drawable(text, longest):
+def _drawable(text: str, longest: int) -> str:
     text = text if len(text) <= longest else text[: longest - 1] + "…"
     return "".join(c if ord(c) in _glyphs() else "□" for c in text)
 
@@ -63,7 +66,7 @@ def _drawable(text, longest):
 class _Sheet:
     """A picture whose axes are placed in inches from its top left corner."""
 
-    def __init__(self, width, height):
+    def __init__(self, width: float, height: float) -> None:
         self.figure = Figure((width, height), dpi=DPI, facecolor="white")
         self.width, self.height = width, height
 
@@ -76,7 +79,7 @@ class _Sheet:
         self.figure.text(left / self.width, 1 - top / self.height, text, **options)
 
 
-class _Layout:
+class _Places:
     """Where the parts of a picture of these strips go."""
 
     def __init__(self, tokens, strips, extra):
@@ -106,10 +109,10 @@ def _plain_numbers(axis, norm):
     axis.set_minor_formatter(NullFormatter())
 
 
-def _draw_bars(sheet, layout):
-    for place, strip in enumerate(layout.bars):
-        row, column = divmod(place, layout.bars_per_row)
-        ax = sheet.axes(LEFT + column * BAR_WIDTH, layout.bars_top + row * BAR_ROW + 0.2, BAR_WIDTH - 0.55, 0.11)
+def _draw_bars(sheet, places):
+    for index, strip in enumerate(places.bars):
+        row, column = divmod(index, places.bars_per_row)
+        ax = sheet.axes(LEFT + column * BAR_WIDTH, places.bars_top + row * BAR_ROW + 0.2, BAR_WIDTH - 0.55, 0.11)
         scale = matplotlib.cm.ScalarMappable(strip.norm, strip.colours)
         bar = sheet.figure.colorbar(scale, cax=ax, orientation="horizontal")
         if isinstance(strip.norm, LogNorm):
@@ -118,10 +121,10 @@ def _draw_bars(sheet, layout):
         bar.ax.set_title(strip.bar, fontsize=8.5, loc="left", pad=3)
 
 
-def _draw_line(sheet, layout, strips, start):
+def _draw_line(sheet, places, strips, start):
     """The strips over the tokens from ``start``, their text below."""
-    stop = min(start + layout.columns, len(layout.labels))
-    top = layout.lines_top + layout.line * (start // layout.columns) + NUMBERS
+    stop = min(start + places.columns, len(places.labels))
+    top = places.lines_top + places.line * (start // places.columns) + NUMBERS
     for strip, gap in zip(strips, _gaps(strips), strict=True):
         top += gap
         ax = sheet.axes(LEFT, top, (stop - start) * COLUMN, _height(strip))
@@ -141,22 +144,22 @@ def _draw_line(sheet, layout, strips, start):
                 )  # fmt: skip
         top += _height(strip)
     ax.set_xticks(range(stop - start))
-    for label in ax.set_xticklabels(layout.labels[start:stop], fontproperties=MONOSPACE, parse_math=False):
+    for label in ax.set_xticklabels(places.labels[start:stop], fontproperties=MONOSPACE, parse_math=False):
         label.set_rotation(0 if len(label.get_text()) == 1 else 90)
     ax.tick_params(axis="x", length=0, pad=4)
 
 
 def _draw(path, title, subtitle, tokens, strips, extra=0.0, draw_extra=None):
     """Write one picture. extra: height of the axes above the strips that ``draw_extra(axes)`` draws."""
-    layout = _Layout(tokens, strips, extra)
-    sheet = _Sheet(layout.width, layout.height)
+    places = _Places(tokens, strips, extra)
+    sheet = _Sheet(places.width, places.height)
     sheet.text(0.2, 0.14, title, fontsize=13, weight="bold")
-    sheet.text(0.2, 0.4, _drawable(subtitle, int(layout.width / SUBTITLE_CHARACTER)), fontsize=9, color="0.3")
+    sheet.text(0.2, 0.4, _drawable(subtitle, int(places.width / SUBTITLE_CHARACTER)), fontsize=9, color="0.3")
     if draw_extra is not None:
-        draw_extra(sheet.axes(LEFT, layout.extra_top, layout.width - LEFT - RIGHT, extra))
-    _draw_bars(sheet, layout)
-    for start in layout.starts:
-        _draw_line(sheet, layout, strips, start)
+        draw_extra(sheet.axes(LEFT, places.extra_top, places.width - LEFT - RIGHT, extra))
+    _draw_bars(sheet, places)
+    for start in places.starts:
+        _draw_line(sheet, places, strips, start)
     sheet.figure.savefig(path)
 
 
@@ -166,7 +169,7 @@ def _log_norm(values):
     return LogNorm(10**low, 10**high)
 
 
-def _layer_strip(trace, name, norm, bar):
+def _layer_strip(trace: LayerTrace, name: str, norm: Normalize, bar: str) -> Strip:
     quantity = QUANTITIES[name]
     values = getattr(trace, name)
     if quantity.scale == "log":
@@ -176,18 +179,18 @@ def _layer_strip(trace, name, norm, bar):
     return Strip(f"layer {trace.layer}", short, values, norm, colours, bar)
 
 
-def _gate_strips(trace):
+def _gate_strips(trace: LayerTrace) -> list[Strip]:
     return [
         _layer_strip(trace, name, Normalize(0, reach), f"{QUANTITIES[name].title}: {QUANTITIES[name].meaning}")
         for name, reach in (("erase", trace.erase_scale), ("write", 1))
     ]
 
 
-def _half_life_strips(norm, trace):
+def _half_life_strips(norm: Normalize, trace: LayerTrace) -> list[Strip]:
     return [_layer_strip(trace, "half_life", norm, "half-life in tokens, median over key channels")]
 
 
-def _memory_strips(trace):
+def _memory_strips(trace: LayerTrace) -> list[Strip]:
     changes = ("erased", "written", "decayed")  # on one scale, so that they compare
     top = max(getattr(trace, name).max() for name in changes) or 1.0
     bar = f"layer {trace.layer}: erased, written, decayed (norm)"
@@ -224,7 +227,7 @@ def _draw_half_lives(traces, ax):
                  loc="left")  # fmt: skip
 
 
-def _channel_strips(channels, reach):
+def _channel_strips(channels: Channels, reach: float) -> list[Strip]:
     half_life = np.maximum(channels.half_life.T, SHORTEST)
     return [
         Strip("erase", "channel", channels.erase.T, Normalize(0, reach), colours_of("gate", reach), "erase gate"),
@@ -233,11 +236,14 @@ def _channel_strips(channels, reach):
     ]
 
 
-def draw_figures(folder, subtitle, tokens, traces, head, progress=lambda: None):
+def draw_figures(
+    folder: Path, subtitle: str, tokens: list[Token], traces: list[LayerTrace], head: int,
+    progress: Callable[[], Any] = lambda: None,
+) -> list[str]:  # fmt: skip
     """Write the PNG files of a study and return their names.
 
     Args:
-        tokens: [gates_tokens.Token], T of them; traces: [gates_trace.LayerTrace], one of which has channels.
+        tokens: T of them; traces: one of them has channels.
         subtitle: a line that says of which model and text they are.
         head: the value head of the channels.
         progress: called after each picture.
@@ -257,7 +263,7 @@ def draw_figures(folder, subtitle, tokens, traces, head, progress=lambda: None):
         ("half_life", "Half-lives of the decay", functools.partial(_half_life_strips, norm), distribution),
     ):
         strips = [strip for trace in traces for strip in strips_of(trace)]
-        if _Layout(tokens, strips, DISTRIBUTION if above else 0).height <= TALLEST or len(traces) == 1:
+        if _Places(tokens, strips, DISTRIBUTION if above else 0).height <= TALLEST or len(traces) == 1:
             draw(f"{name}.png", title, strips, **above)
             continue
         if above:

@@ -5,11 +5,14 @@ import html
 import json
 import re
 from importlib import resources
+from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.colors import to_hex
 
-from .gates_quantities import QUANTITIES, colours_of
+from .gates import Token
+from .gates_trace import QUANTITIES, LayerTrace, colours_of
 
 __all__ = ["write_page"]
 
@@ -17,17 +20,17 @@ SHADES = 64
 DIGITS = 4
 
 
-def _rounded(values):
+def _rounded(values: Any) -> list[list[float]]:
     """Nested lists of floats with as many digits as a reader wants."""
     return [[float(f"{x:.{DIGITS}g}") for x in row] for row in values.tolist()]
 
 
-def _shades(name):
+def _shades(name: str) -> list[str]:
     colours = matplotlib.colormaps[name]
     return [to_hex(colours(i / (SHADES - 1))) for i in range(SHADES)]
 
 
-def _content(about, tokens, traces, head):
+def _content(about: str, tokens: list[Token], traces: list[LayerTrace], head: int) -> dict[str, Any]:
     """All that the page's script reads."""
     layers = []
     for trace in traces:
@@ -51,13 +54,13 @@ def _content(about, tokens, traces, head):
     }
 
 
-def _as_script(content):
+def _as_script(content: Any) -> str:
     """JSON that no text can end the script element of: without <, > and &, which are \\u escapes in JSON."""
     text = json.dumps(content, allow_nan=False, separators=(",", ":"))
     return re.sub("[<>&]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
-def _picture(folder, name):
+def _picture(folder: Path, name: str) -> str:
     data = base64.b64encode((folder / name).read_bytes()).decode()
     return (
         f'<details open><summary>{html.escape(name)}</summary><div class="picture">'
@@ -65,7 +68,9 @@ def _picture(folder, name):
     )
 
 
-def write_page(folder, about, tokens, traces, head, pictures):
+def write_page(
+    folder: Path, about: str, tokens: list[Token], traces: list[LayerTrace], head: int, pictures: list[str]
+) -> None:
     """Write gates.html beside the PNG files ``pictures`` in ``folder``. The rest as for ``draw_figures``."""
     assets = resources.files(__package__) / "assets"
     parts = {

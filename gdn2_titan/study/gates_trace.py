@@ -1,7 +1,10 @@
-"""What the gates of a model's GDN-2 layers do over a text, read off with hooks while the model reads it."""
+"""What the gates of a model's GDN-2 layers do over a text, read off with hooks while the model reads it, and what each
+token erases from the memory and writes to it, by the recurrence itself."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,9 +13,33 @@ from gdn2_titan.convert.errors import ConvertError
 from gdn2_titan.models.layer import SLOWEST_DECAY
 from gdn2_titan.ops.gdn2.gates import activate
 
-from .gates_memory import follow_memory
+__all__ = ["QUANTITIES", "Channels", "LayerTrace", "Quantity", "colours_of", "follow_memory", "trace_gates"]
 
-__all__ = ["Channels", "LayerTrace", "trace_gates"]
+
+class Quantity(NamedTuple):
+    title: str
+    meaning: str
+    scale: str  # "gate": from 0 to what the gate reaches; "log"; "norm": from 0 to the largest
+
+
+QUANTITIES = {
+    "erase": Quantity("erase gate", "b, mean over key channels", "gate"),
+    "write": Quantity("write gate", "w, mean over value channels", "gate"),
+    "half_life": Quantity("half-life", "tokens until a channel has decayed by half, median over key channels", "log"),
+    "erased": Quantity("erased norm", "Frobenius norm of k (b * k)ᵀ Diag(exp g) S, which this token takes out", "norm"),
+    "written": Quantity("written norm", "Frobenius norm of k (w * v)ᵀ, which this token puts in", "norm"),
+    "decayed": Quantity(
+        "decayed", "what the decay takes of the memory's Frobenius norm before this token edits it", "norm"
+    ),
+    "state": Quantity("state norm", "Frobenius norm of the memory S after this token", "norm"),
+}
+
+
+def colours_of(scale: str, reach: float = 1.0) -> str:
+    """The name of matplotlib's colour map. reach: what the gate reaches; from 0 to 2, colours part at 1."""
+    if scale == "gate" and reach > 1:
+        return "PuOr"
+    return "magma" if scale == "norm" else "viridis"
 
 
 @dataclass(frozen=True)
@@ -34,7 +61,7 @@ class LayerTrace:
     write: np.ndarray  # [HV, T], mean over value channels
     half_life: np.ndarray  # [H, T], median over key channels
     half_lives: np.ndarray  # [H, channels], of the mean decay over the text, as in training's telemetry
-    decayed: np.ndarray  # [HV, T], the norms of gates_memory.Memory
+    decayed: np.ndarray  # [HV, T], the norms of Memory
     erased: np.ndarray  # [HV, T]
     written: np.ndarray  # [HV, T]
     state: np.ndarray  # [HV, T]
@@ -42,37 +69,69 @@ class LayerTrace:
     channels: Channels | None  # of the head that was asked for
 
 
-class _Captured:
-    """Keeps what passes through a layer's submodules during one forward."""
+class Memory(NamedTuple):
+    """Frobenius norms [T, HV] per token and value head, and what shows that it is the same memory: o and the state."""
 
-    INPUTS = ("q_conv1d", "k_conv1d", "v_conv1d", "decay_proj", "erase_proj", "write_proj")
+    decayed: torch.Tensor  # ||S_{t-1}|| - ||D||, where D = Diag(exp(g_t)) S_{t-1}
+    erased: torch.Tensor  # ||k_t (b_t * k_t)^T D||
+    written: torch.Tensor  # ||k_t (w_t * v_t)^T||
+    state: torch.Tensor  # ||S_t||
+    o: torch.Tensor  # [T, HV, V]
+    final_state: torch.Tensor  # [HV, K, V]
 
-    def __init__(self, mixer, done):
-        self.handles, self.kept = [], {}
-        for name in self.INPUTS:
-            module = getattr(mixer, name)
-            if module is not None:  # tied gates have one projection
-                self.handles.append(module.register_forward_hook(self._keep_output(name)))
-        self.handles.append(mixer.o_norm.register_forward_pre_hook(self._keep_o))
-        self.handles.append(mixer.register_forward_hook(lambda mixer, *_: done(mixer, self._taken())))
 
-    def _keep_output(self, name):
+def follow_memory(
+    q: torch.Tensor, k: torch.Tensor, g: torch.Tensor, b: torch.Tensor, v: torch.Tensor, w: torch.Tensor
+) -> Memory:
+    """A Memory of one sequence that starts with an empty state. Holds one state at a time.
+
+    Args: q, k, g, b [T, H, K]; v, w [T, HV, V], of one dtype, every gate applied, q and k normalised.
+    """
+    T, H, K = q.shape
+    HV, V = v.shape[1:]
+    S = q.new_zeros(HV, K, V)
+    norms = q.new_empty(4, T, HV)
+    o = torch.empty_like(v)
+    for t in range(T):
+        # Value head j reads key head j // (HV // H).
+        query, key, decay, erase = (x[t].repeat_interleave(HV // H, 0) for x in (q, k, g.exp(), b))
+        before = S.norm(dim=(1, 2))
+        S = decay[:, :, None] * S
+        read, written = torch.einsum("hk,hkv->hv", erase * key, S), w[t] * v[t]
+        # What is erased and what is written are products of a column and a row: so are their norms.
+        length = key.norm(dim=1)
+        norms[0, t], norms[1, t] = before - S.norm(dim=(1, 2)), length * read.norm(dim=1)
+        S = S + key[:, :, None] * (written - read)[:, None, :]
+        norms[2, t], norms[3, t] = length * written.norm(dim=1), S.norm(dim=(1, 2))
+        o[t] = K**-0.5 * torch.einsum("hk,hkv->hv", query, S)
+    return Memory(*norms, o, S)
+
+
+# What passes through these submodules of a layer is kept while the layer runs.
+CAPTURED = ("q_conv1d", "k_conv1d", "v_conv1d", "decay_proj", "erase_proj", "write_proj")
+
+
+def _capture(mixer: Any, done: Callable[[Any, dict[str, torch.Tensor]], None]) -> list[Any]:
+    """Hooks that call ``done(mixer, what was kept)`` after each forward of the layer."""
+    kept = {}
+
+    def keep_output(name):
         def keep(module, inputs, output):
             output = output[0] if isinstance(output, tuple) else output  # a convolution gives its state too
-            self.kept[name] = output[0].double().cpu()
+            kept[name] = output[0].double().cpu()
 
         return keep
 
-    def _keep_o(self, module, inputs):
-        self.kept["o"] = inputs[0][0].double().cpu()
+    def keep_o(module, inputs):
+        kept["o"] = inputs[0][0].double().cpu()
 
-    def _taken(self):
-        taken, self.kept = self.kept, {}
-        return taken
+    def finish(mixer, *_):
+        done(mixer, kept)
+        kept.clear()
 
-    def remove(self):
-        for handle in self.handles:
-            handle.remove()
+    modules = {name: getattr(mixer, name) for name in CAPTURED}  # tied gates have one projection
+    hooks = [module.register_forward_hook(keep_output(name)) for name, module in modules.items() if module is not None]
+    return [*hooks, mixer.o_norm.register_forward_pre_hook(keep_o), mixer.register_forward_hook(finish)]
 
 
 def _half_life(g):
@@ -121,7 +180,9 @@ def _trace(index, mixer, kept, head):
 
 
 @torch.no_grad()
-def trace_gates(model, ids, layer, head, progress=lambda: None):
+def trace_gates(
+    model: Any, ids: torch.Tensor, layer: int, head: int, progress: Callable[[], Any] = lambda: None
+) -> list[LayerTrace]:
     """[LayerTrace] of every GDN-2 layer of a GDN2ForCausalLM that reads ids [1, T].
 
     A layer's activations are let go before the next layer runs. layer, head: the GDN-2 layer and its value head to keep
@@ -130,7 +191,7 @@ def trace_gates(model, ids, layer, head, progress=lambda: None):
     Raises:
         ConvertError: what a layer computes is not finite.
     """
-    traces, captured = [], []
+    traces, hooks = [], []
 
     def done(index):
         def of(mixer, kept):
@@ -142,9 +203,9 @@ def trace_gates(model, ids, layer, head, progress=lambda: None):
     try:
         for index, block in enumerate(model.model.layers):
             if block.kind == "gdn2":
-                captured.append(_Captured(block.mixer, done(index)))
+                hooks += _capture(block.mixer, done(index))
         model(input_ids=ids, use_cache=False, logits_to_keep=1)
     finally:
-        for one in captured:
-            one.remove()
+        for hook in hooks:
+            hook.remove()
     return traces

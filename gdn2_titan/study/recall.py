@@ -1,6 +1,8 @@
 """``python -m gdn2_titan.study recall --out DIR``: trains a grid of small models on recall tasks, and reports."""
 
+import argparse
 from pathlib import Path
+from typing import Any
 
 from gdn2_titan.convert.errors import ConvertError
 from gdn2_titan.model_options import number
@@ -8,7 +10,7 @@ from gdn2_titan.model_options import number
 __all__ = ["add_parser"]
 
 
-def add_parser(subparsers):
+def add_parser(subparsers: Any) -> None:
     """Adds the command; its options are in its --help."""
     parser = subparsers.add_parser("recall", help="train a grid of small models on recall tasks", description=__doc__)
     add, count = parser.add_argument, number(int, "a whole number of at least 1", lambda x: x >= 1)
@@ -19,7 +21,7 @@ def add_parser(subparsers):
     parser.set_defaults(run=run)
 
 
-def run(options):
+def run(options: argparse.Namespace) -> None:
     """Train what is not trained yet and write results.csv, results.md and the plots.
 
     Raises:
@@ -27,9 +29,8 @@ def run(options):
     """
     try:
         from .cells import grid
-        from .pool import default_jobs, train_all
         from .report import write_report
-        from .train_cell import CONFIG
+        from .training import CONFIG, default_jobs, train_all
     except ImportError as error:
         raise ConvertError(f"{error}; this study needs the extra 'study': pip install 'gdn2_titan[study]'") from error
 

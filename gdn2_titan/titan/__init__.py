@@ -8,11 +8,11 @@ gdn2_debug_hybrid``.
 """
 
 from .cpu import settle_device
-from .generation import HAS_TOML
+from .torchtitan_version import IS_V02
 
 __all__ = ["settle_device"]
 
-if HAS_TOML:
+if IS_V02:
     from .v02.train_spec import get_train_spec, register
 
     __all__ += ["get_train_spec", "register"]

@@ -7,9 +7,9 @@ processes from NGPU.
 import sys
 
 
-def main():
+def main() -> int:
+    from .checks.combinations import number_of_processes
     from .errors import ConfigError
-    from .processes import number_of_processes
 
     try:
         from . import job_config, pipeline

@@ -11,7 +11,7 @@ from torchtitan.components.tokenizer import BaseTokenizer
 from gdn2_titan.titan.corpus import load_source
 from gdn2_titan.titan.errors import ConfigError, refusing
 from gdn2_titan.titan.packing import PackedText
-from gdn2_titan.titan.sections import section
+from gdn2_titan.titan.settings import Settings
 from gdn2_titan.titan.tasks import Condition, TaskDataset, training_condition
 from gdn2_titan.titan.tokens import of_plain_text
 
@@ -67,7 +67,7 @@ def for_trainer(build: Callable[..., ReshardingDataloader]) -> Callable[..., Res
 
 
 def build_dataloader(
-    dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: Any, infinite: bool = True
+    dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: Settings | Any, infinite: bool = True
 ) -> ReshardingDataloader:
     """The loader of training batches: ``training.*``, ``data.*`` and ``gdn2.document_resets`` of the configuration.
 
@@ -78,14 +78,15 @@ def build_dataloader(
     Raises:
         ConfigError: if the source of documents cannot be used.
     """
-    task = training_condition(job_config)
+    settings = Settings.of(job_config)
+    task = training_condition(settings)
     if task is not None:
-        return _build_task("training", task, dp_world_size, dp_rank, tokenizer, job_config)
-    return _build("training", dp_world_size, dp_rank, tokenizer, job_config, infinite)
+        return _build_task("training", task, dp_world_size, dp_rank, tokenizer, settings)
+    return _build("training", dp_world_size, dp_rank, tokenizer, settings, infinite)
 
 
 def build_validation_dataloader(
-    dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: Any, infinite: bool = False
+    dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: Settings | Any, infinite: bool = False
 ) -> ReshardingDataloader:
     """The loader of validation batches: like :func:`build_dataloader`, from ``validation.*``.
 
@@ -95,11 +96,11 @@ def build_validation_dataloader(
         ConfigError: if the source of documents cannot be used, or if a single pass over a stream is asked for on more
             than one rank, where ranks run out at different times and the others would wait for ever.
     """
-    return _build("validation", dp_world_size, dp_rank, tokenizer, job_config, infinite)
+    return _build("validation", dp_world_size, dp_rank, tokenizer, Settings.of(job_config), infinite)
 
 
 def build_task_dataloader(
-    condition: Condition, dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: Any
+    condition: Condition, dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: Settings | Any
 ) -> ReshardingDataloader:
     """The loader of held-out sequences of a recall task under one condition, in batches of
     ``validation.local_batch_size``, without end and without resets; the same ones at each ``iter()``.
@@ -107,7 +108,7 @@ def build_task_dataloader(
     Raises:
         ConfigError: if with this tokenizer the length is too short.
     """
-    return _build_task("validation", condition, dp_world_size, dp_rank, tokenizer, job_config)
+    return _build_task("validation", condition, dp_world_size, dp_rank, tokenizer, Settings.of(job_config))
 
 
 def _build_task(
@@ -116,34 +117,34 @@ def _build_task(
     dp_world_size: int,
     dp_rank: int,
     tokenizer: BaseTokenizer,
-    job_config: Any,
+    settings: Settings,
 ) -> ReshardingDataloader:
-    settings = getattr(job_config, part)
+    section = getattr(settings, part)
     held_out = part == "validation"
     condition.task.prepare(of_plain_text(tokenizer), held_out)
     condition.check_length()
     sequences = TaskDataset(
         condition.task,
         condition.length,
-        section(job_config, "task").seed or 0,
+        settings.task.seed or 0,
         held_out=held_out,
-        batch_size=settings.local_batch_size,
+        batch_size=section.local_batch_size,
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
     )
-    loader_settings = asdict(settings.dataloader) | {"batch_size": settings.local_batch_size}
+    loader_settings = asdict(section.dataloader) | {"batch_size": section.local_batch_size}
     return ReshardingDataloader(sequences, dp_rank=dp_rank, dp_world_size=dp_world_size, **loader_settings)
 
 
 def _build(
-    part: str, dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: Any, infinite: bool
+    part: str, dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, settings: Settings, infinite: bool
 ) -> ReshardingDataloader:
-    settings, data = getattr(job_config, part), section(job_config, "data")
+    section, data = getattr(settings, part), settings.data
     held_out = part == "validation"
     source = load_source(
         part,
-        settings.dataset,
-        settings.dataset_path,
+        section.dataset,
+        section.dataset_path,
         held_out=held_out,
         text_column=data.text_column,
         hf_subset=data.hf_subset,
@@ -152,21 +153,21 @@ def _build(
     streaming = isinstance(source, IterableDataset)
     if streaming and not infinite and dp_world_size > 1:
         raise ConfigError(
-            f"{part}.dataset = {settings.dataset!r} is a stream, which {dp_world_size} data-parallel ranks cannot "
+            f"{part}.dataset = {section.dataset!r} is a stream, which {dp_world_size} data-parallel ranks cannot "
             "read once to the end in step; allowed: reading it without end, for validation with validation.steps > 0."
         )
     packed = PackedText(
         source,
         of_plain_text(tokenizer),
-        settings.seq_len,
-        batch_size=settings.local_batch_size,
+        section.seq_len,
+        batch_size=section.local_batch_size,
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
         infinite=infinite,
-        with_resets=section(job_config, "gdn2").document_resets,
+        with_resets=settings.gdn2.document_resets,
         text_column=data.text_column if streaming else "text",
         shuffle_seed=data.shuffle_seed,
     )
     # An incomplete batch would change the shapes that compiled and pipelined models were built for.
-    loader_settings = asdict(settings.dataloader) | {"batch_size": settings.local_batch_size, "drop_last": True}
+    loader_settings = asdict(section.dataloader) | {"batch_size": section.local_batch_size, "drop_last": True}
     return ReshardingDataloader(packed, dp_rank=dp_rank, dp_world_size=dp_world_size, **loader_settings)

@@ -2,11 +2,9 @@
 
 import functools
 
+from gdn2_titan.convert.toml_table import ConfigError
+
 __all__ = ["ConfigError", "refusing"]
-
-
-class ConfigError(ValueError):
-    """A setting cannot be used. The message is one sentence: which field, which value, what is allowed."""
 
 
 def refusing(function):

@@ -5,8 +5,11 @@ float8 all-gather, the second needs a torchao of another generation. Other model
 """
 
 import dataclasses
+from typing import Any
 
+import torch
 import torch._inductor.config
+from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import has_cuda_capability, has_rocm_capability
 
@@ -14,18 +17,18 @@ from gdn2_titan.parallel import apply_float8, float8_share
 from gdn2_titan.parallel.float8 import FLOAT8_RECIPES, MXFP8_RECIPES, has_mxfp8
 
 from .errors import ConfigError
-from .generation import HAS_TOML
-from .sections import Float8Linear, MXLinear
+from .settings import Float8Linear, MXLinear, Settings
+from .torchtitan_version import IS_V02
 
 __all__ = ["NAMES", "LinearConverter", "check_float8"]
 
 FLOAT8, MX = NAMES = ("quantize.linear.float8", "quantize.linear.mx")
 
 
-def _settings(job_config, name):
+def _section(settings, name):
     """The converter's section; a fork's own job config has no defaults of ours, where an empty filter says nothing."""
-    linear = job_config.quantize.linear
-    found, ours = (linear.float8, Float8Linear) if name == FLOAT8 else (linear.mx, MXLinear)
+    quantize = settings.quantize.linear
+    found, ours = (quantize.float8, Float8Linear) if name == FLOAT8 else (quantize.mx, MXLinear)
     if hasattr(found, "smallest_side"):
         return found
     said = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
@@ -33,29 +36,31 @@ def _settings(job_config, name):
     return ours(**changed)
 
 
-def _recipe(settings, name):
-    return settings.recipe_name or FLOAT8_RECIPES[0] if name == FLOAT8 else settings.recipe_name
+def _recipe(linear: Any, name: str) -> str:
+    return linear.recipe_name or FLOAT8_RECIPES[0] if name == FLOAT8 else linear.recipe_name
 
 
 class LinearConverter:
-    def __init__(self, job_config, parallel_dims, name):
-        settings = _settings(job_config, name)
-        self.recipe = _recipe(settings, name)
-        self.seq_len = job_config.training.seq_len
-        gathered = name == FLOAT8 and settings.enable_fsdp_float8_all_gather and parallel_dims.fsdp_enabled
-        self.precompute = gathered and settings.precompute_float8_dynamic_scale_for_fsdp
+    """TorchTitan's ModelConverter, of ``gdn2_titan.parallel.apply_float8``."""
+
+    def __init__(self, settings: Settings, parallel_dims: ParallelDims, name: str) -> None:
+        linear = _section(settings, name)
+        self.recipe = _recipe(linear, name)
+        self.seq_len = settings.training.seq_len
+        gathered = name == FLOAT8 and linear.enable_fsdp_float8_all_gather and parallel_dims.fsdp_enabled
+        self.precompute = gathered and linear.precompute_float8_dynamic_scale_for_fsdp
         self.options = {
-            "emulate": settings.emulate,
+            "emulate": linear.emulate,
             "fsdp_all_gather": gathered,
-            "exclude": settings.filter_fqns,
-            "smallest_side": settings.smallest_side,
+            "exclude": linear.filter_fqns,
+            "smallest_side": linear.smallest_side,
         }
         if self.recipe == "rowwise":
             # Without it a compiled backward may round a recomputed activation to another float8 number, and end in
             # NaN (github.com/pytorch/pytorch/issues/150859).
             torch._inductor.config.emulate_precision_casts = True
 
-    def convert(self, model):
+    def convert(self, model: torch.nn.Module) -> None:
         total = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
         names = apply_float8(model, self.recipe, **self.options)
         of_linear, of_all = float8_share(model, names, self.seq_len)
@@ -66,7 +71,7 @@ class LinearConverter:
             f"{of_all:.1%} of all forward FLOPs{gathered}"
         )
 
-    def post_optimizer_hook(self, model):
+    def post_optimizer_hook(self, model: torch.nn.Module | list[torch.nn.Module]) -> None:
         if self.precompute:
             from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 
@@ -74,17 +79,17 @@ class LinearConverter:
                 precompute_float8_dynamic_scale_for_fsdp(part)
 
 
-def _known_converters():
-    if not HAS_TOML:
+def _known_converters() -> list[str]:
+    if not IS_V02:
         return list(NAMES)
     from torchtitan.protocols.model_converter import _registry_model_converter_cls
 
     return [name for name in _registry_model_converter_cls if "grouped_mm" not in name]
 
 
-def check_float8(job_config):
+def check_float8(settings: Settings) -> None:
     """Raise ConfigError for converters that cannot be used. Converts nothing."""
-    converters = job_config.model.converters
+    converters = settings.model.converters
     allowed = _known_converters()
     for name in converters:
         if name not in allowed:
@@ -92,48 +97,44 @@ def check_float8(job_config):
     if set(NAMES) <= set(converters):
         raise ConfigError(f"model.converters has {FLOAT8!r} and {MX!r}; it must have only one of them")
     for name in set(NAMES) & set(converters):
-        _check_converter(job_config, name, _settings(job_config, name))
+        _check_converter(settings, name, _section(settings, name))
 
 
-def _check_converter(job_config, name, settings):
-    recipe, recipes = _recipe(settings, name), FLOAT8_RECIPES if name == FLOAT8 else MXFP8_RECIPES
+def _check_converter(settings: Settings, name: str, linear: Any) -> None:
+    recipe, recipes = _recipe(linear, name), FLOAT8_RECIPES if name == FLOAT8 else MXFP8_RECIPES
     if recipe not in recipes:
         raise ConfigError(f"{name}.recipe_name is {recipe!r}; it must be one of {', '.join(recipes)}")
-    if "auto_filter_small_kn" in settings.filter_fqns:
+    if "auto_filter_small_kn" in linear.filter_fqns:
         raise ConfigError(f"{name}.filter_fqns has 'auto_filter_small_kn'; for this model set {name}.smallest_side")
-    if name == FLOAT8 and settings.enable_fsdp_float8_all_gather and recipe != "tensorwise":
+    if name == FLOAT8 and linear.enable_fsdp_float8_all_gather and recipe != "tensorwise":
         raise ConfigError(
             f"{name}.enable_fsdp_float8_all_gather is true; with recipe_name {recipe!r} it must be false, only "
             "'tensorwise' has it"
         )
-    if (
-        name == FLOAT8
-        and settings.precompute_float8_dynamic_scale_for_fsdp
-        and not settings.enable_fsdp_float8_all_gather
-    ):
+    if name == FLOAT8 and linear.precompute_float8_dynamic_scale_for_fsdp and not linear.enable_fsdp_float8_all_gather:
         raise ConfigError(
             f"{name}.precompute_float8_dynamic_scale_for_fsdp is true; it must be false, or "
             "enable_fsdp_float8_all_gather true as well"
         )
-    if name == MX and settings.mxfp8_dim1_cast_kernel_choice != MXLinear.mxfp8_dim1_cast_kernel_choice:
+    if name == MX and linear.mxfp8_dim1_cast_kernel_choice != MXLinear.mxfp8_dim1_cast_kernel_choice:
         raise ConfigError(
-            f"{name}.mxfp8_dim1_cast_kernel_choice is {settings.mxfp8_dim1_cast_kernel_choice!r}; it must be left out, "
+            f"{name}.mxfp8_dim1_cast_kernel_choice is {linear.mxfp8_dim1_cast_kernel_choice!r}; it must be left out, "
             "torchao chooses the kernel itself"
         )
     if name == MX and not has_mxfp8():
         raise ConfigError(f"model.converters has {name!r}; it needs a torchao with MXFP8 linear layers, as 0.18 has")
-    _check_hardware(job_config, name, settings)
+    _check_hardware(settings, name, linear)
 
 
-def _check_hardware(job_config, name, settings):
+def _check_hardware(settings: Settings, name: str, linear: Any) -> None:
     able = has_cuda_capability(8, 9) if name == FLOAT8 else has_cuda_capability(10, 0) or has_rocm_capability(9, 5)
-    if not able and not settings.emulate:
+    if not able and not linear.emulate:
         wanted = "sm_89 or newer" if name == FLOAT8 else "sm_100 or newer, or gfx950"
         raise ConfigError(f"{name}.emulate is false; on a machine without a GPU of {wanted} it must be true")
-    training, parallelism = job_config.training, job_config.parallelism
+    training, parallelism = settings.training, settings.parallelism
     multiple = 16 if name == FLOAT8 else 32
-    high_precision = _recipe(settings, name).endswith(("gw_hp", "wgrad_with_hp"))
-    if high_precision or (name == FLOAT8 and settings.emulate):
+    high_precision = _recipe(linear, name).endswith(("gw_hp", "wgrad_with_hp"))
+    if high_precision or (name == FLOAT8 and linear.emulate):
         return
     batch = training.local_batch_size
     if parallelism.pipeline_parallel_degree > 1:

@@ -8,10 +8,11 @@ import torch.distributed as dist
 from torchtitan.components.metrics import TensorBoardLogger
 from torchtitan.tools.logging import logger
 
+from gdn2_titan.models import GDN2ModelArgs
 from gdn2_titan.models.layer import STATISTICS, GatedDeltaNet2
 
-from .checkpoint_files import write_checkpoint_files
-from .sections import section
+from .checkpoint import write_checkpoint_files
+from .settings import Settings
 
 __all__ = ["GateMetrics"]
 
@@ -24,17 +25,17 @@ class GateMetrics:
     the flag is raised one step ahead, for the first step of a run and every ``gdn2.statistics_freq`` steps.
     """
 
-    def watch(self, job_config, model_args):
-        self._job, self.model_args = job_config, model_args
-        self.statistics_freq = section(job_config, "gdn2").statistics_freq
+    def watch(self, settings: Settings, model_args: GDN2ModelArgs) -> None:
+        self._settings, self.model_args = settings, model_args
+        self.statistics_freq = settings.gdn2.statistics_freq
         self.mixers = {}
 
     @property
-    def model_parts(self):
+    def model_parts(self) -> list[torch.nn.Module] | None:
         return self._model_parts
 
     @model_parts.setter
-    def model_parts(self, parts):
+    def model_parts(self, parts: list[torch.nn.Module] | None) -> None:
         # TorchTitan hands the model over here, before the first step: the moment to raise the first flag.
         self._model_parts = parts
         self.mixers = {
@@ -46,21 +47,21 @@ class GateMetrics:
         }
         self._record(self.statistics_freq > 0)
 
-    def _record(self, flag):
+    def _record(self, flag: bool) -> None:
         self.recording = flag
         for mixer in self.mixers.values():
             mixer.record_statistics = flag
 
-    def finish(self, step):
+    def finish(self, step: int) -> None:
         """Once a step, between its forward and the next one's, and before its checkpoint."""
-        write_checkpoint_files(self._job, self.model_args, step)
+        write_checkpoint_files(self._settings, self.model_args, step)
         if self.recording:
             statistics = self._statistics()
             if statistics:
                 self.logger.log(statistics, step)
         self._record(self.statistics_freq > 0 and (step + 1) % self.statistics_freq == 0)
 
-    def _statistics(self):
+    def _statistics(self) -> dict[str, float]:
         """Of the layers of all pipeline stages: one rank of the last stage writes them."""
         rows = torch.stack([m.statistics for m in self.mixers.values()]).tolist() if self.mixers else []
         found = {
@@ -75,16 +76,16 @@ class GateMetrics:
         dist.all_gather_object(stages, found, group)
         return {name: value for stage in stages for name, value in stage.items()}
 
-    def flush(self):
+    def flush(self) -> None:
         # The stock writer keeps two minutes of curves in memory: a killed run would resume with a hole in them.
         for backend in getattr(self.logger, "_loggers", []):
             if isinstance(backend, TensorBoardLogger):
                 backend.writer.flush()
 
-    def close(self):
+    def close(self) -> None:
         super().close()
-        config = self._job
-        if config.metrics.enable_tensorboard:
-            logger.info(f"TensorBoard logs: {os.path.join(config.job.dump_folder, config.metrics.save_tb_folder)}")
-        if config.checkpoint.enable:
-            logger.info(f"Checkpoints: {os.path.join(config.job.dump_folder, config.checkpoint.folder)}")
+        settings = self._settings
+        if settings.metrics.enable_tensorboard:
+            logger.info(f"TensorBoard logs: {os.path.join(settings.job.dump_folder, settings.metrics.save_tb_folder)}")
+        if settings.checkpoint.enable:
+            logger.info(f"Checkpoints: {os.path.join(settings.job.dump_folder, settings.checkpoint.folder)}")

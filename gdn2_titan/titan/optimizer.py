@@ -1,8 +1,45 @@
-"""Weight decay as the paper has it: none on A_log, dt_bias, norms and biases."""
+"""Which parameters decay, as the paper has it, and the learning rate after the last step of its schedule."""
 
-__all__ = ["is_decayed"]
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.optim import Adam, AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+__all__ = ["OPTIMIZERS", "decay_groups", "hold_last_rate", "is_decayed"]
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"Adam": Adam, "AdamW": AdamW}
 
 
-def is_decayed(name, param):
+def is_decayed(name: str, param: torch.Tensor) -> bool:
     """Whether weight decay applies to a parameter of the decoder: to matrices, the convolutions' among them."""
     return param.ndim > 1 and not name.endswith("dt_bias")
+
+
+def decay_groups(named: list[tuple[str, torch.nn.Parameter]], *, with_names: bool) -> list[dict[str, Any]]:
+    """The optimizer's groups of parameters that decay, and of A_log, dt_bias, norms and biases, which do not.
+
+    with_names: whether groups say their parameters' names, by which TorchTitan 0.3 keeps the state in checkpoints.
+    """
+    groups = []
+    for decayed, options in ((True, {}), (False, {"weight_decay": 0.0})):
+        found = [(name, p) for name, p in named if is_decayed(name, p) == decayed]
+        names = {"param_names": [name for name, _ in found]} if with_names else {}
+        groups.append({"params": [p for _, p in found]} | names | options)
+    return [group for group in groups if group["params"]]
+
+
+def hold_last_rate(schedulers: Iterable[LambdaLR], last_step: int) -> None:
+    """Let LambdaLR schedulers keep the rate that they have at ``last_step``.
+
+    Both generations of TorchTitan have a rate for steps up to there. Later ones, of a training that is longer than
+    ``lr_scheduler.total_steps`` or that continues a checkpoint of more steps than its own, would get an AssertionError,
+    a negative rate (linear, sqrt) or one that rises again (cosine).
+    """
+    for one in schedulers:
+        one.lr_lambdas = [_held(factor, last_step) for factor in one.lr_lambdas]
+
+
+def _held(factor: Callable[[int], float], last_step: int) -> Callable[[int], float]:
+    return lambda step: factor(min(step, last_step))

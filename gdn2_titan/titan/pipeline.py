@@ -3,6 +3,7 @@
 import inspect
 import math
 import os
+from typing import Any
 
 from torch.distributed.pipelining.schedules import (
     PipelineScheduleSingle,
@@ -15,21 +16,21 @@ from torch.distributed.pipelining.schedules import (
 from torchtitan.distributed import pipeline_parallel
 
 from .errors import ConfigError
-from .generation import HAS_TOML
-from .sections import compiles
+from .settings import Settings
 from .tasks import task_of, validation_lengths
+from .torchtitan_version import IS_V02
 
 __all__ = ["RUNS", "check_pipeline", "modules_of_stages", "rank_with_loss"]
 
-_shares = getattr(pipeline_parallel, ("" if HAS_TOML else "_") + "generate_llm_fqn_per_model_part")
+_shares = getattr(pipeline_parallel, ("" if IS_V02 else "_") + "generate_llm_fqn_per_model_part")
 # TorchTitan 0.3 hands microbatches over as torch 2.14's schedules take them.
-RUNS = HAS_TOML or "arg_mbs" in inspect.signature(PipelineScheduleSingle.step).parameters
+RUNS: bool = IS_V02 or "arg_mbs" in inspect.signature(PipelineScheduleSingle.step).parameters
 # The first and the last stage are on one rank.
 V_SHAPED = (ScheduleZBVZeroBubble, ScheduleDualPipeV)
 SPLIT_BACKWARD = (*V_SHAPED, ScheduleInterleavedZeroBubble)
 
 
-def _number_of_stages(parallelism, n_layers):
+def _number_of_stages(parallelism: Any, n_layers: int) -> int:
     """Stages over all ranks, as TorchTitan counts them."""
     if parallelism.pipeline_parallel_layers_per_stage is not None:
         ends = (
@@ -40,7 +41,7 @@ def _number_of_stages(parallelism, n_layers):
     return parallelism.pipeline_parallel_degree * (1 if single else 2)
 
 
-def modules_of_stages(parallelism, n_layers):
+def modules_of_stages(parallelism: Any, n_layers: int) -> list[list[str]]:
     """TorchTitan's shares of the model, or the user's, with the head under its name here."""
     stages = parallelism.module_fqns_per_model_part
     if stages is None:
@@ -53,7 +54,7 @@ def modules_of_stages(parallelism, n_layers):
     return [["lm_head" if name == "output" else name for name in stage] for stage in stages]
 
 
-def rank_with_loss(parallelism, processes):
+def rank_with_loss(parallelism: Any, processes: int) -> int:
     """The first rank of the last stage, which alone knows the loss; a V-shaped schedule ends where it began."""
     degree = parallelism.pipeline_parallel_degree
     if issubclass(get_schedule_class(parallelism.pipeline_parallel_schedule), V_SHAPED):
@@ -61,9 +62,9 @@ def rank_with_loss(parallelism, processes):
     return processes // degree * (degree - 1)
 
 
-def check_pipeline(job_config, n_layers):
+def check_pipeline(settings: Settings, n_layers: int) -> None:
     """Raise ConfigError unless the model can be cut, and the batch scheduled, as [parallelism] says."""
-    parallelism, training = job_config.parallelism, job_config.training
+    parallelism, training = settings.parallelism, settings.training
     degree, microbatch = parallelism.pipeline_parallel_degree, parallelism.pipeline_parallel_microbatch_size
     csv, name = parallelism.pipeline_parallel_schedule_csv, parallelism.pipeline_parallel_schedule
     if csv and not os.path.isfile(csv):
@@ -105,28 +106,28 @@ def check_pipeline(job_config, n_layers):
         )
     if issubclass(schedule, SPLIT_BACKWARD):
         because = f"with parallelism.pipeline_parallel_schedule = {name!r}, which cuts each backward in two, it must be"
-        if compiles(job_config, "model"):
+        if settings.compiles("model"):
             raise ConfigError(f"compile.enable is true; {because} false, or compile.components without 'model'")
-        checkpointing = job_config.activation_checkpoint
+        checkpointing = settings.activation_checkpoint
         if checkpointing.mode == "selective" and checkpointing.selective_ac_option == "op":
             raise ConfigError(f"activation_checkpoint.selective_ac_option is 'op'; {because} a number of layers")
-    validation = job_config.validation
+    validation = settings.validation
     if validation.enable and issubclass(schedule, V_SHAPED):
         raise ConfigError(
             f"validation.enable is true; with parallelism.pipeline_parallel_schedule = {name!r} it must be false: "
             "torch runs that schedule's backward in a validation too"
         )
     if validation.enable:
-        _check_shapes(job_config)
-    task = task_of(job_config)
-    if HAS_TOML and task is not None and task.answers(training.seq_len) is None:
+        _check_shapes(settings)
+    task = task_of(settings)
+    if IS_V02 and task is not None and task.answers(training.seq_len) is None:
         raise ConfigError(
             f"parallelism.pipeline_parallel_degree is {degree}; with training.dataset = {task.name!r} it must be 1 "
             "unless all sequences have the same number of answers, by which a pipeline's gradient is divided"
         )
 
 
-def _check_modules(modules, n_layers, said):
+def _check_modules(modules: list[list[str]], n_layers: int, said: list[list[str]]) -> None:
     """TorchTitan trains without a module that no stage has, and passes over a name that no module has."""
     order = ["tok_embeddings", *(f"layers.{layer}" for layer in range(n_layers)), "norm", "lm_head"]
     place = {name: i for i, name in enumerate(order)}
@@ -137,12 +138,12 @@ def _check_modules(modules, n_layers, said):
         )
 
 
-def _check_shapes(job_config):
+def _check_shapes(settings: Settings) -> None:
     """The stages' buffers have the shape of a training batch; under TorchTitan 0.3, torch makes them anew for a
     validation, in the shape of its first batch."""
-    training, validation, lengths = job_config.training, job_config.validation, validation_lengths(job_config)
+    training, validation, lengths = settings.training, settings.validation, validation_lengths(settings)
     like, length = "training.seq_len", training.seq_len
-    if not HAS_TOML:
+    if not IS_V02:
         like, length = f"the first of {lengths[0][0]}", lengths[0][1]
     wanted = [(*one, like, length) for one in lengths]
     batches = validation.local_batch_size, "training.local_batch_size", training.local_batch_size

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
 
-from gdn2_titan.convert.special_tokens import around, special_token
+from gdn2_titan.convert.tokenizer import around, special_token
 from gdn2_titan.titan.errors import ConfigError
 from gdn2_titan.titan.local_files import reason
 

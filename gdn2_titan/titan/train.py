@@ -6,15 +6,17 @@ Alone it is one process; with torchrun, one of many. Overrides are named as in t
 import os
 import sys
 
+from gdn2_titan.convert.toml_table import read_toml
+
+from .checks.command_line import config_file
 from .errors import refusing
-from .generation import HAS_TOML
-from .toml_check import config_file, read_toml
+from .torchtitan_version import IS_V02
 
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
 
 
 @refusing
-def _custom_config_module():
+def _custom_config_module() -> None:
     """Names our sections to TorchTitan 0.2.2, where neither the command line nor the file names a module."""
     path = config_file(sys.argv)
     job = {} if path is None else read_toml(path).get("job", {})
@@ -25,10 +27,10 @@ def _custom_config_module():
 
 
 @refusing
-def _config_function():
+def _config_function() -> None:
     """Hands what the command line says to TorchTitan 0.3 as a config function of ours."""
     from . import config_registry
-    from .v03.job_config import parse, trainer_config, validate
+    from .v03.config import parse, trainer_config, validate
 
     job_config = parse(sys.argv[1:])
     validate(job_config)
@@ -36,13 +38,13 @@ def _config_function():
     sys.argv[1:] = ["--module", "gdn2_titan.titan", "--config", "from_command_line"]
 
 
-def main():
+def main() -> None:
     if "RANK" not in os.environ:
         os.environ.update(ALONE)
-    _custom_config_module() if HAS_TOML else _config_function()
+    _custom_config_module() if IS_V02 else _config_function()
     from torchtitan import train
 
-    train.main(train.Trainer) if HAS_TOML else train.main()
+    train.main(train.Trainer) if IS_V02 else train.main()
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ import torch
 import torch.multiprocessing as mp
 
 from gdn2_titan.models.decoder import SwiGLU
-from gdn2_titan.titan.generation import HAS_TOML
 from gdn2_titan.titan.pipeline import RUNS
+from gdn2_titan.titan.torchtitan_version import IS_V02 as HAS_TOML
 from tests.training import GRAD_NORM, LOSS, ROOT, SHORT
 
 # The processes are forked from one that has imported all this: eight times less work than importing it in each.
@@ -145,7 +145,7 @@ def _train_once(run):
 
     from gdn2_titan.titan.job_config import build, parse  # settles the device; under 0.2.2 registers the model
 
-    generation = importlib.import_module(f"gdn2_titan.titan.{'v02' if HAS_TOML else 'v03'}.metrics")
+    generation = importlib.import_module(f"gdn2_titan.titan.{'v02' if HAS_TOML else 'v03'}.components")
     curves = Curves([], [], [], [], [], [])
 
     class Recorder(BaseLogger):

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from gdn2_titan.titan.generation import HAS_TOML
+from gdn2_titan.titan.torchtitan_version import IS_V02 as HAS_TOML
 
 from .runs import GLOBAL_BATCH, arguments, layouts, train, train_until_a_rank_dies, without_pipelines, write_documents
 

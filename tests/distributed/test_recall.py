@@ -2,7 +2,7 @@
 
 import pytest
 
-from gdn2_titan.titan.generation import HAS_TOML
+from gdn2_titan.titan.torchtitan_version import IS_V02 as HAS_TOML
 from tests.training import ROOT
 
 from .runs import layouts, train, without_pipelines

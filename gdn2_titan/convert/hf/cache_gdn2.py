@@ -1,5 +1,9 @@
 """What ``generate`` carries from token to token: a state for every layer, most of them of a size that never changes."""
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from transformers.cache_utils import Cache
 
 __all__ = ["GDN2Cache"]
@@ -13,7 +17,7 @@ class GDN2Cache(Cache):
     byte per token and row.
     """
 
-    def __init__(self, n_layers):
+    def __init__(self, n_layers: int) -> None:
         super().__init__(layers=[])
         self.states = [None] * n_layers
         self.seen = 0  # tokens so far, padding included
@@ -22,51 +26,51 @@ class GDN2Cache(Cache):
         self.over = None  # bool [B], rows whose next token of text begins a document; None where it goes on
         self.last = None  # [B, D], the output at the last token of each row that is text, zeros before there is one
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.states)
 
-    def get_seq_length(self, layer_idx=0):
+    def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.seen
 
-    def get_max_length(self, layer_idx=None):
+    def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1  # none
 
     get_max_cache_shape = get_max_length  # its name before transformers 5
 
     @property
-    def is_compileable(self):
+    def is_compileable(self) -> bool:
         return False
 
     @property
-    def is_croppable(self):
+    def is_croppable(self) -> bool:
         return False
 
     @property
-    def is_initialized(self):
+    def is_initialized(self) -> bool:
         return self.seen > 0
 
     @property
-    def batch_size(self):
+    def batch_size(self) -> int:
         return self.last.shape[0] if self.seen else -1
 
-    def crop(self, *args):
+    def crop(self, *args: Any) -> None:
         """Raises ValueError: a recurrent state cannot be taken back to an earlier token."""
         raise ValueError("a GDN2Cache cannot be cropped: a recurrent state does not hold the tokens it was made of")
 
-    def reset(self):
+    def reset(self) -> None:
         self.__init__(len(self))
 
-    def _map(self, change):
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace every tensor, all with a batch as first dimension, by ``change(tensor)``."""
         self.states = [state and type(state)(*map(change, state)) for state in self.states]
         for name in ("text", "places", "over", "last"):
             tensor = getattr(self, name)
             setattr(self, name, tensor if tensor is None else change(tensor))
 
-    def reorder_cache(self, beam_idx):
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     batch_select_indices = reorder_cache
 
-    def batch_repeat_interleave(self, repeats):
+    def batch_repeat_interleave(self, repeats: int) -> None:
         self._map(lambda x: x.repeat_interleave(repeats, dim=0))

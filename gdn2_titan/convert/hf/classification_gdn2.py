@@ -4,62 +4,62 @@ transformers has heads of this kind for any decoder. Their text ends at the last
 that id stands, and embeddings are taken for texts without padding; here the attention mask says where a text ends.
 """
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
 from transformers.utils import can_return_tuple
 
+from .cache_gdn2 import GDN2Cache
+from .configuration_gdn2 import GDN2Config
 from .modeling_gdn2 import GDN2Decoder, GDN2PreTrainedModel
 
 __all__ = ["GDN2ForQuestionAnswering", "GDN2ForSequenceClassification", "GDN2ForTokenClassification"]
 
 
-def _given(kwargs):
-    """Without what is None: peft names more than the decoder knows, and says nothing by it."""
-    return {name: value for name, value in kwargs.items() if value is not None}
-
-
-class GDN2ForSequenceClassification(GDN2PreTrainedModel):
-    """Token ids [B, T] -> logits [B, num_labels] at each text's last token, and the loss where there are labels."""
-
+class _DecoderWithHead(GDN2PreTrainedModel):
     accepts_loss_kwargs = False  # the loss is a mean over texts, whatever a trainer has counted
 
-    def __init__(self, config):
+    def __init__(self, config: GDN2Config) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = GDN2Decoder(config)
+
+    def _decoder(self, others: dict[str, Any], **inputs: Any) -> BaseModelOutputWithPast:
+        """others: without what is None. peft names more than the decoder knows, and says nothing by it."""
+        others = {name: value for name, value in others.items() if value is not None}
+        return self.model(**inputs, return_dict=True, **others)
+
+
+class GDN2ForSequenceClassification(_DecoderWithHead):
+    """Token ids [B, T] -> logits [B, num_labels] at each text's last token, and the loss where there are labels."""
+
+    def __init__(self, config: GDN2Config) -> None:
+        super().__init__(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=False,
-        **kwargs,
-    ):
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        past_key_values: GDN2Cache | None = None, inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None, use_cache: bool | None = False, **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:  # fmt: skip
         """As GDN2Decoder's, which also takes ``kwargs``. labels: [B] classes, or what ``config.problem_type`` wants.
 
         Raises:
             ValueError: several texts, and nothing tells where they end: neither a mask nor a padding id.
         """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            return_dict=True,
-            **_given(kwargs),
-        )
+        outputs = self._decoder(
+            kwargs, input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds, use_cache=use_cache,
+        )  # fmt: skip
         hidden = outputs.last_hidden_state
         last = self._last_tokens(hidden, input_ids, attention_mask)
         logits = self.score(hidden[torch.arange(len(hidden), device=hidden.device), last])
@@ -67,13 +67,10 @@ class GDN2ForSequenceClassification(GDN2PreTrainedModel):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
         return SequenceClassifierOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
 
-    def _last_tokens(self, hidden, input_ids, attention_mask):
+    def _last_tokens(self, hidden: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
         """int64 [B], where in ``hidden`` [B, T, D] each text ends."""
         rows, length = hidden.shape[:2]
         if attention_mask is not None:
@@ -91,64 +88,46 @@ class GDN2ForSequenceClassification(GDN2PreTrainedModel):
         return (positions * text.to(hidden.device)).argmax(-1)
 
 
-class GDN2ForTokenClassification(GDN2PreTrainedModel):
+class GDN2ForTokenClassification(_DecoderWithHead):
     """Token ids [B, T] -> logits [B, T, num_labels], each of what is known up to its token, and the loss of labels."""
 
-    accepts_loss_kwargs = False
-
-    def __init__(self, config):
+    def __init__(self, config: GDN2Config) -> None:
         super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = GDN2Decoder(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
     @can_return_tuple
-    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, use_cache=False, **kwargs):
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
+        use_cache: bool | None = False, **kwargs: Any,
+    ) -> TokenClassifierOutput:  # fmt: skip
         """As GDN2Decoder's, which also takes ``kwargs``. labels: [B, T], -100 where there is no loss."""
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            return_dict=True,
-            **_given(kwargs),
+        outputs = self._decoder(
+            kwargs, input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, use_cache=use_cache
         )
         logits = self.score(outputs.last_hidden_state)
         loss = None if labels is None else self.loss_function(logits, labels, self.config)
         return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 
-class GDN2ForQuestionAnswering(GDN2PreTrainedModel):
+class GDN2ForQuestionAnswering(_DecoderWithHead):
     """Token ids [B, T] -> logits [B, T] of where an answer starts and of where it ends, and the loss of both."""
 
-    accepts_loss_kwargs = False
-
-    def __init__(self, config):
+    def __init__(self, config: GDN2Config) -> None:
         super().__init__(config)
-        self.model = GDN2Decoder(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        start_positions=None,
-        end_positions=None,
-        use_cache=False,
-        **kwargs,
-    ):
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None, start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None, use_cache: bool | None = False, **kwargs: Any,
+    ) -> QuestionAnsweringModelOutput:  # fmt: skip
         """As GDN2Decoder's, which also takes ``kwargs``. start_positions and end_positions: [B], or neither."""
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            return_dict=True,
-            **_given(kwargs),
+        outputs = self._decoder(
+            kwargs, input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, use_cache=use_cache
         )
         start, end = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
         loss = None

@@ -11,10 +11,11 @@ import importlib
 import importlib.util
 import inspect
 import json
+import os
 import re
 from pathlib import Path
 
-from gdn2_titan.convert.aside import write_text
+from gdn2_titan.convert.atomic import write_text
 
 __all__ = ["save_code"]
 
@@ -43,7 +44,7 @@ NAMESPACE = "{package}_" + hashlib.sha256((__name__ + "{digest}").encode()).hexd
 '''
 
 
-def save_code(folder):
+def save_code(folder: str | os.PathLike[str]) -> None:
     """Write the code beside the model in ``folder`` and name it in its config.json.
 
     Raises:
@@ -62,7 +63,7 @@ def save_code(folder):
     write_text(config_file, text)  # last: until it names the code, the folder is what it was
 
 
-def flattened():
+def flattened() -> dict[str, str]:
     """{flat module name: source} of everything that the model imports."""
     sources, imports, waiting = {}, {}, list(ENTRIES)
     while waiting:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+from typing import Any
 
 from transformers import GenerationConfig, PretrainedConfig
 
@@ -47,14 +48,9 @@ class GDN2Config(PretrainedConfig):
     attribute_map = {name: field for name, field in FIELD_OF.items() if name != "num_key_value_heads"}
 
     def __init__(
-        self,
-        use_cache=True,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-        tie_word_embeddings=False,
-        **kwargs,
-    ):
+        self, use_cache: bool = True, bos_token_id: int | None = None, eos_token_id: int | None = None,
+        pad_token_id: int | None = None, tie_word_embeddings: bool = False, **kwargs: Any,
+    ) -> None:  # fmt: skip
         self.tie_word_embeddings = tie_word_embeddings
         if "rope_scaling" in kwargs:  # its name in older files
             kwargs.setdefault("rope_parameters", kwargs.pop("rope_scaling"))
@@ -81,7 +77,7 @@ class GDN2Config(PretrainedConfig):
         self.tie_word_embeddings = tie_word_embeddings
 
     @classmethod
-    def from_dict(cls, config_dict, **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As PretrainedConfig's: what is in ``kwargs`` goes before what is in the file. Refuses what the class does."""
         _, others = _fields(kwargs)
         if not kwargs.get("return_unused_kwargs"):  # else the caller looks at what is left
@@ -92,7 +88,7 @@ class GDN2Config(PretrainedConfig):
         config.model_args()
         return made
 
-    def model_args(self):
+    def model_args(self) -> GDN2ModelArgs:
         """The GDN2ModelArgs of the model.
 
         Raises:
@@ -111,40 +107,40 @@ class GDN2Config(PretrainedConfig):
         return args
 
     @property
-    def num_key_value_heads(self):
+    def num_key_value_heads(self) -> int:
         return self.attn_heads if self.attn_kv_heads is None else self.attn_kv_heads
 
     @num_key_value_heads.setter
-    def num_key_value_heads(self, value):
+    def num_key_value_heads(self, value: int | None) -> None:
         self.attn_kv_heads = value
 
     @property
-    def hidden_act(self):
+    def hidden_act(self) -> str:
         return "silu"
 
     @hidden_act.setter
-    def hidden_act(self, value):
+    def hidden_act(self, value: str) -> None:
         if value not in ("silu", "swish"):
             raise ValueError(f"hidden_act is {value!r}; it must be 'silu'")
 
     @property
-    def layer_types(self):
+    def layer_types(self) -> list[str]:
         pattern = self.layer_pattern
         return [LAYER_TYPES[pattern[layer % len(pattern)]] for layer in range(self.n_layers)]
 
     @layer_types.setter
-    def layer_types(self, value):
+    def layer_types(self, value: Any) -> None:
         if not isinstance(value, (list, tuple)) or list(value) != self.layer_types:
             raise ValueError(
                 f"layer_types is {value!r}; it follows from layer_pattern = {self.layer_pattern!r} and must be left out"
             )
 
     @property
-    def rope_parameters(self):
+    def rope_parameters(self) -> dict[str, Any]:
         return {"rope_type": "default", "rope_theta": self.rope_theta}
 
     @rope_parameters.setter
-    def rope_parameters(self, value):
+    def rope_parameters(self, value: Any) -> None:
         known = {"rope_type": "default", "type": "default", "rope_theta": self.rope_theta}
         given = {} if value is None else value
         if not isinstance(given, dict) or any(given[k] != known.get(k) for k in given if k != "rope_theta"):

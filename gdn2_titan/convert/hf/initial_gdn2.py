@@ -1,7 +1,9 @@
 """What the parts of a block start from, part by part, as transformers asks for it."""
 
 import torch
+from torch import nn
 
+from gdn2_titan.models.args import GDN2ModelArgs
 from gdn2_titan.models.decoder import Block
 from gdn2_titan.models.layer import GatedDeltaNet2
 
@@ -16,11 +18,11 @@ class BlockStart:
     these and for nothing else.
     """
 
-    def __init__(self, args, layer):
+    def __init__(self, args: GDN2ModelArgs, layer: int) -> None:
         self.args, self.layer = args, layer
         self._shape = None
 
-    def fill(self, name, part):
+    def fill(self, name: str, part: nn.Module) -> None:
         """Fill those parameters of ``part``, the submodule ``name`` of the block, that no file gave a value."""
         if isinstance(part, GatedDeltaNet2):
             part.statistics.zero_()  # no file has them, and loading leaves them arbitrary

@@ -2,8 +2,9 @@
 
 import torch
 
-from gdn2_titan.convert.names import to_hf_name
-from gdn2_titan.convert.record import args_to_fields
+from gdn2_titan.convert.checkpoint_info import args_to_fields
+from gdn2_titan.convert.checkpoints import Checkpoint
+from gdn2_titan.convert.mapping import to_hf_name
 
 from .configuration_gdn2 import GDN2Config
 from .modeling_gdn2 import GDN2ForCausalLM
@@ -11,8 +12,10 @@ from .modeling_gdn2 import GDN2ForCausalLM
 __all__ = ["load_checkpoint"]
 
 
-def load_checkpoint(checkpoint, dtype=None, device="cpu"):
-    """GDN2ForCausalLM, in eval mode, of a ``convert.checkpoints.Checkpoint``. Reads one tensor at a time.
+def load_checkpoint(
+    checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> GDN2ForCausalLM:
+    """GDN2ForCausalLM, in eval mode, of a Checkpoint. Reads one tensor at a time.
 
     dtype: of the parameters, except the decay's; None for that of the checkpoint.
 
@@ -21,7 +24,7 @@ def load_checkpoint(checkpoint, dtype=None, device="cpu"):
     """
     source = checkpoint.source
     with torch.device("meta"):
-        model = GDN2ForCausalLM(GDN2Config(**args_to_fields(checkpoint.record.model_args)))
+        model = GDN2ForCausalLM(GDN2Config(**args_to_fields(checkpoint.info.model_args)))
     model.to(dtype or source.tensors["lm_head.weight"].dtype)
     model.to_empty(device=device)
     places = model.state_dict()

@@ -1,28 +1,34 @@
 """GDN2Model as a transformers model: the same modules under transformers' names, with its loss and its ``generate``."""
 
 import inspect
+import re
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from gdn2_titan.models.args import GDN2ModelArgs
 from gdn2_titan.models.attention import rotary_angles
 from gdn2_titan.models.decay import DECAYS, DecayParameters
 from gdn2_titan.models.decoder import Block
+from gdn2_titan.models.old_names import OLD_NAMES
 
 from .cache_gdn2 import GDN2Cache
 from .configuration_gdn2 import GDN2Config
 from .initial_gdn2 import BlockStart
-from .old_names_gdn2 import ReadsOldNames
 from .packing_gdn2 import PACKING
 from .piece_gdn2 import Piece
 
 __all__ = ["GDN2Decoder", "GDN2DecoderLayer", "GDN2ForCausalLM", "GDN2PreTrainedModel"]
 
+# For folders that name parameters as this package once did. transformers' own table would do this by the kind of the
+# model, also for the code that lies beside an old folder's weights and wants the old names.
+KEY_MAPPING = {re.escape(f"mixer.{old}"): f"mixer.{new}" for old, new in OLD_NAMES.items()}
 # What transformers' loss takes beside logits and labels.
 OF_THE_LOSS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
@@ -37,7 +43,7 @@ class GDN2Decays(DecayParameters, nn.LayerNorm):
 class GDN2DecoderLayer(GradientCheckpointingLayer, Block):
     """Block, which transformers can checkpoint, and accelerate can keep on another device or on disk."""
 
-    def __init__(self, args, layer):
+    def __init__(self, args: GDN2ModelArgs, layer: int) -> None:
         super().__init__(args, layer)
         start = BlockStart(args, layer)
         for name, part in self.named_modules():
@@ -45,7 +51,7 @@ class GDN2DecoderLayer(GradientCheckpointingLayer, Block):
         if self.kind == "gdn2":
             self.mixer.decay.__class__ = GDN2Decays
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         decay = getattr(self.mixer, "decay", None)
         hook = getattr(decay, "_hf_hook", None)
         if hook is None:
@@ -58,7 +64,9 @@ class GDN2DecoderLayer(GradientCheckpointingLayer, Block):
             hook.post_forward(decay, None)
 
 
-class GDN2PreTrainedModel(ReadsOldNames, PreTrainedModel):
+class GDN2PreTrainedModel(PreTrainedModel):
+    """Loads parameters by their old names and today's, saves today's."""
+
     config_class = GDN2Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -69,7 +77,7 @@ class GDN2PreTrainedModel(ReadsOldNames, PreTrainedModel):
     _is_stateful = True
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         start = getattr(module, "start_in_block", None)
         if start is None:
             super()._init_weights(module)
@@ -77,8 +85,17 @@ class GDN2PreTrainedModel(ReadsOldNames, PreTrainedModel):
             block, name = start
             block.fill(name, module)
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, key_mapping: dict[str, str] | None = None, **kwargs: Any) -> Any:
+        loaded = super().from_pretrained(*args, key_mapping={**(key_mapping or {}), **KEY_MAPPING}, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with what was missing
+        # transformers renames back when it saves a model.
+        used = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [each for each in used if each.source_patterns[0] not in KEY_MAPPING]
+        return loaded
 
-def _check_other_words(words, seen, length):
+
+def _check_other_words(words: dict[str, Any], seen: int, length: int) -> None:
     """Refuse what no layer heeds, unless it says what is so anyway. None says nothing."""
     for name, value in words.items():
         if name == "output_attentions":
@@ -98,7 +115,7 @@ def _check_other_words(words, seen, length):
 class GDN2Decoder(GDN2PreTrainedModel):
     """Token ids [B, T] -> hidden states [B, T, D] after the last norm."""
 
-    def __init__(self, config):
+    def __init__(self, config: GDN2Config) -> None:
         super().__init__(config)
         self.args = args = config.model_args()
         self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
@@ -109,24 +126,13 @@ class GDN2Decoder(GDN2PreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        use_cache=None,
-        output_hidden_states=None,
-        output_attentions=None,
-        position_ids=None,
-        resets=None,
-        cu_seqlens=None,
-        cu_seq_lens_q=None,
-        cu_seq_lens_k=None,
-        max_length_q=None,
-        max_length_k=None,
-        seq_idx=None,
-        **kwargs,
-    ):
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        past_key_values: GDN2Cache | None = None, inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
+        output_hidden_states: bool | None = None, output_attentions: bool | None = None,
+        position_ids: Tensor | None = None, resets: Tensor | None = None, cu_seqlens: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None, cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None, max_length_k: int | None = None, seq_idx: Tensor | None = None, **kwargs: Any,
+    ) -> BaseModelOutputWithPast:  # fmt: skip
         """input_ids [B, T], or inputs_embeds [B, T, D], that follow the tokens that a GDN2Cache has seen.
 
         A cache that is given is used and updated; with ``use_cache`` and none given there is a new one in the output.
@@ -180,7 +186,7 @@ class GDN2Decoder(GDN2PreTrainedModel):
             hidden_states=(*hidden_states, h) if output_hidden_states else None,
         )
 
-    def _angles_and_masks(self, piece, states):
+    def _angles_and_masks(self, piece: Piece, states: list[Any]) -> tuple[Tensor | None, dict[str, Tensor]]:
         """What the softmax layers take, computed once for all of them: angles, and {kind: mask}."""
         kept = {
             layer.kind: 0 if state is None else state.keys.shape[1]
@@ -193,7 +199,7 @@ class GDN2Decoder(GDN2PreTrainedModel):
         masks = {kind: piece.mask(args.window if kind == "swa" else None, keys) for kind, keys in kept.items()}
         return rotary_angles(piece.positions(), args.hidden_size // args.attn_heads, args.rope_theta), masks
 
-    def _cache(self, given, use_cache, batch):
+    def _cache(self, given: Any, use_cache: bool | None, batch: int) -> GDN2Cache | None:
         if given is not None:
             if not isinstance(given, GDN2Cache):
                 raise TypeError(f"past_key_values is a {type(given).__name__}; it must be a GDN2Cache")
@@ -212,7 +218,7 @@ class GDN2Decoder(GDN2PreTrainedModel):
 class GDN2ForCausalLM(GDN2PreTrainedModel, GenerationMixin):
     """Token ids [B, T] -> logits [B, T, vocab_size], and the loss where there are labels."""
 
-    def __init__(self, config):
+    def __init__(self, config: GDN2Config) -> None:
         super().__init__(config)
         self.model = GDN2Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -220,21 +226,12 @@ class GDN2ForCausalLM(GDN2PreTrainedModel, GenerationMixin):
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=None,
-        output_hidden_states=None,
-        logits_to_keep=0,
-        position_ids=None,
-        resets=None,
-        cu_seqlens=None,
-        seq_idx=None,
-        **kwargs,
-    ):
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        past_key_values: GDN2Cache | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
+        use_cache: bool | None = None, output_hidden_states: bool | None = None, logits_to_keep: int | Tensor = 0,
+        position_ids: Tensor | None = None, resets: Tensor | None = None, cu_seqlens: Tensor | None = None,
+        seq_idx: Tensor | None = None, **kwargs: Any,
+    ) -> CausalLMOutputWithPast:  # fmt: skip
         """As GDN2Decoder's, which takes ``kwargs``. logits_to_keep: of how many last tokens, 0 for all, or a tensor of
         indices. labels: [B, T], shifted inside, -100 where there is no loss; so the last token of a document has the
         first of the next for its label, unless that is -100 (transformers' collator makes it so). The loss takes
@@ -242,29 +239,18 @@ class GDN2ForCausalLM(GDN2PreTrainedModel, GenerationMixin):
         """
         of_loss = {name: kwargs.pop(name) for name in self._of_the_loss(kwargs)}
         outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
-            position_ids=position_ids,
-            resets=resets,
-            cu_seqlens=cu_seqlens,
-            seq_idx=seq_idx,
-            return_dict=True,
-            **kwargs,
-        )
+            input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds, use_cache=use_cache, output_hidden_states=output_hidden_states,
+            position_ids=position_ids, resets=resets, cu_seqlens=cu_seqlens, seq_idx=seq_idx,
+            return_dict=True, **kwargs,
+        )  # fmt: skip
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None or of_loss.get("shift_labels") is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **of_loss)
         return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
 
     def _of_the_loss(self, names):
@@ -298,10 +284,10 @@ class GDN2ForCausalLM(GDN2PreTrainedModel, GenerationMixin):
         elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = GDN2Cache(self.config.n_layers)
 
-    def init_continuous_batching(self, *args, **kwargs):
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
         """Raises ValueError: ``generate_batch`` keeps pages of keys and values, which this model's states are not."""
         raise ValueError("generate_batch keeps keys and values in pages; this model has states, so it must be generate")
 
-    def prepare_inputs_for_generation(self, *args, inputs_embeds=None, **kwargs):
+    def prepare_inputs_for_generation(self, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any) -> Any:
         # Embeddings by name: transformers reads in this signature whether generation may start from them.
         return super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)

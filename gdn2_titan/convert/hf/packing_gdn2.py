@@ -1,6 +1,9 @@
 """Packing: where documents begin in rows that hold several, from any of the words that callers have for it."""
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 __all__ = ["PACKING", "places_of", "resets_of"]
 
@@ -10,7 +13,15 @@ LONGEST = ("max_length_q", "max_length_k")
 PACKING = ("resets", *BOUNDS, *LONGEST, "seq_idx")
 
 
-def resets_of(words, text, seen, places, batch, length, device):
+def resets_of(
+    words: dict[str, Any],
+    text: Tensor | None,
+    seen: int,
+    places: int | Tensor,
+    batch: int,
+    length: int,
+    device: torch.device,
+) -> tuple[Tensor | None, Tensor | None]:
     """bool [B, T], True where a document begins, counted by the text of each row: at i for its i-th token of text.
     None where all goes on. And bool [B], True in rows where another document begins at padding after all text; None
     where that is nowhere so.
@@ -45,7 +56,7 @@ def resets_of(words, text, seen, places, batch, length, device):
     return resets if bool(resets.any()) else None, piece.over
 
 
-def places_of(resets, places, length, device):
+def places_of(resets: Tensor | None, places: int | Tensor, length: int, device: torch.device) -> Tensor:
     """int64 [B or 1, T]: of each token in its document. places: of the first, an int or int64 [B]."""
     at = torch.arange(length, device=device)[None]
     going_on = at + (places if isinstance(places, int) else places[:, None])
@@ -56,7 +67,7 @@ def places_of(resets, places, length, device):
 
 
 def _whole_numbers(name, value, device):
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor")
     if value.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} has dtype {value.dtype}; it must be int32 or int64")
@@ -86,7 +97,7 @@ class _Piece:
             self.text = text.gather(1, self.order)
 
     def from_resets(self, value):
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(value, Tensor):
             raise TypeError(f"resets is a {type(value).__name__}; it must be a torch.Tensor")
         if value.dtype != torch.bool:
             raise TypeError(f"resets has dtype {value.dtype}; it must be bool")
@@ -160,7 +171,7 @@ class _Piece:
 
     def _places(self):
         """int64 [B]"""
-        if isinstance(self.places, torch.Tensor):
+        if isinstance(self.places, Tensor):
             return self.places
         return torch.full(self.shape[:1], self.places, device=self.device)
 

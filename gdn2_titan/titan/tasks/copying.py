@@ -3,7 +3,9 @@
 import dataclasses
 from typing import ClassVar
 
-from .task import Task, blank
+import numpy as np
+
+from .task import Draw, Task, blank
 
 __all__ = ["Copying"]
 
@@ -22,24 +24,24 @@ class Copying(Task):
     symbols: list[int] = dataclasses.field(default_factory=lambda: [16])
     alphabet: int = 64
 
-    def check(self, vocab_size):
+    def check(self, vocab_size: int) -> None:
         super().check(vocab_size)
         self.at_least(1, "alphabet")
         self.fits(self.alphabet + 2, vocab_size, "alphabet")
 
-    def shortest(self):
+    def shortest(self) -> int:
         return 2 * max(self.symbols)
 
-    def contents(self, length):
+    def contents(self, length: int) -> int:
         return self.alphabet ** min(self.symbols)
 
-    def answers(self, length):
+    def answers(self, length: int) -> int | None:
         return self.symbols[0] if len(self.symbols) == 1 else None
 
-    def remember(self, draw, length):
+    def remember(self, draw: Draw, length: int) -> np.ndarray:
         return 1 + draw.below(self.alphabet, self.size(draw))
 
-    def write(self, draw, content, length):
+    def write(self, draw: Draw, content: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
         tokens, labels = blank(length)
         count = len(content)
         start = draw.one(length - 2 * count + 1)

@@ -12,8 +12,7 @@ from torch.utils.data import get_worker_info
 
 from gdn2_titan.titan.errors import ConfigError
 
-from .draw import Draw
-from .task import Task
+from .task import Draw, Task
 
 __all__ = ["HELD_OUT_ONE_IN", "TaskDataset", "is_held_out"]
 

@@ -6,11 +6,12 @@ import functools
 from typing import ClassVar
 
 import numpy as np
+from torchtitan.components.tokenizer import BaseTokenizer
 
 from gdn2_titan.titan.stdlib import stdlib_documents
 from gdn2_titan.titan.tokens import text_tokens
 
-from .task import Task, blank
+from .task import Draw, Task, blank
 
 __all__ = ["VARIANTS", "Needle"]
 
@@ -36,7 +37,7 @@ QUESTION = "\nWhich code was told? The code of the {key} is "
 
 
 @functools.cache
-def _text(held_out):
+def _text(held_out: bool) -> str:
     return "\n".join(stdlib_documents(held_out=held_out).values())
 
 
@@ -53,7 +54,7 @@ class Needle(Task):
     variant: str = "s1"
     needles: int | None = None
 
-    def check(self, vocab_size):
+    def check(self, vocab_size: int) -> None:
         if self.variant not in VARIANTS:
             raise ValueError(f"variant is {self.variant!r}; it must be one of {', '.join(VARIANTS)}")
         if self.needles is not None:
@@ -62,7 +63,7 @@ class Needle(Task):
             if not 2 <= self.needles <= KEYS:
                 raise ValueError(f"needles is {self.needles}; it must be at least 2 and at most {KEYS}")
 
-    def prepare(self, tokenizer, held_out):
+    def prepare(self, tokenizer: BaseTokenizer, held_out: bool) -> None:
         self._tokenizer = tokenizer
         if self.variant == "s1":
             self._haystack = NOISE
@@ -71,7 +72,7 @@ class Needle(Task):
         sample = self._haystack[:10_000]
         self._characters = len(sample) / len(self._encode(sample))  # per token
 
-    def shortest(self):
+    def shortest(self) -> int:
         """1 before ``prepare``: it depends on the tokenizer."""
         if not hasattr(self, "_tokenizer"):
             return 1
@@ -87,17 +88,17 @@ class Needle(Task):
     def _default(self):
         return 4 if self.variant == "mk1" else 1
 
-    def contents(self, length):
+    def contents(self, length: int) -> int:
         return KEYS * (16**HEX_DIGITS if self.variant == "s3" else 9 * 10 ** (DIGITS - 1))
 
-    def answers(self, length):
+    def answers(self, length: int) -> int | None:
         return None  # the tokens of a code
 
-    def remember(self, draw, length):
+    def remember(self, draw: Draw, length: int) -> np.ndarray:
         """The key that is asked for and the digits of its code."""
         return np.concatenate((draw.below(KEYS, 1), self._code(draw)))
 
-    def write(self, draw, content, length):
+    def write(self, draw: Draw, content: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
         count = self.needles or self._default
         others = (content[0] + 1 + draw.order(KEYS - 1)[: count - 1]) % KEYS
         codes = [content[1:]] + [self._code(draw) for _ in others]
@@ -117,7 +118,7 @@ class Needle(Task):
         labels[-len(answer) :] = answer
         return tokens, labels
 
-    def _encode(self, text):
+    def _encode(self, text: str) -> list[int]:
         return text_tokens(self._tokenizer, text)
 
     def _code(self, draw):

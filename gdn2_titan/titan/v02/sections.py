@@ -11,7 +11,7 @@ from torchtitan.config.job_config import Quantize as StockQuantize
 from torchtitan.config.job_config import QuantizedLinear as StockQuantizedLinear
 
 from ..byte_tokenizer import BYTE_TOKENIZER_DIR
-from ..sections import GDN2, Data, Float8Linear, MXLinear, Task
+from ..settings import GDN2, Data, Float8Linear, MXLinear, Task
 
 __all__ = ["JobConfig", "Parallelism"]
 

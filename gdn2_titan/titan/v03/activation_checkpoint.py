@@ -1,7 +1,7 @@
 """Activation checkpointing as [activation_checkpoint] of a TOML file names it, in the classes of TorchTitan 0.3."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -19,7 +19,7 @@ class SavedOpsAC(SelectiveAC):
     class Config(SelectiveAC.Config):
         pass
 
-    def get_save_ops(self):
+    def get_save_ops(self) -> Any:
         return SAVED_OPS
 
 
@@ -59,7 +59,7 @@ COMMON = ("preserve_rng_state", "determinism_check", "debug")
 BUDGET = ("memory_budget", "visualize_memory_budget_pareto")
 
 
-def policy_of_fields(section):
+def policy_of_fields(section: Any) -> ActivationCheckpointing.Config | None:
     """The policy's config, or None, of [activation_checkpoint]."""
     common = {name: getattr(section, name) for name in COMMON}
     if section.mode == "none":
@@ -74,7 +74,7 @@ def policy_of_fields(section):
     return EveryAC.Config(**common, every=int(section.selective_ac_option))
 
 
-def fields_of_policy(config):
+def fields_of_policy(config: ActivationCheckpointing.Config | None) -> dict[str, Any]:
     """{field: value} of [activation_checkpoint] of a policy's config; what it does not say is left out."""
     if config is None:
         return {"mode": "none"}

@@ -1,34 +1,40 @@
-"""TorchTitan 0.3's trainer with this package's parts in its config."""
+"""TorchTitan 0.3's trainer with this package's parts in its config, and the Settings that such a config says."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torchtitan.components.checkpointer import CheckpointManager
-from torchtitan.components.checkpointer.base import MODEL
 from torchtitan.config.configs import CompileConfig, ParallelismConfig, TrainingConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed import utils as dist_utils
 from torchtitan.trainer import Trainer
 
 from gdn2_titan.models import flavors
 
 from .. import pipeline
 from ..byte_tokenizer import BYTE_TOKENIZER_DIR
+from ..checkpoint import keeps_decays_and_knows_old_names
+from ..checks.settings import check_settings
 from ..errors import ConfigError, refusing
-from ..export import exact_decays
-from ..old_names import reading_old_names
-from ..sections import GDN2, Data, Float8Linear, MXLinear, Task
+from ..settings import GDN2, Data, Float8Linear, MXLinear, Settings, Task
 from ..tokens import check_tokenizer
-from ..validate_config import validate_config
-from .activation_checkpoint import Policy
-from .data import TrainingData, deal_out
-from .loss import WatchedLoss
-from .lr_scheduler import LRSchedulers
-from .metrics import GDN2MetricsProcessor
-from .optimizer import GroupedOptimizers
-from .own_fields import check_own_fields, in_words_of_03
-from .timeouts import settle_timeouts
-from .validator import GDN2Validator
+from .activation_checkpoint import Policy, fields_of_policy
+from .components import (
+    GDN2MetricsProcessor,
+    GDN2Validator,
+    GroupedOptimizers,
+    LRSchedulers,
+    TrainingData,
+    WatchedLoss,
+    deal_out,
+)
+from .fields import COUNTERPARTS, check_own_fields, get, in_words_of_03, job_config_class, put
 
-__all__ = ["GDN2Trainer", "check", "hand_on"]
+__all__ = ["GDN2Trainer", "JobConfig", "check", "fill", "settings_of", "settle_timeouts"]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -63,6 +69,7 @@ class Compile(CompileConfig):
         """As of GDN2Trainer.Config."""
 
 
+@keeps_decays_and_knows_old_names
 class Checkpoints(CheckpointManager):
     @dataclass(kw_only=True, slots=True)
     class Config(CheckpointManager.Config):
@@ -71,12 +78,6 @@ class Checkpoints(CheckpointManager):
 
         def __post_init__(self):
             """As of GDN2Trainer.Config; a relative initial_load_path is right."""
-
-    def dcp_save(self, state_dict, *args, **kwargs):
-        # Whatever checkpoint.export_dtype made of A_log and dt_bias.
-        return super().dcp_save(exact_decays(state_dict, self.states[MODEL]), *args, **kwargs)
-
-    dcp_load = reading_old_names(CheckpointManager.dcp_load)
 
 
 class GDN2Trainer(Trainer):
@@ -105,37 +106,51 @@ class GDN2Trainer(Trainer):
             """Our check refuses what the stock one does and more, in a sentence with the section's name."""
 
     @refusing
-    def __init__(self, config):
-        from .job_config import job_config_of
-
+    def __init__(self, config: Config) -> None:
         check(config)
-        job_config = job_config_of(config)
+        settings = settings_of(config)
         with in_words_of_03():
-            validate_config(job_config)
+            check_settings(settings)
             check_tokenizer(config.hf_assets_path)
-        hand_on(config, job_config)
+        fill(config, settings)
         settle_timeouts()
         super().__init__(config)
 
-    def post_dataloading_process(self, input_dict, labels):
+    def post_dataloading_process(
+        self, input_dict: dict[str, torch.Tensor], labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         mesh = self.parallel_dims.get_optional_mesh("cp")
         balancer = self.config.parallelism.context_parallel_load_balancer
         inputs, labels, extra = deal_out(input_dict, labels, mesh, balancer)
         self.ntokens_seen += labels.numel()
         return inputs, labels, extra
 
-    def train_step(self, data_iterator):
+    def train_step(self, data_iterator: Iterator[Any]) -> None:
         super().train_step(data_iterator)
         self.metrics_processor.finish(self.step)
 
 
-def hand_on(config, job_config):
-    """Give the job config to the parts of a trainer's config that are built from it."""
+JobConfig = job_config_class(GDN2Trainer.Config())
+
+
+def settings_of(config: GDN2Trainer.Config) -> Settings:
+    """What a config says, under the names of TOML files."""
+    said = JobConfig()
+    said.model.flavor = config.model_spec.flavor
+    for name, value in fields_of_policy(config.activation_checkpoint).items():
+        setattr(said.activation_checkpoint, name, value)
+    for place, counterpart in COUNTERPARTS.items():
+        put(said, place, get(config, counterpart))
+    return Settings.of(said)
+
+
+def fill(config: GDN2Trainer.Config, settings: Settings) -> None:
+    """Give the settings to the parts of a config that are built from it."""
     for part in (config.model_spec.model, config.metrics, config.dataloader, config.validator, config.loss):
-        part._job_config = job_config
+        part._settings = settings
 
 
-def check(config):
+def check(config: GDN2Trainer.Config) -> None:
     """Raise ConfigError for what cannot train, before anything is built."""
     check_own_fields(config)
     if config.model_spec.flavor not in flavors:
@@ -146,3 +161,20 @@ def check(config):
             f"parallelism.pipeline_parallel_degree is {degree}; with TorchTitan 0.3 and torch {torch.__version__} it "
             "must be 1, torch 2.14 has the pipelines that it needs"
         )
+
+
+def settle_timeouts() -> None:
+    """Replace the function by which TorchTitan shortens timeouts after the first step: stock, it needs torch 2.14.
+    Once per process, before training; again is harmless."""
+    dist_utils.set_pg_timeouts = _set_timeouts
+
+
+def _set_timeouts(timeout: timedelta, parallel_dims: ParallelDims) -> None:
+    dist.barrier(device_ids=None if dist_utils.device_type == "cpu" else [dist_utils.device_module.current_device()])
+    dist_utils.device_module.synchronize()
+    groups = [mesh.get_group() for mesh in parallel_dims.get_all_one_dimensional_meshes().values()] + [None]
+    for group in groups:
+        if hasattr(dist, "set_timeout"):
+            dist.set_timeout(timeout, group)
+        else:
+            dist.distributed_c10d._set_pg_timeout(timeout, group)

@@ -1,0 +1,106 @@
+"""A command line and the TOML file that it names, checked against the config classes before TorchTitan reads them."""
+
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from gdn2_titan.convert import toml_table
+from gdn2_titan.convert.toml_table import ConfigError, check_known, describe
+
+from .ranges import check_range
+
+__all__ = ["check_arguments", "check_table", "config_file", "options_of"]
+
+FLAGS = ("--job.config_file", "--job.config-file")
+
+
+def config_file(argv: Sequence[str]) -> str | None:
+    """The TOML file named on a command line, or None."""
+    for i, argument in enumerate(argv):
+        flag, _, value = argument.partition("=")
+        if flag in FLAGS:
+            return value if value else (argv[i + 1] if i + 1 < len(argv) else None)
+    return None
+
+
+def check_table(table: dict[str, Any], cls: type) -> None:
+    """Raise ConfigError unless what a file says fits the (merged) config class."""
+    toml_table.check_table(table, cls, check_range)
+
+
+# In the place of a value: it is none of the field's type, or only TorchTitan knows how to read the type.
+WRONG, UNREADABLE = object(), object()
+
+
+def check_arguments(arguments: Sequence[str], cls: type) -> None:
+    """Raise ConfigError unless the ``--section.field value`` of a command line fit a (merged) config class.
+
+    What is none, such as ``--help``, is left to TorchTitan.
+    """
+    for name, values in options_of(arguments):
+        *sections, last = name.split(".")
+        if sections:
+            _check(cls, sections, last, values)
+
+
+def options_of(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """(name, values) of each option. Options may be written with hyphens for underscores, and with ``=``."""
+    name, values = None, []
+    for argument in arguments:
+        if not argument.startswith("--"):
+            values.append(argument)
+            continue
+        if name is not None:
+            yield name, values
+        name, joined, value = argument.removeprefix("--").partition("=")
+        name, values = name.replace("-", "_"), [value] if joined else []
+    if name is not None:
+        yield name, values
+
+
+def _check(cls: type, sections: list[str], last: str, values: list[str]) -> None:
+    prefix = ""
+    for one in sections:
+        check_known(one, {}, cls, prefix)
+        cls, prefix = {f.name: f.type for f in fields(cls)}[one], f"{prefix}{one}."
+        if not is_dataclass(cls):
+            return
+    annotations = {f.name: f.type for f in fields(cls)}
+    switched = last.removeprefix("no_")
+    if annotations.get(switched) is bool and last not in annotations:
+        last, value = switched, False
+    elif annotations.get(last) is bool:
+        value = True
+    else:
+        check_known(last, values[0] if values else "", cls, prefix)
+        value = _read(values, annotations[last]) if values else UNREADABLE
+        if value is WRONG:
+            raise ConfigError(f"{prefix}{last} is {' '.join(values)!r}; it must be {describe(annotations[last])}")
+    if annotations[last] is bool and values:
+        raise ConfigError(f"{prefix}{last} is {values[0]!r}; it is said by --{prefix}{last} or --{prefix}no-{last}")
+    if value is not UNREADABLE:
+        check_range(f"{prefix}{last}", value)
+
+
+def _read(values: list[str], annotation: Any) -> Any:
+    """The value of a field's type that an option's words say, WRONG, or UNREADABLE."""
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType):
+        found = [_read(values, part) for part in typing.get_args(annotation)]
+        return next((value for value in found if value is not WRONG), WRONG)
+    if origin is typing.Literal:
+        return values[0] if values[0] in typing.get_args(annotation) else WRONG
+    if origin is list:
+        (item,) = typing.get_args(annotation)
+        found = values[0].split(",") if item is str else [_read([value], item) for value in values]
+        return next((value for value in found if value in (WRONG, UNREADABLE)), found)
+    if annotation is type(None):
+        return None if values == ["None"] else WRONG
+    if annotation in (int, float):
+        try:
+            return annotation(values[0])
+        except ValueError:
+            return WRONG
+    return values[0] if annotation is str else UNREADABLE

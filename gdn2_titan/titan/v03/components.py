@@ -1,0 +1,290 @@
+"""The parts of a training as TorchTitan 0.3 builds and calls them: model, loss, optimizer, rate, data, metrics,
+validation, and the functions of a ModelSpec."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from torch.distributed.device_mesh import DeviceMesh
+from torchtitan.components.checkpointer.utils import canonical_fqn
+from torchtitan.components.dataloader import ParallelAwareDataloader
+from torchtitan.components.loss import BaseLoss, cross_entropy_loss
+from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer
+from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.components.validate import BaseValidator, Validator
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.compile import _maybe_enable_async_tp
+from torchtitan.distributed.context_parallel.api import cp_shard
+from torchtitan.distributed.pipeline_parallel import pipeline_llm
+from torchtitan.protocols import BaseModel
+from torchtitan.tools.logging import logger
+
+from gdn2_titan.models import GDN2Model, GDN2ModelArgs
+from gdn2_titan.models.flops import flops_per_token, parameter_counts
+
+from ..checks.settings import check_vocabulary
+from ..dataloader import ReshardingDataloader, build_dataloader, for_trainer
+from ..errors import refusing
+from ..float8 import NAMES, LinearConverter
+from ..metrics import GateMetrics
+from ..optimizer import OPTIMIZERS, decay_groups, hold_last_rate
+from ..parallelize import apply_plans
+from ..pipeline import modules_of_stages
+from ..settings import Settings
+from ..validation import TaskValidation
+
+__all__ = [
+    "GDN2MetricsProcessor",
+    "GDN2Validator",
+    "GroupedOptimizers",
+    "LRSchedulers",
+    "TitanModel",
+    "TrainingData",
+    "WatchedLoss",
+    "converters_of",
+    "deal_out",
+    "hook_converters",
+    "parallelize",
+    "pipeline",
+]
+
+# TorchTitan builds each part from its own section alone: what a part reads of others, the trainer fills in here before.
+Filled = Annotated[Settings | None, tyro.conf.Suppress]
+
+
+class TitanModel(GDN2Model, BaseModel):
+    """The resets that a data loader gives with the tokens come as they are, to every pipeline stage."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(BaseModel.Config):
+        args: GDN2ModelArgs = field(default_factory=GDN2ModelArgs)
+        _settings: Filled = None
+
+        @property
+        def layers(self) -> range:
+            """As many as the model has: their number is all that TorchTitan's pipelines ask for."""
+            return range(self.args.n_layers)
+
+        def update_from_config(self, *, config: Any, **kwargs: Any) -> None:
+            self.args = self._settings.model_args()
+
+        def get_nparams_and_flops(self, model: torch.nn.Module, seq_len: int) -> tuple[int, int]:
+            total, embedding = parameter_counts(model)
+            return total, flops_per_token(self.args, total, embedding, seq_len)
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config.args)
+        self.config = config
+
+    def verify_module_protocol(self) -> None:
+        """The layers are plain modules of PyTorch."""
+
+
+class WatchedLoss(BaseLoss):
+    """A loss that shows what it is given to ``watcher(logits, labels)``, while there is one: every layout computes its
+    loss by this, on the ranks and in the microbatches that have logits."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(BaseLoss.Config):
+        _settings: Filled = None
+
+    def __init__(self, config: Config, *, compile_config: Any = None) -> None:
+        self.fn = cross_entropy_loss
+        self.watcher: Callable[[torch.Tensor, torch.Tensor], None] | None = None
+        # On shards of the vocabulary it communicates, which compiling it gains nothing for.
+        if config._settings.parallelism.tensor_parallel_degree == 1:
+            self._maybe_compile(compile_config)
+        elif compile_config is not None and compile_config.enable and "loss" in compile_config.components:
+            logger.info("The loss is not compiled: it is computed on shards of the vocabulary")
+
+    def __call__(
+        self, pred: torch.Tensor, labels: torch.Tensor, global_valid_tokens: Any = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, ...]:
+        if self.watcher is not None:
+            self.watcher(pred, labels)
+        return super().__call__(pred, labels, global_valid_tokens, **kwargs)
+
+
+class GroupedOptimizers(OptimizersContainer):
+    """Two parameter groups per model part. ``param_groups`` of the stock config is not read."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(OptimizersContainer.Config):
+        name: Literal["Adam", "AdamW"] = "AdamW"
+        lr: float = 8e-4
+        beta1: float = 0.9
+        beta2: float = 0.95
+        eps: float = 1e-8
+        weight_decay: float = 0.1
+        """Of matrices; A_log, dt_bias, norms and biases do not decay"""
+        implementation: Literal["for-loop", "foreach", "fused"] = "fused"
+
+    def __init__(self, config: Config, *, model_parts: list[torch.nn.Module]) -> None:
+        self.model_parts, self.optimizers = model_parts, []
+        options = {
+            "lr": config.lr,
+            "betas": (config.beta1, config.beta2),
+            "eps": config.eps,
+            "weight_decay": config.weight_decay,
+            **self._build_impl_kwargs(config),
+        }
+        everything = []
+        for part in model_parts:
+            named = [(canonical_fqn(name), p) for name, p in part.named_parameters() if p.requires_grad]
+            self.optimizers.append(OPTIMIZERS[config.name](decay_groups(named, with_names=True), **options))
+            everything += [p for _, p in named]
+        self._post_init(everything)
+
+
+class LRSchedulers(LRSchedulersContainer):
+    @dataclass(kw_only=True, slots=True)
+    class Config(LRSchedulersContainer.Config):
+        def build(self, *, optimizers: OptimizersContainer, training_steps: int) -> LRSchedulersContainer:
+            built = LRSchedulersContainer.Config.build(self, optimizers=optimizers, training_steps=training_steps)
+            hold_last_rate(built.schedulers, self.total_steps or training_steps)
+            return built
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainingData(ParallelAwareDataloader.Config):
+    dataset: str = "stdlib"
+    """"stdlib", "files", a Hugging Face repository or a recall task"""
+    dataset_path: str | None = None
+    """File, folder or glob, with "files" """
+    _settings: Filled = None
+
+    @refusing
+    def build(self, *, dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, **_: Any) -> ReshardingDataloader:
+        check_vocabulary(self._settings, tokenizer)
+        settings = in_microbatches(self._settings, "training")
+        return for_trainer(build_dataloader)(dp_world_size, dp_rank, tokenizer, settings)
+
+
+@dataclass(kw_only=True, slots=True)
+class ValidationData(ParallelAwareDataloader.Config):
+    dataset: str = "stdlib"
+    dataset_path: str | None = None
+    local_batch_size: int = 8
+    """Sequences that a data-parallel rank validates with at a time"""
+    seq_len: int = 2048
+    """Tokens of a sequence"""
+
+
+def in_microbatches(settings: Settings, part: str) -> Settings:
+    """The settings for a loader of what the trainer asks for at a time: in a pipeline, a microbatch."""
+    parallelism = settings.parallelism
+    if parallelism.pipeline_parallel_degree == 1:
+        return settings
+    microbatch = replace(getattr(settings, part), local_batch_size=parallelism.pipeline_parallel_microbatch_size)
+    return replace(settings, **{part: microbatch})
+
+
+def deal_out(
+    input_dict: dict[str, torch.Tensor], labels: torch.Tensor, cp_mesh: DeviceMesh | None, balancer: str | None
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """(tokens, labels, {"resets": ...}) as the model takes them: under context parallelism, this rank's share of each
+    sequence. The stock trainer asks for positions to deal out, which this model knows from its shards."""
+    tensors = {"input": input_dict["input"], "labels": labels}
+    if "resets" in input_dict:
+        tensors["resets"] = input_dict["resets"]
+    if cp_mesh is not None:
+        shares, _ = cp_shard(cp_mesh, tuple(tensors.values()), None, None if balancer == "none" else balancer)
+        tensors = dict(zip(tensors, shares, strict=True))
+    return tensors.pop("input"), tensors.pop("labels"), tensors
+
+
+class GDN2MetricsProcessor(GateMetrics, MetricsProcessor):
+    @dataclass(kw_only=True, slots=True)
+    class Config(MetricsProcessor.Config):
+        _settings: Filled = None
+
+    def __init__(self, config: Config, *, parallel_dims: ParallelDims, **kwargs: Any) -> None:
+        self.watch(config._settings, config._settings.model_args())
+        super().__init__(config, parallel_dims=parallel_dims, **kwargs)
+
+    def log(
+        self,
+        step: int,
+        global_avg_loss: float,
+        global_max_loss: float,
+        grad_norm: float,
+        extra_metrics: dict[str, Any] | None = None,
+    ) -> None:
+        # TorchTitan divides the loss of a context-parallel rank by the tokens of whole sequences; it has a share.
+        super().log(step, global_avg_loss, global_max_loss * self.parallel_dims.cp, grad_norm, extra_metrics)
+        self.flush()
+
+
+class GDN2Validator(TaskValidation, Validator):
+    """TorchTitan's validation loop over this package's data."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Validator.Config):
+        dataloader: ValidationData = field(default_factory=ValidationData)
+        _settings: Filled = None
+
+        def __post_init__(self):
+            """Our check refuses what the stock one does, in a sentence with the section's name."""
+
+    @refusing
+    def __init__(self, config: Config, *, dp_world_size: int, dp_rank: int, **parts: Any) -> None:
+        BaseValidator.__init__(self, config)
+        self.prepare(in_microbatches(config._settings, "validation"), dp_world_size, dp_rank, **parts)
+        # What the stock loop would hand to the loader that it builds; ours is there already.
+        self.dp_world_size, self.dp_rank = dp_world_size, dp_rank
+        self.seq_len, self.local_batch_size = config.dataloader.seq_len, config.dataloader.local_batch_size
+        self.dl_config = SimpleNamespace(build=lambda **_: self.validation_dataloader)
+
+    def post_dataloading_process(
+        self, input_dict: dict[str, torch.Tensor], labels: torch.Tensor, model_parts: list[torch.nn.Module]
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        mesh = self.parallel_dims.get_optional_mesh("cp")
+        return deal_out(input_dict, labels, mesh, self.parallelism.context_parallel_load_balancer)
+
+
+def parallelize(
+    model: torch.nn.Module,
+    *,
+    parallel_dims: ParallelDims,
+    compile_config: Any,
+    ac_config: Any,
+    dump_folder: str,
+    **_: Any,
+) -> torch.nn.Module:
+    """TorchTitan's ``parallelize_fn``, for the model or a pipeline stage of it."""
+    settings = model.config._settings
+    for converter in converters_of(settings, parallel_dims):
+        converter.convert(model)
+    return apply_plans(
+        model,
+        parallel_dims,
+        settings,
+        loss_parallel=True,
+        async_tensor_parallel=lambda mesh: _maybe_enable_async_tp(compile_config, mesh),
+        checkpoint=lambda model: ac_config.build(dump_folder=dump_folder).apply(model),
+        shards=True,  # over a single rank too: parameters in fp32 are computed with in bf16 by nothing else
+    )
+
+
+def hook_converters(
+    optimizers: OptimizersContainer, model_parts: list[torch.nn.Module], parallel_dims: ParallelDims
+) -> None:
+    """TorchTitan's ``post_optimizer_build_fn``: what the converters of model.converters do after each step."""
+    for converter in converters_of(model_parts[0].config._settings, parallel_dims):
+        optimizers.register_step_post_hook(lambda *_, one=converter: one.post_optimizer_hook(model_parts))
+
+
+def converters_of(settings: Settings, parallel_dims: ParallelDims) -> list[LinearConverter]:
+    """The converters that model.converters names."""
+    return [LinearConverter(settings, parallel_dims, name) for name in NAMES if name in settings.model.converters]
+
+
+def pipeline(model: torch.nn.Module, *, parallelism: Any, model_config: Any, **rest: Any) -> tuple[Any, ...]:
+    """TorchTitan's ``pipelining_fn``, which also knows the head by the name that 0.2.2 has for it."""
+    stages = modules_of_stages(parallelism, model_config.args.n_layers)
+    named = replace(parallelism, module_fqns_per_model_part=stages)
+    return pipeline_llm(model, parallelism=named, model_config=model_config, **rest)
