@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import torch
 
-__all__ = ["settle_device"]
+__all__ = ["accelerator", "settle_device"]
 
 # Every TorchTitan 0.2.2 module that keeps the device in a name of its own and that our models run through.
 HOLDERS = (
@@ -68,13 +68,13 @@ class CPUDevice:
         pass
 
 
-def accelerator():
+def accelerator() -> str | None:
     """The accelerator that TorchTitan can train on here, or None."""
     device = torch.accelerator.current_accelerator(check_available=True)
     return device.type if device is not None and device.type in TRAINABLE else None
 
 
-def settle_device():
+def settle_device() -> None:
     """Make TorchTitan use the CPU unless there is an accelerator. Call it once, before the trainer is built."""
     if accelerator() is not None:
         return

@@ -2,6 +2,7 @@
 a checkpoint was trained with."""
 
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -75,6 +76,18 @@ class GateMetrics:
         stages = [None] * dist.get_world_size(group)
         dist.all_gather_object(stages, found, group)
         return {name: value for stage in stages for name, value in stage.items()}
+
+    def log(
+        self,
+        step: int,
+        global_avg_loss: float,
+        global_max_loss: float,
+        grad_norm: float,
+        extra_metrics: dict[str, Any] | None = None,
+    ) -> None:
+        # TorchTitan divides the loss of a context-parallel rank by the tokens of whole sequences; it has a share.
+        super().log(step, global_avg_loss, global_max_loss * self.parallel_dims.cp, grad_norm, extra_metrics)
+        self.flush()
 
     def flush(self) -> None:
         # The stock writer keeps two minutes of curves in memory: a killed run would resume with a hole in them.

@@ -176,20 +176,11 @@ class GDN2MetricsProcessor(GateMetrics, MetricsProcessor):
         self.finish(step)
         return super().should_log(step)
 
-    def log(
-        self,
-        step: int,
-        global_avg_loss: float,
-        global_max_loss: float,
-        grad_norm: float,
-        extra_metrics: dict[str, Any] | None = None,
-    ) -> None:
-        # TorchTitan has every context-parallel rank count whole sequences, of whose loss it has a share.
-        shares = self.parallel_dims.cp
+    def log(self, *args: Any, extra_metrics: dict[str, Any] | None = None) -> None:
+        # TorchTitan has every context-parallel rank count whole sequences.
         if extra_metrics and "n_tokens_seen" in extra_metrics:
-            extra_metrics = extra_metrics | {"n_tokens_seen": extra_metrics["n_tokens_seen"] // shares}
-        super().log(step, global_avg_loss, global_max_loss * shares, grad_norm, extra_metrics)
-        self.flush()
+            extra_metrics = extra_metrics | {"n_tokens_seen": extra_metrics["n_tokens_seen"] // self.parallel_dims.cp}
+        super().log(*args, extra_metrics=extra_metrics)
 
 
 class _DealtOut:

@@ -206,18 +206,6 @@ class GDN2MetricsProcessor(GateMetrics, MetricsProcessor):
         self.watch(config._settings, config._settings.model_args())
         super().__init__(config, parallel_dims=parallel_dims, **kwargs)
 
-    def log(
-        self,
-        step: int,
-        global_avg_loss: float,
-        global_max_loss: float,
-        grad_norm: float,
-        extra_metrics: dict[str, Any] | None = None,
-    ) -> None:
-        # TorchTitan divides the loss of a context-parallel rank by the tokens of whole sequences; it has a share.
-        super().log(step, global_avg_loss, global_max_loss * self.parallel_dims.cp, grad_norm, extra_metrics)
-        self.flush()
-
 
 class GDN2Validator(TaskValidation, Validator):
     """TorchTitan's validation loop over this package's data."""
