@@ -2,7 +2,8 @@
 
 A call crosses one autograd boundary, a ``torch.autograd.Function`` around what lies below autograd. Compiled, it is the
 operator itself, since the compiler caches no graph with a custom Function. Under torch.func, which knows no derivative
-of an operator, another Function takes the call. Both refuse forward-mode AD, which would take an operator for a constant.
+of an operator, another Function takes the call. Both refuse forward-mode AD, which would take an operator for a
+constant.
 """
 
 import functools

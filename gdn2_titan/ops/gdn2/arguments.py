@@ -151,13 +151,13 @@ def _check_tensors(inputs):
 def check_state(inputs: GDN2Inputs) -> None:
     """Raise for an initial state, the argument ``state``, that cannot be updated in place. ``check_arguments`` passed
     the others."""
-    q, state = inputs.q, inputs.initial_state
+    q, state, dtype = inputs.q, inputs.initial_state, inputs.compute_dtype
     if not isinstance(state, Tensor):
         raise TypeError(f"state is a {type(state).__name__}; it must be a torch.Tensor")
     if state.device != q.device:
         raise ValueError(f"state is on {state.device}; it must be on q's device {q.device}")
-    if state.dtype != inputs.compute_dtype:
-        raise TypeError(f"state has dtype {state.dtype}; it must be {inputs.compute_dtype}, which {q.dtype} is computed in")
+    if state.dtype != dtype:
+        raise TypeError(f"state has dtype {state.dtype}; it must be {dtype}, which {q.dtype} is computed in")
     require_shape("state", state, inputs.state_shape, "[N, HV, K, V]")
     if not state.is_contiguous():
         raise ValueError(f"state has strides {state.stride()}; it must be contiguous, as it is updated in place")

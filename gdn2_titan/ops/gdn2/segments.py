@@ -128,8 +128,6 @@ def segment_summary(
         TypeError, ValueError: naming the argument, what came and what is allowed.
     """
     inputs = GDN2Inputs(k, k, v, g, b, w, A_log, dt_bias, resets=resets)
-    options = GDN2Options(
-        1.0, use_qk_l2norm_in_kernel, use_gate_in_kernel, use_sigmoid_in_kernel, erase_scale, backend
-    )
+    options = GDN2Options(1.0, use_qk_l2norm_in_kernel, use_gate_in_kernel, use_sigmoid_in_kernel, erase_scale, backend)
     _, _, M, D = segment_gdn2(inputs, check_arguments(inputs, options))
     return M, D

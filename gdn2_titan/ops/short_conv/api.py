@@ -26,9 +26,9 @@ def _kernels(x, weight, bias, backend):
     tensors = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
     if not all(use_triton(name, tensor, backend) for name, tensor in tensors.items()) or x.numel() == 0:
         return windowed
-    from . import triton  # not before it is needed: Triton is not everywhere
+    from .triton import launches  # not before it is needed: Triton is not everywhere
 
-    return triton
+    return launches
 
 
 ARGUMENTS = (
@@ -63,9 +63,7 @@ def _fake_backward(dy, dfinal_state, x, weight, bias, silu, initial_state, *rest
     return tuple(x.new_empty(0) if y is None else y.new_empty(y.shape) for y in (x, weight, bias, initial_state))
 
 
-_forward_op = define(
-    "gdn2_titan::causal_conv1d", f"({ARGUMENTS}) -> (Tensor, Tensor)", _forward, _fake_forward
-)
+_forward_op = define("gdn2_titan::causal_conv1d", f"({ARGUMENTS}) -> (Tensor, Tensor)", _forward, _fake_forward)
 _backward_op = define(
     "gdn2_titan::causal_conv1d_backward",
     f"(Tensor? dy, Tensor? dfinal_state, {ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
