@@ -2,7 +2,8 @@
 
 import torch
 
-from gdn2_titan.ops.gdn2.segments import segment_gdn2_op
+from gdn2_titan.ops.gdn2.arguments import GDN2Inputs, GDN2Options
+from gdn2_titan.ops.gdn2.segments import segment_gdn2
 
 __all__ = ["KINDS", "conv_inputs", "gdn2_inputs", "segment"]
 
@@ -81,7 +82,6 @@ def conv_inputs(
 
 def segment(initial_state=None, output_final_state=False, **inputs):
     """What a rank that holds a segment of a sequence runs before it knows the entering state. inputs: gdn2_inputs."""
-    tensors = [inputs.get(name) for name in ("q", "k", "v", "g", "b", "w", "A_log", "dt_bias", "resets")]
+    tensors = GDN2Inputs(**{name: inputs.get(name) for name in GDN2Inputs._fields})
     raw = inputs.get("use_gate_in_kernel", False)
-    scale = inputs["q"].shape[-1] ** -0.5
-    return segment_gdn2_op(*tensors, scale, raw, raw, raw, 1.0, "triton")
+    return segment_gdn2(tensors, GDN2Options(inputs["q"].shape[-1] ** -0.5, raw, raw, raw, 1.0, "triton"))

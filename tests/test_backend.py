@@ -18,7 +18,7 @@ from gdn2_titan.ops import causal_conv1d, chunk_gdn2, dispatch, recurrent_gdn2, 
 from gdn2_titan.ops.context_parallel.shards import SequenceShards
 from gdn2_titan.ops.gdn2 import chunked, split
 from gdn2_titan.ops.gdn2.triton import chunk, recurrent
-from gdn2_titan.ops.short_conv import triton as triton_conv
+from gdn2_titan.ops.short_conv.triton import launches as triton_conv
 from gdn2_titan.ops.triton import target
 from tests.gdn2_cases import make
 from tests.test_models import SMALL, by_hand, layer

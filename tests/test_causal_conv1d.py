@@ -296,9 +296,9 @@ def test_eager_and_compiled_agree_under_autocast_and_match_running_without_it():
 def test_autocast_is_off_inside_both_op_bodies(monkeypatch):
     # On a CPU nothing in the bodies is of a kind that autocast changes; on other devices some operators are.
     seen = []
-    layout = windowed_conv1d._layout
+    layout = windowed_conv1d._indices
     monkeypatch.setattr(
-        windowed_conv1d, "_layout", lambda *args: seen.append(torch.is_autocast_enabled("cpu")) or layout(*args)
+        windowed_conv1d, "_indices", lambda *args: seen.append(torch.is_autocast_enabled("cpu")) or layout(*args)
     )
     with torch.autocast("cpu", torch.bfloat16):
         causal_conv1d(**make())[0].sum().backward()

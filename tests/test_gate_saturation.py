@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from gdn2_titan.models import GatedDeltaNet2
 from gdn2_titan.ops import chunk_gdn2, naive_recurrent_gdn2, recurrent_gdn2, recurrent_gdn2_, segment_summary
+from gdn2_titan.ops.gdn2.arguments import GDN2Inputs, GDN2Options
 from gdn2_titan.ops.gdn2.gates import activate, activate_backward
 from tests.gdn2_cases import (
     DEVICE,
@@ -170,17 +171,18 @@ def test_any_finite_gate_gives_the_decay_and_its_derivatives_in_log_space(A_log,
         g = max(-LARGEST, min(LARGEST, g - A_log - (dt_bias or 0.0)))
     A_log, g = torch.tensor([A_log], dtype=dtype), torch.tensor(g, dtype=dtype).view(1, 1, 1, 1)
     dt_bias = None if dt_bias is None else torch.tensor([[dt_bias]], dtype=dtype)
-    options = dict(l2norm=False, gate=True, sigmoid=False, erase_scale=1.0)
+    options = GDN2Options(1.0, gate=True)
     empty = g.new_zeros(1, 1, 1, 1)
-    decay = activate(empty, empty, g, empty, empty, A_log, dt_bias, None, **options)[2]
+    inputs = GDN2Inputs(empty, empty, empty, g, empty, empty, A_log, dt_bias)
+    decay = activate(inputs, options)[3]
 
     exact = [x.double().requires_grad_() for x in (g, A_log, g.new_zeros(1, 1) if dt_bias is None else dt_bias)]
     want = LogDecay.apply(*exact)
     upstream = want.detach().exp()  # what comes back through the decay itself
     wanted = torch.autograd.grad(want, exact, upstream)
     zero = torch.zeros_like(empty)
-    _, _, dg, _, _, dA_log, ddt_bias = activate_backward(
-        (zero, zero, upstream.to(dtype), zero, zero), zero, zero, g, zero, zero, A_log, dt_bias, None, **options
+    _, _, _, dg, _, _, dA_log, ddt_bias, *_ = activate_backward(
+        (zero, zero, zero, upstream.to(dtype), zero, zero), inputs, options
     )
     pairs = [(dg, wanted[0]), (dA_log, wanted[1])] + ([] if dt_bias is None else [(ddt_bias, wanted[2])])
     assert not decay.isnan().any() and all(torch.isfinite(got).all() for got, _ in pairs)

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gdn2_titan.ops.gdn2.triton import chunk, recurrent
-from gdn2_titan.ops.short_conv import triton as causal_conv1d
+from gdn2_titan.ops.short_conv.triton import launches as causal_conv1d
 from gdn2_titan.ops.triton import launching
 
 MOST = 2**31 - 1  # programs on the first axis of a grid, of CUDA; 65,535 on the others

@@ -9,8 +9,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from gdn2_titan.ops.short_conv import triton as kernels
 from gdn2_titan.ops.short_conv.api import causal_conv1d
+from gdn2_titan.ops.short_conv.triton import launches as kernels
 from gdn2_titan.ops.triton import launching
 
 from .conv_cases import (

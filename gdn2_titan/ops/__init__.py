@@ -2,6 +2,7 @@
 
 import torch
 
+from .custom_op import register_shardings
 from .gdn2.api import chunk_gdn2, fused_recurrent_gdn2, recurrent_gdn2, recurrent_gdn2_
 from .gdn2.reference import naive_recurrent_gdn2
 from .gdn2.segments import segment_summary
@@ -13,9 +14,23 @@ __all__ = [
 ]  # fmt: skip
 
 if torch.distributed.is_available():
-    # Not lazily: the first call of any custom op imports torch._dynamo, and that imports DTensor.
-    from . import sharding  # noqa: F401
-    from .context_parallel.api import context_parallel_gdn2
-    from .context_parallel.halo import context_parallel_conv1d
-
     __all__ += ["context_parallel_conv1d", "context_parallel_gdn2"]
+
+register_shardings()
+
+
+def __getattr__(name: str) -> object:
+    """What shares sequences between devices, when it is asked for: it imports modules of torch.distributed."""
+    if name == "context_parallel_gdn2":
+        from .context_parallel.api import context_parallel_gdn2
+
+        return context_parallel_gdn2
+    if name == "context_parallel_conv1d":
+        from .context_parallel.halo import context_parallel_conv1d
+
+        return context_parallel_conv1d
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,6 +1,9 @@
 """Which kernels serve a call: PyTorch's on any device, Triton's on GPUs where they can."""
 
 import logging
+from collections.abc import Sequence
+
+import torch
 
 try:
     from .triton.target import obstacle, obstacle_on
@@ -24,7 +27,7 @@ def _on_gpu(device):
     return device.type == "cuda"
 
 
-def use_triton(name, x, backend, head_sizes=()):
+def use_triton(name: str, x: torch.Tensor, backend: str, head_sizes: Sequence[int] = ()) -> bool:
     """Whether the Triton kernels serve a call on the argument ``name``; for bodies of operators, which nothing traces.
 
     Where "auto" cannot have them on a GPU it takes PyTorch's, and says so in the log, once for each reason.
@@ -46,11 +49,11 @@ def use_triton(name, x, backend, head_sizes=()):
     return False
 
 
-def triton_can_serve(x, backend, head_sizes=()):
+def triton_can_serve(x: torch.Tensor, backend: str, head_sizes: Sequence[int] = ()) -> bool:
     """What ``use_triton`` would say, where a compiler may trace it: it writes no log and raises nothing."""
     return backend != "torch" and _on_gpu(x.device) and obstacle(x, head_sizes) is None
 
 
-def triton_serves_device(device, backend):
+def triton_serves_device(device: torch.device, backend: str) -> bool:
     """Whether a model on a device may run kernels made of Triton, flex attention's among them."""
     return backend not in ("torch", "reference") and not (_on_gpu(device) and obstacle_on(device) is not None)

@@ -11,7 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
-__all__ = []
+__all__ = ["register"]
 
 WAYS = ("whole", "batch", "heads")  # in which one dimension of the mesh may split the work
 
@@ -85,15 +85,16 @@ def _update_state(cls, op, types, args, kwargs):
     return o
 
 
-_ops = torch.ops.gdn2_titan
-_register(_ops.chunk_gdn2.default)
-_register(_ops.recurrent_gdn2.default)
-_register(_ops.chunk_gdn2_backward.default, ("q", "k", "v", "g", "b", "w", "A_log", "dt_bias", "initial_state"))
-_register(_ops.segment_gdn2.default, results=(ACTIVATION, ACTIVATION, STATE, STATE))
-_register(_ops.segmented_gdn2.default, results=(ACTIVATION, STATE, ACTIVATION, ACTIVATION, ACTIVATION))
-_register(
-    _ops.segmented_gdn2_backward.default, ("q", "k", "v", "g", "b", "w", "A_log", "dt_bias", "initial_state")
-)
-_register(_ops.causal_conv1d.default)
-_register(_ops.causal_conv1d_backward.default, ("x", "weight", "bias", "initial_state"))
-torch.library.register_torch_dispatch("gdn2_titan::recurrent_gdn2_", DTensor, _update_state)
+def register() -> None:
+    """Tell DTensor of all operators. Once."""
+    ops = torch.ops.gdn2_titan
+    inputs = "q", "k", "v", "g", "b", "w", "A_log", "dt_bias", "initial_state"
+    _register(ops.chunk_gdn2.default)
+    _register(ops.recurrent_gdn2.default)
+    _register(ops.chunk_gdn2_backward.default, inputs)
+    _register(ops.segment_gdn2.default, results=(ACTIVATION, ACTIVATION, STATE, STATE))
+    _register(ops.segmented_gdn2.default, results=(ACTIVATION, STATE, ACTIVATION, ACTIVATION, ACTIVATION))
+    _register(ops.segmented_gdn2_backward.default, inputs)
+    _register(ops.causal_conv1d.default)
+    _register(ops.causal_conv1d_backward.default, ("x", "weight", "bias", "initial_state"))
+    torch.library.register_torch_dispatch("gdn2_titan::recurrent_gdn2_", DTensor, _update_state)

@@ -11,6 +11,7 @@ import torch
 
 from gdn2_titan.convert.errors import ConvertError
 from gdn2_titan.models.layer import SLOWEST_DECAY
+from gdn2_titan.ops.gdn2.arguments import GDN2Inputs, GDN2Options
 from gdn2_titan.ops.gdn2.gates import activate
 
 __all__ = ["QUANTITIES", "Channels", "LayerTrace", "Quantity", "colours_of", "follow_memory", "trace_gates"]
@@ -149,14 +150,10 @@ def _trace(index, mixer, kept, head):
     else:
         write = kept["write_proj"].unflatten(-1, (HV, -1))
     sizes = erase.shape[-1], write.shape[-1], g.shape[-1]  # 1 where a gate is one scalar per head
-    raw = q, k, g.expand(q.shape), erase.expand(q.shape), write.expand(v.shape)
-    q, k, g, b, w = (
-        x[0]
-        for x in activate(
-            *(x[None] for x in raw), mixer.decay.A_log.cpu(), mixer.decay.dt_bias.cpu().expand(H, K), None,
-            l2norm=True, gate=True, sigmoid=True, erase_scale=mixer.erase_scale,
-        )
-    )  # fmt: skip
+    raw = q, k, v, g.expand(q.shape), erase.expand(q.shape), write.expand(v.shape)
+    inputs = GDN2Inputs(*(x[None] for x in raw), mixer.decay.A_log.cpu(), mixer.decay.dt_bias.cpu().expand(H, K))
+    options = GDN2Options(None, l2norm=True, gate=True, sigmoid=True, erase_scale=mixer.erase_scale)
+    q, k, _, g, b, w = (x[0] for x in activate(inputs, options))
     memory = follow_memory(q, k, g, b, v, w)
     erase, write, g = (x[..., :size] for x, size in zip((b, w, g), sizes, strict=True))
     half_life = _half_life(g)

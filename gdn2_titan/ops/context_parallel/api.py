@@ -1,9 +1,8 @@
 """Gated DeltaNet-2 over sequences that the ranks of a group share: the public function."""
 
-from ..checks import check_choice, check_flags, check_inputs
-from ..dispatch import BACKENDS
+from ..checks import check_choice, check_flags
 from ..gdn2.api import chunk_gdn2
-from ..gdn2.gates import compute_dtype
+from ..gdn2.arguments import GDN2Inputs, GDN2Options, check_arguments
 from . import handoff
 from .exchange_cost import choose
 from .shards import SequenceShards
@@ -38,13 +37,13 @@ def begin_gdn2(
 ):  # fmt: skip
     """:func:`context_parallel_gdn2` up to its exchange, which is then under way. ``finish()`` of what this returns has
     the results. shards: a ``SequenceShards``."""
-    check_choice("backend", backend, BACKENDS)
     check_choice("exchange", exchange, ("auto", *handoff.FORMS))
-    check_flags(
-        output_final_state=output_final_state, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
-        use_gate_in_kernel=use_gate_in_kernel, use_sigmoid_in_kernel=use_sigmoid_in_kernel,
-    )  # fmt: skip
-    options = (use_qk_l2norm_in_kernel, use_gate_in_kernel, use_sigmoid_in_kernel, float(erase_scale), backend)
+    check_flags(output_final_state=output_final_state)
+    inputs = GDN2Inputs(q, k, v, g, b, w, A_log, dt_bias, initial_state, resets=resets)
+    options = GDN2Options(
+        scale, use_qk_l2norm_in_kernel, use_gate_in_kernel, use_sigmoid_in_kernel, erase_scale, backend
+    )
+    options = check_arguments(inputs, options)
     if shards.size == 1:
         return _Done(
             chunk_gdn2(
@@ -52,20 +51,15 @@ def begin_gdn2(
                 use_gate_in_kernel, A_log, dt_bias, use_sigmoid_in_kernel, erase_scale, None, resets, backend,
             )
         )  # fmt: skip
-    scale = check_inputs(
-        q, k, v, g, b, w, scale, initial_state, use_gate_in_kernel, A_log, dt_bias,
-        use_sigmoid_in_kernel, erase_scale, None, resets,
-    )  # fmt: skip
     if q.shape[1] % shards.per_rank:
         raise ValueError(f"q has {q.shape[1]} tokens; with layout {shards.layout!r} they must be an even number")
     if exchange == "scan" and shards.size & (shards.size - 1):
         raise ValueError(f"exchange is 'scan'; with {shards.size} ranks it must be 'gather' or 'auto'")
-    numbers = (scale, *options)
     if exchange == "auto":
-        size, (B, _, H, K), (HV, V) = compute_dtype(q).itemsize, q.shape, v.shape[2:]
+        size, (B, _, H, K), (HV, V) = inputs.compute_dtype.itemsize, q.shape, v.shape[2:]
         exchange = choose(shards, B * H * K * K * size, B * HV * K * V * size, output_final_state)
     return handoff.begin(
-        q, k, v, g, b, w, A_log, dt_bias, initial_state, resets, numbers, output_final_state, exchange, shards
+        q, k, v, g, b, w, A_log, dt_bias, initial_state, resets, options, output_final_state, exchange, shards
     )
 
 

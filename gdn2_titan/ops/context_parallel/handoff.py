@@ -19,9 +19,11 @@ has no mailbox; within its graph nothing reads the message before the wait, and 
 
 import torch
 
-from ..gdn2.library import chunk_gdn2_backward_once, no_autocast
+from ..custom_op import no_autocast
+from ..gdn2.arguments import GDN2Inputs
+from ..gdn2.library import differentiable_chunk_gdn2_backward
 from ..gdn2.maps import apply, apply_transposed, read, read_transposed
-from ..gdn2.segments import segment_gdn2_op
+from ..gdn2.segments import segment_gdn2
 from . import exchange_gather, exchange_scan
 from .ordering import after
 from .shards import SequenceShards
@@ -84,7 +86,7 @@ class _Enter(torch.autograd.Function):
             leaving = FORMS[ctx.form].receive_back(pending, dD, kept, shards)
             if ctx.final and _has_last(shards):
                 leaving = torch.cat((leaving[:-1], dfinal.unsqueeze(0)))
-            *grads, dA_log, ddt_bias, dentering = chunk_gdn2_backward_once(
+            *grads, dA_log, ddt_bias, dentering = differentiable_chunk_gdn2_backward(
                 shards.rows(do), _from_lanes(leaving), *(shards.rows(x) for x in (q, k, v, g, b, w)),
                 A_log, dt_bias, entering, None, shards.rows(resets), *ctx.numbers,
             )  # fmt: skip
@@ -153,9 +155,8 @@ def begin(q, k, v, g, b, w, A_log, dt_bias, initial_state, resets, numbers, fina
     """The call of ``shards`` up to its exchange, which is then under way. Arguments checked; numbers: of the operators;
     final: whether the state after the whole sequence will be asked for; form: of FORMS."""
     with torch.no_grad(), no_autocast(q):
-        o, P, M, D = segment_gdn2_op(
-            *(shards.rows(x) for x in (q, k, v, g, b, w)), A_log, dt_bias, shards.rows(resets), *numbers
-        )
+        inputs = GDN2Inputs(q, k, v, g, b, w, A_log, dt_bias, resets=resets)
+        o, P, M, D = segment_gdn2(inputs.map_tokens(shards.rows), numbers)
         M, D = _lanes(M, shards), _lanes(D, shards)
         if initial_state is not None and _has_first(shards):
             D = torch.cat(((D[0] + apply(M[0], initial_state.to(D.dtype))).unsqueeze(0), D[1:]))

@@ -1,61 +1,51 @@
-"""The public functions: defaults, validation, docstrings. Each ends in one operator of ``library``."""
+"""The public functions: signatures and docstrings. Each ends in one operator of ``library``."""
 
 import torch
+from torch import Tensor
 
-from ..checks import check_choice, check_flags, check_inputs, check_state
-from ..dispatch import BACKENDS
-from .library import differentiable_chunk_gdn2, differentiable_recurrent_gdn2, recurrent_gdn2_inplace_op
-from .reference import naive_recurrent_gdn2
+from ..checks import check_flags
+from . import library, reference
+from .arguments import GDN2Inputs, GDN2Options, check_arguments, check_state
 from .split import segments_of, split_gdn2
 
 __all__ = ["chunk_gdn2", "fused_recurrent_gdn2", "recurrent_gdn2", "recurrent_gdn2_"]
 
 
-def _call(
-    op, q, k, v, g, b, w, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
-    A_log, dt_bias, use_sigmoid_in_kernel, erase_scale, cu_seqlens, resets, backend, num_segments=1,
-):  # fmt: skip
-    check_choice("backend", backend, (*BACKENDS, "reference"))
-    check_flags(
-        output_final_state=output_final_state, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
-        use_gate_in_kernel=use_gate_in_kernel, use_sigmoid_in_kernel=use_sigmoid_in_kernel,
-    )  # fmt: skip
-    if backend == "reference":
-        return naive_recurrent_gdn2(
-            q, k, v, g, b, w, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
-            A_log, dt_bias, use_sigmoid_in_kernel, erase_scale, cu_seqlens, resets,
-        )  # fmt: skip
-    scale = check_inputs(
-        q, k, v, g, b, w, scale, initial_state, use_gate_in_kernel, A_log, dt_bias,
-        use_sigmoid_in_kernel, erase_scale, cu_seqlens, resets,
-    )  # fmt: skip
-    numbers = (
-        scale, use_qk_l2norm_in_kernel, use_gate_in_kernel, use_sigmoid_in_kernel, float(erase_scale), backend,
-    )  # fmt: skip
-    segments = segments_of(q, v, num_segments, backend)
-    if segments > 1 and cu_seqlens is None:
-        o, final_state = split_gdn2(op, segments, q, k, v, g, b, w, A_log, dt_bias, initial_state, resets, numbers)
+def _call(op, inputs, options, output_final_state, num_segments=1):
+    check_flags(output_final_state=output_final_state)
+    options = check_arguments(inputs, options, reference=True)
+    if options.backend == "reference":
+        o, final_state = reference.recurrent(inputs, options)
+        return o, final_state if output_final_state else None
+    segments = segments_of(inputs.q, inputs.v, num_segments, options.backend)
+    if segments > 1 and inputs.cu_seqlens is None:
+        o, final_state = split_gdn2(op, segments, inputs, options)
     else:
-        o, final_state = op(q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets, *numbers)
+        o, final_state = op(*inputs, *options)
     return o, final_state if output_final_state else None
 
 
 def chunk_gdn2(
-    q, k, v, g, b, w,
-    scale=None,
-    initial_state=None,
-    output_final_state=False,
-    use_qk_l2norm_in_kernel=False,
-    use_gate_in_kernel=False,
-    A_log=None,
-    dt_bias=None,
-    use_sigmoid_in_kernel=False,
-    erase_scale=1.0,
-    cu_seqlens=None,
-    resets=None,
-    backend="auto",
-    num_segments=1,
-):  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    b: Tensor,
+    w: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    use_sigmoid_in_kernel: bool = False,
+    erase_scale: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    resets: Tensor | None = None,
+    backend: str = "auto",
+    num_segments: int | str = 1,
+) -> tuple[Tensor, Tensor | None]:
     """Gated DeltaNet-2 over whole sequences, chunk by chunk: for training and prefill.
 
     Per head, with state S [K, V] (arXiv 2605.22791; the recurrence in ``reference``),
@@ -102,55 +92,66 @@ def chunk_gdn2(
     Raises:
         TypeError, ValueError: naming the argument, what came and what is allowed.
     """
-    return _call(
-        differentiable_chunk_gdn2, q, k, v, g, b, w, scale, initial_state, output_final_state,
-        use_qk_l2norm_in_kernel, use_gate_in_kernel, A_log, dt_bias, use_sigmoid_in_kernel, erase_scale,
-        cu_seqlens, resets, backend, num_segments,
-    )  # fmt: skip
+    inputs = GDN2Inputs(q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets)
+    options = GDN2Options(
+        scale, use_qk_l2norm_in_kernel, use_gate_in_kernel, use_sigmoid_in_kernel, erase_scale, backend
+    )
+    return _call(library.differentiable_chunk_gdn2, inputs, options, output_final_state, num_segments)
 
 
 def recurrent_gdn2(
-    q, k, v, g, b, w,
-    scale=None,
-    initial_state=None,
-    output_final_state=False,
-    use_qk_l2norm_in_kernel=False,
-    use_gate_in_kernel=False,
-    A_log=None,
-    dt_bias=None,
-    use_sigmoid_in_kernel=False,
-    erase_scale=1.0,
-    cu_seqlens=None,
-    resets=None,
-    backend="auto",
-):  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    b: Tensor,
+    w: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    use_sigmoid_in_kernel: bool = False,
+    erase_scale: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    resets: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
     """Gated DeltaNet-2 one token after the other: for decoding. Arguments, returns and errors of :func:`chunk_gdn2`.
 
     Gradients flow here too, by the chunked backward.
     """
-    return _call(
-        differentiable_recurrent_gdn2, q, k, v, g, b, w, scale, initial_state, output_final_state,
-        use_qk_l2norm_in_kernel, use_gate_in_kernel, A_log, dt_bias, use_sigmoid_in_kernel, erase_scale,
-        cu_seqlens, resets, backend,
-    )  # fmt: skip
+    inputs = GDN2Inputs(q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets)
+    options = GDN2Options(
+        scale, use_qk_l2norm_in_kernel, use_gate_in_kernel, use_sigmoid_in_kernel, erase_scale, backend
+    )
+    return _call(library.differentiable_recurrent_gdn2, inputs, options, output_final_state)
 
 
 fused_recurrent_gdn2 = recurrent_gdn2
 
 
 def recurrent_gdn2_(
-    q, k, v, g, b, w, state,
-    scale=None,
-    use_qk_l2norm_in_kernel=False,
-    use_gate_in_kernel=False,
-    A_log=None,
-    dt_bias=None,
-    use_sigmoid_in_kernel=False,
-    erase_scale=1.0,
-    cu_seqlens=None,
-    resets=None,
-    backend="auto",
-):  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    b: Tensor,
+    w: Tensor,
+    state: Tensor,
+    scale: float | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    use_sigmoid_in_kernel: bool = False,
+    erase_scale: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    resets: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """:func:`recurrent_gdn2` that starts from ``state`` and leaves the final state there: a step of decoding that
     allocates nothing but its output.
 
@@ -166,30 +167,19 @@ def recurrent_gdn2_(
         RuntimeError: a gradient would be needed; there is none through a state that is overwritten.
         TypeError, ValueError: naming the argument, what came and what is allowed. ``state`` is then as it was.
     """
-    check_choice("backend", backend, (*BACKENDS, "reference"))
-    check_flags(
-        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, use_gate_in_kernel=use_gate_in_kernel,
-        use_sigmoid_in_kernel=use_sigmoid_in_kernel,
-    )  # fmt: skip
-    scale = check_inputs(
-        q, k, v, g, b, w, scale, None, use_gate_in_kernel, A_log, dt_bias,
-        use_sigmoid_in_kernel, erase_scale, cu_seqlens, resets,
-    )  # fmt: skip
-    check_state(state, q, v, cu_seqlens)
-    tensors = (q, k, v, g, b, w, A_log, dt_bias, state)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+    inputs = GDN2Inputs(q, k, v, g, b, w, A_log, dt_bias, None, cu_seqlens, resets)
+    options = GDN2Options(
+        scale, use_qk_l2norm_in_kernel, use_gate_in_kernel, use_sigmoid_in_kernel, erase_scale, backend
+    )
+    options = check_arguments(inputs, options, reference=True)
+    inputs = inputs._replace(initial_state=state)
+    check_state(inputs)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs.differentiable):
         raise RuntimeError(
             "recurrent_gdn2_ overwrites its state and has no gradient; use recurrent_gdn2 or torch.no_grad()"
         )
-    if backend == "reference":
-        o, final_state = naive_recurrent_gdn2(
-            q, k, v, g, b, w, scale, state, True, use_qk_l2norm_in_kernel, use_gate_in_kernel,
-            A_log, dt_bias, use_sigmoid_in_kernel, erase_scale, cu_seqlens, resets,
-        )  # fmt: skip
+    if options.backend == "reference":
+        o, final_state = reference.recurrent(inputs, options)
         state.copy_(final_state)
         return o
-    return recurrent_gdn2_inplace_op(
-        q, k, v, g, b, w, A_log, dt_bias, state, cu_seqlens, resets, scale,
-        use_qk_l2norm_in_kernel, use_gate_in_kernel, use_sigmoid_in_kernel, float(erase_scale),
-        backend,
-    )  # fmt: skip
+    return library.inplace_recurrent_gdn2(*inputs, *options)

@@ -1,4 +1,5 @@
-"""Gated DeltaNet-2 in chunkwise form, forward and hand-written backward, in plain PyTorch (any device).
+"""Gated DeltaNet-2 in chunkwise form, forward and hand-written backward, in plain PyTorch (any device): the
+twin of the Triton kernels in ``triton/chunk``.
 
 Per chunk of C tokens (arXiv 2605.22791, chunkwise WY form), with E = exp(G) * b * k, Z = w * v, Q = exp(G) * q,
 Kt = exp(G_C - G) * k and A_qk, A = (I + T)^-1 from ``intra``:
@@ -18,10 +19,12 @@ import functools
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..checks import check_cu_seqlens
+from .arguments import GDN2Inputs, GDN2Options
 from .flops import CHUNK
-from .gates import activate, activate_backward, compute_dtype
+from .gates import activate, activate_backward
 from .intra import intra_chunk, intra_chunk_backward
 
 __all__ = ["chunk_backward", "chunk_forward", "segment_forward"]
@@ -45,7 +48,7 @@ def _prime_malloc(device):
 
 
 @dataclass(frozen=True)
-class Layout:
+class PaddedChunks:
     """Where tokens go: ``slots`` [T] of packed sequences in a row padded so that each starts on a chunk, None where
     B sequences of equal length run side by side; which sequence a chunk begins or ends (None: all B, or none)."""
 
@@ -76,7 +79,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Segment:
-    """Chunks [first, last) of a layout; owner: the entry of ``Layout.bounds`` that each belongs to."""
+    """Chunks [first, last); owner: the entry of ``PaddedChunks.bounds`` that each belongs to."""
 
     first: int
     last: int
@@ -94,7 +97,7 @@ class Segment:
         return list(zip([states[n] for n in self.owner], *(x.unflatten(0, (NC, -1)) for x in tensors), strict=True))
 
 
-def _layout(B, T, cu_seqlens):
+def _padded_chunks(B, T, cu_seqlens):
     if cu_seqlens is None:
         longest = T
     else:
@@ -106,7 +109,7 @@ def _layout(B, T, cu_seqlens):
     C = min(CHUNK, 1 << (longest - 1).bit_length())
     if cu_seqlens is None:
         NC = -(-T // C)
-        return Layout(B, NC * C, C, None, [(0, NC)])
+        return PaddedChunks(B, NC * C, C, None, [(0, NC)])
     spans, first, shifts = [], 0, []
     for start, length in zip(bounds, lengths, strict=False):
         spans.append((first, first - (-length // C)))
@@ -114,7 +117,7 @@ def _layout(B, T, cu_seqlens):
         first = spans[-1][1]
     shift = torch.tensor(shifts).repeat_interleave(torch.tensor(lengths))
     slots = (torch.arange(T) + shift).to(cu_seqlens.device)
-    return Layout(1, first * C, C, slots, spans)
+    return PaddedChunks(1, first * C, C, slots, spans)
 
 
 @dataclass
@@ -159,14 +162,14 @@ def _group(x, H):
     return x.reshape(*x.shape[:2], H, -1)
 
 
-def _group_state(state, like, layout, H, K, GV):
+def _group_state(state, like, chunks, H, K, GV):
     """A fresh copy [len(bounds), B * H, K, HV / H * V] of state [N, HV, K, V] in the dtype of like; None: zeros."""
     if state is None:
-        return like.new_zeros(len(layout.bounds), layout.batch * H, K, GV)
+        return like.new_zeros(len(chunks.bounds), chunks.batch * H, K, GV)
     N, HV, K, V = state.shape
     out = like.new_empty(N, H, K, HV // H, V)
     out.copy_(state.view(N, H, HV // H, K, V).transpose(2, 3))
-    return out.view(len(layout.bounds), -1, K, GV)
+    return out.view(len(chunks.bounds), -1, K, GV)
 
 
 def _ungroup_state(state, H, HV):
@@ -175,71 +178,71 @@ def _ungroup_state(state, H, HV):
     return state.view(-1, H, K, HV // H, GV * H // HV).transpose(2, 3).reshape(-1, HV, K, GV * H // HV)
 
 
-def _outputs(layout, tensors, states, scale):
+def _outputs(chunks, tensors, states, scale):
     """O, grouped and padded like the values. tensors: (q, k, v, g, b, w) activated, grouped and padded; states:
     see ``_run``."""
     H, o = tensors[0].shape[2], torch.empty_like(tensors[2], memory_format=torch.contiguous_format)
-    for segment in layout.segments(H):
+    for segment in chunks.segments(H):
         c = _run(segment, *(segment.view(x) for x in tensors), states)
         out = segment.view(o)
         torch.mul(torch.bmm(c.qe[:, :, 0], c.state_in).baddbmm_(c.a_qk, c.r).view(out.shape), scale, out=out)
     return o
 
 
-def chunk_forward(q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets, scale, options):
-    """o [B, T, HV, V] in v's dtype, final state [N, HV, K, V] in the compute dtype. options: those of ``activate``."""
-    B, T, H, K = q.shape
-    HV, dtype = v.shape[2], compute_dtype(q)
-    _prime_malloc(q.device)
-    layout = _layout(B, T, cu_seqlens)
-    q, k, g, b, w = activate(q, k, g, b, w, A_log, dt_bias, resets, **options)
-    tensors = [layout.pad(x) for x in (q, k, _group(v.to(dtype), H), g, b, _group(w, H))]
-    states = _group_state(initial_state, q, layout, H, K, tensors[2].shape[-1])
-    o = _outputs(layout, tensors, states, scale)
-    return layout.unpad(o, T).view(v.shape).to(v.dtype), _ungroup_state(states, H, HV)
+def _activated(inputs, options):
+    """Where the tokens go, and q, k, v, g, b, w activated, grouped and padded."""
+    (B, T, H, _), device = inputs.q.shape, inputs.q.device
+    _prime_malloc(device)
+    chunks = _padded_chunks(B, T, inputs.cu_seqlens)
+    q, k, v, g, b, w = activate(inputs, options)
+    return chunks, [q, k, _group(v, H), g, b, _group(w, H)]
 
 
-def segment_forward(q, k, v, g, b, w, A_log, dt_bias, resets, scale, options):
+def chunk_forward(inputs: GDN2Inputs, options: GDN2Options) -> tuple[Tensor, Tensor]:
+    """o [B, T, HV, V] in v's dtype, final state [N, HV, K, V] in the compute dtype."""
+    v, (_, T, H, K) = inputs.v, inputs.q.shape
+    chunks, tensors = _activated(inputs, options)
+    tensors = [chunks.pad(x) for x in tensors]
+    states = _group_state(inputs.initial_state, tensors[0], chunks, H, K, tensors[2].shape[-1])
+    o = _outputs(chunks, tensors, states, options.scale)
+    return chunks.unpad(o, T).view(v.shape).to(v.dtype), _ungroup_state(states, H, v.shape[2])
+
+
+def segment_forward(inputs: GDN2Inputs, options: GDN2Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``segment_gdn2``: o and read in q's dtype, transition and contribution in the compute dtype.
 
     K more value columns, into which nothing is written: what they hold is what became of the entering state, here I.
     """
-    B, T, H, K = q.shape
-    HV, dtype = v.shape[2], compute_dtype(q)
-    _prime_malloc(q.device)
-    layout = _layout(B, T, None)
-    q, k, g, b, w = activate(q, k, g, b, w, A_log, dt_bias, resets, **options)
-    values, gates = (torch.nn.functional.pad(_group(x, H), (0, K)) for x in (v.to(dtype), w))
-    tensors = [layout.pad(x) for x in (q, k, values, g, b, gates)]
+    v, (B, T, H, K) = inputs.v, inputs.q.shape
+    chunks, (q, k, values, g, b, gates) = _activated(inputs, options)
+    values, gates = (torch.nn.functional.pad(x, (0, K)) for x in (values, gates))
+    tensors = [chunks.pad(x) for x in (q, k, values, g, b, gates)]
     GV = values.shape[-1] - K
     states = q.new_zeros(1, B * H, K, GV + K)
-    states[..., GV:] = torch.eye(K, dtype=dtype, device=q.device)
-    o = layout.unpad(_outputs(layout, tensors, states, scale), T)
+    states[..., GV:] = torch.eye(K, dtype=q.dtype, device=q.device)
+    o = chunks.unpad(_outputs(chunks, tensors, states, options.scale), T)
     # Copies, also where a part happens to be contiguous as it is: results must not share memory.
     parts = (*o.to(v.dtype).split((GV, K), -1), *states.split((GV, K), -1))
     o, read, contribution, transition = (x.clone(memory_format=torch.contiguous_format) for x in parts)
-    return o.view(v.shape), read, transition.view(B, H, K, K), _ungroup_state(contribution, H, HV)
+    return o.view(v.shape), read, transition.view(B, H, K, K), _ungroup_state(contribution, H, v.shape[2])
 
 
 def chunk_backward(
-    do, dfinal_state, q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets, scale, options
-):
-    """Gradients (dq, dk, dv, dg, db, dw, dA_log, ddt_bias, dinitial_state) in the dtype of their input; the last
-    three None where the input is. do [B, T, HV, V] or None, dfinal_state [N, HV, K, V] or None."""
-    raw = q, k, g, b, w
-    B, T, H, K = q.shape
-    HV, dtype = v.shape[2], compute_dtype(q)
-    _prime_malloc(q.device)
-    layout = _layout(B, T, cu_seqlens)
-    q, k, g, b, w = activate(*raw, A_log, dt_bias, resets, **options)
-    tensors = [layout.pad(x) for x in (q, k, _group(v.to(dtype), H), g, b, _group(w, H))]
+    do: Tensor | None, dfinal_state: Tensor | None, inputs: GDN2Inputs, options: GDN2Options
+) -> GDN2Inputs:
+    """The gradients of the inputs in their dtypes, None where the input is. do [B, T, HV, V] or None, dfinal_state
+    [N, HV, K, V] or None."""
+    v, (_, T, H, K), initial_state = inputs.v, inputs.q.shape, inputs.initial_state
+    chunks, tensors = _activated(inputs, options)
+    tensors = [chunks.pad(x) for x in tensors]
+    q = tensors[0]
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
-    do = None if do is None else layout.pad(_group(do.to(dtype), H))
-    state_size = layout, H, K, tensors[2].shape[-1]
+    do = None if do is None else chunks.pad(_group(do.to(q.dtype), H))
+    state_size = chunks, H, K, tensors[2].shape[-1]
     dstates = _group_state(dfinal_state, q, *state_size)
 
     # Forward, to know the state at the start of each segment; then segment by segment in reverse, forward and backward.
-    segments = layout.segments(H)
+    segments = chunks.segments(H)
     states, starts = _group_state(initial_state, q, *state_size), []
     for segment in segments:
         starts.append(states[segment.owner[0]].clone())
@@ -248,20 +251,15 @@ def chunk_backward(
     initial = _group_state(initial_state, q, *state_size)
     for segment, start in zip(reversed(segments), reversed(starts), strict=True):
         states = {n: initial[n].clone() for n in set(segment.owner)} | {segment.owner[0]: start}
-        inputs, outputs = ([segment.view(x) for x in y] for y in (tensors, grads))
-        _segment_backward(segment, inputs, None if do is None else segment.view(do), scale, states, dstates, outputs)
+        raw, outputs = ([segment.view(x) for x in y] for y in (tensors, grads))
+        do_view = None if do is None else segment.view(do)
+        _segment_backward(segment, raw, do_view, options.scale, states, dstates, outputs)
 
-    dq, dk, dv, dg, db, dw = (layout.unpad(x, T) for x in grads)
-    dq, dk, dg, db, dw, dA_log, ddt_bias = activate_backward(
-        (dq, dk, dg, db, dw.view(v.shape)), *raw, A_log, dt_bias, resets, **options
-    )
-    return (
-        dq.to(raw[0].dtype), dk.to(raw[1].dtype), dv.view(v.shape).to(v.dtype), dg.to(raw[2].dtype),
-        db.to(raw[3].dtype), dw.to(raw[4].dtype),
-        None if dA_log is None else dA_log.to(A_log.dtype),
-        None if ddt_bias is None else ddt_bias.to(dt_bias.dtype),
-        None if initial_state is None else _ungroup_state(dstates, H, HV).to(initial_state.dtype),
-    )  # fmt: skip
+    dq, dk, dv, dg, db, dw = (chunks.unpad(x, T) for x in grads)
+    grads = activate_backward((dq, dk, dv.view(v.shape), dg, db, dw.view(v.shape)), inputs, options)
+    if initial_state is None:
+        return grads
+    return grads._replace(initial_state=_ungroup_state(dstates, H, v.shape[2]).to(initial_state.dtype))
 
 
 def _scan_backward(segment, c, doz, dstates):

@@ -8,19 +8,17 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-__all__ = ["NORM_EPS", "STRONG", "activate", "activate_backward", "compute_dtype", "log_decay"]
+from .arguments import GDN2Inputs, GDN2Options
+
+__all__ = ["NORM_EPS", "STRONG", "activate", "activate_backward", "log_decay"]
 
 NORM_EPS = 1e-6
 # Of A_log, what is above it goes into the argument of softplus, see ``_gate``.
 STRONG = 50.0
 # log1p(exp(x)) is exact to rounding below this and x above it, in fp32 as in fp64.
 SOFTPLUS_THRESHOLD = 50.0
-
-
-def compute_dtype(x):
-    """State, decay and accumulators: fp64 for fp64 inputs, fp32 for all others."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _inverse_norm(x):
@@ -49,30 +47,28 @@ def _gate(g, A_log, dt_bias):
     return rate, stretch, (x + rest).clamp(max=info.max)
 
 
-def log_decay(g, A_log, dt_bias):
+def log_decay(g: Tensor, A_log: Tensor, dt_bias: Tensor | None) -> Tensor:
     """-exp(A_log) * softplus(g + dt_bias) in g's dtype, -inf where that is too large a number; shapes as in
     ``activate``, g with any K."""
     rate, _, x = _gate(g, A_log, dt_bias)
     return -rate * F.softplus(x, threshold=SOFTPLUS_THRESHOLD)
 
 
-def activate(q, k, g, b, w, A_log, dt_bias, resets, *, l2norm, gate, sigmoid, erase_scale):
-    """Apply the options of the op to its raw inputs, in the compute dtype.
+def activate(inputs: GDN2Inputs, options: GDN2Options) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v, g, b, w in the compute dtype, with what the options say applied to the raw ones.
 
-    q, k, g, b [B, T, H, K]; w [B, T, HV, V]; A_log [H]; dt_bias [H, K] or [H * K] or None; resets bool [B, T] or None.
-    Returns (q, k, g, b, w). A reset is a decay of -inf: exp(-inf) = 0 forgets the state before the token exactly.
+    A reset is a decay of -inf: exp(-inf) = 0 forgets the state before the token exactly.
     """
-    dtype = compute_dtype(q)
-    q, k, g, b, w = (x.to(dtype) for x in (q, k, g, b, w))
-    if l2norm:
+    q, k, v, g, b, w = (x.to(inputs.compute_dtype) for x in inputs.tokens)
+    if options.l2norm:
         q, k = q * _inverse_norm(q), k * _inverse_norm(k)
-    if gate:
-        g = log_decay(g, A_log, dt_bias)
-    if sigmoid:
-        b, w = erase_scale * torch.sigmoid(b), torch.sigmoid(w)
-    if resets is not None:
-        g = g.masked_fill(resets[:, :, None, None], -torch.inf)
-    return q, k, g, b, w
+    if options.gate:
+        g = log_decay(g, inputs.A_log, inputs.dt_bias)
+    if options.sigmoid:
+        b, w = options.erase_scale * torch.sigmoid(b), torch.sigmoid(w)
+    if inputs.resets is not None:
+        g = g.masked_fill(inputs.resets[:, :, None, None], -torch.inf)
+    return q, k, v, g, b, w
 
 
 def _l2norm_backward(x, dy):
@@ -80,26 +76,24 @@ def _l2norm_backward(x, dy):
     return r * (dy - x * (r * r * (x * dy).sum(-1, keepdim=True)))
 
 
-def activate_backward(grads, q, k, g, b, w, A_log, dt_bias, resets, *, l2norm, gate, sigmoid, erase_scale):
-    """Gradients of ``activate``. grads: (dq, dk, dg, db, dw) of its outputs; the rest as given to it.
-
-    Returns (dq, dk, dg, db, dw, dA_log, ddt_bias) in the compute dtype, dA_log and ddt_bias None where absent.
-    """
-    dq, dk, dg, db, dw = grads
+def activate_backward(grads: tuple[Tensor, ...], inputs: GDN2Inputs, options: GDN2Options) -> GDN2Inputs:
+    """The gradients of the inputs, in their dtypes, from those of what ``activate`` returned; no initial state's."""
+    dq, dk, dv, dg, db, dw = grads
     dtype = dq.dtype
     dA_log = ddt_bias = None
-    if resets is not None:
-        dg = dg.masked_fill(resets[:, :, None, None], 0)
-    if l2norm:
-        dq, dk = _l2norm_backward(q.to(dtype), dq), _l2norm_backward(k.to(dtype), dk)
-    if gate:
-        rate, stretch, x = _gate(g.to(dtype), A_log, dt_bias)
+    if inputs.resets is not None:
+        dg = dg.masked_fill(inputs.resets[:, :, None, None], 0)
+    if options.l2norm:
+        dq, dk = _l2norm_backward(inputs.q.to(dtype), dq), _l2norm_backward(inputs.k.to(dtype), dk)
+    if options.gate:
+        rate, stretch, x = _gate(inputs.g.to(dtype), inputs.A_log, inputs.dt_bias)
         dg = dg * -rate
         dA_log = (dg * F.softplus(x, threshold=SOFTPLUS_THRESHOLD)).sum((0, 1, 3))
         dg = dg * torch.sigmoid(x) * stretch
-        if dt_bias is not None:
-            ddt_bias = dg.sum((0, 1)).reshape(dt_bias.shape)
-    if sigmoid:
-        b, w = torch.sigmoid(b.to(dtype)), torch.sigmoid(w.to(dtype))
-        db, dw = db * erase_scale * b * (1 - b), dw * w * (1 - w)
-    return dq, dk, dg, db, dw, dA_log, ddt_bias
+        if inputs.dt_bias is not None:
+            ddt_bias = dg.sum((0, 1)).reshape(inputs.dt_bias.shape)
+    if options.sigmoid:
+        b, w = torch.sigmoid(inputs.b.to(dtype)), torch.sigmoid(inputs.w.to(dtype))
+        db, dw = db * options.erase_scale * b * (1 - b), dw * w * (1 - w)
+    grads = dq, dk, dv, dg, db, dw, dA_log, ddt_bias
+    return GDN2Inputs(*(None if dx is None else dx.to(x.dtype) for dx, x in zip(grads, inputs, strict=False)))

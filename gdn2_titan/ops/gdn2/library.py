@@ -1,177 +1,141 @@
 """torch.library: the operators ``torch.ops.gdn2_titan.*``, their shapes, their gradients and their FLOPs.
 
-One functional op forward and one backward, opaque to the compiler. Every public function of ``functional`` ends here.
-The PyTorch kernels serve any device, the Triton kernels GPUs.
+One functional op forward and one backward, opaque to the compiler. The PyTorch kernels serve any device, the Triton
+kernels GPUs.
 """
+
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..autograd import differentiable, once
+from ..custom_op import define, differentiable, differentiable_once, no_autocast, overwriting
 from ..dispatch import use_triton
-from . import chunked, tokenless
+from . import chunked, reference, tokenless
+from .arguments import GDN2Inputs, GDN2Options
 from .flops import backward_flops, forward_flops
-from .gates import activate, compute_dtype
-from .reference import recur_packed
 
 __all__ = [
-    "chunk_gdn2_backward_once", "differentiable_chunk_gdn2", "differentiable_recurrent_gdn2", "kernel_options",
-    "kernels", "no_autocast", "recurrent_gdn2_inplace_op",
+    "GATED", "GRADIENTS", "OPTIONS", "differentiable_chunk_gdn2", "differentiable_chunk_gdn2_backward",
+    "differentiable_recurrent_gdn2", "inplace_recurrent_gdn2", "kernels", "or_empty",
 ]  # fmt: skip
 
+GATED = "Tensor q, Tensor k, Tensor v, Tensor g, Tensor b, Tensor w, Tensor? A_log, Tensor? dt_bias"
+OPTIONS = 'float scale, bool l2norm, bool gate, bool sigmoid, float erase_scale, str backend="auto"'
+INPUTS = f"{GATED}, Tensor? initial_state, Tensor? cu_seqlens, Tensor? resets, {OPTIONS}"
+GRADIENTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+TENSORS = len(GDN2Inputs._fields)
 
-def kernel_options(l2norm, gate, sigmoid, erase_scale):
-    return {"l2norm": l2norm, "gate": gate, "sigmoid": sigmoid, "erase_scale": erase_scale}
+
+def _records(*args):
+    """The arguments of an operator, whose positions are the fields of the two, the last one left out by default."""
+    return GDN2Inputs(*args[:TENSORS]), GDN2Options(*args[TENSORS:])
 
 
-def kernels(q, v, backend):
+def _use_triton(inputs, backend):
+    return use_triton("q", inputs.q, backend, (inputs.q.shape[-1], inputs.v.shape[-1])) and inputs.q.numel() > 0
+
+
+def kernels(inputs: GDN2Inputs, backend: str) -> ModuleType:
     """The module whose ``chunk_forward``, ``chunk_backward`` and ``segment_forward`` serve a call."""
-    triton = use_triton("q", q, backend, (q.shape[-1], v.shape[-1]))
-    if q.numel() == 0:
-        return tokenless
-    if not triton:
-        return chunked
-    from .triton import chunk  # not before it is needed: Triton is not everywhere
+    if _use_triton(inputs, backend):
+        from .triton import chunk  # not before it is needed: Triton is not everywhere
 
-    return chunk
+        return chunk
+    return chunked if inputs.q.numel() > 0 else tokenless
 
 
-def _recurrent_torch(
-    q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets, scale, options, final_state=None
-):
+def _recurrent(inputs, options, final_state=None):
     """o and the final state, which is written to ``final_state`` where that is given; it may be the initial state."""
-    (B, _, _, K), (HV, V), dtype = q.shape, v.shape[2:], compute_dtype(q)
-    q, k, g, b, w = activate(q, k, g, b, w, A_log, dt_bias, resets, **options)
-    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    state = q.new_zeros(N, HV, K, V) if initial_state is None else initial_state.to(dtype, copy=True)
-    o, state = recur_packed(q, k, v.to(dtype), g, b, w, state, scale, cu_seqlens)
-    return o.to(v.dtype), state if final_state is None else final_state.copy_(state)
+    if _use_triton(inputs, options.backend):
+        from .triton import recurrent
+
+        return recurrent.recurrent_forward(inputs, options, final_state)
+    o, state = reference.recurrent(inputs, options)
+    return o, state if final_state is None else final_state.copy_(state)
 
 
-def _recurrent_kernel(q, v, backend):
-    if not use_triton("q", q, backend, (q.shape[-1], v.shape[-1])) or q.numel() == 0:
-        return _recurrent_torch
-    from .triton import recurrent
-
-    return recurrent.recurrent_forward
+def or_empty(grads: GDN2Inputs) -> tuple[Tensor, ...]:
+    """The gradients as a backward operator returns them: empty where the input is absent."""
+    return tuple(grads.q.new_empty(0) if x is None else x.contiguous() for x in grads.differentiable)
 
 
-def no_autocast(x):
-    """Autocast reaches into an op's eager body but not into its compiled call: the two must not differ."""
-    return torch.autocast(x.device.type, enabled=False)
-
-
-@torch.library.custom_op("gdn2_titan::chunk_gdn2", mutates_args=())
-def chunk_gdn2_op(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor,
-    A_log: Tensor | None, dt_bias: Tensor | None, initial_state: Tensor | None,
-    cu_seqlens: Tensor | None, resets: Tensor | None,
-    scale: float, l2norm: bool, gate: bool, sigmoid: bool, erase_scale: float, backend: str = "auto",
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    with no_autocast(q):
-        o, final_state = kernels(q, v, backend).chunk_forward(
-            q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets, scale,
-            kernel_options(l2norm, gate, sigmoid, erase_scale),
-        )  # fmt: skip
+def _chunk_forward(*args):
+    inputs, options = _records(*args)
+    with no_autocast(inputs.q):
+        o, final_state = kernels(inputs, options.backend).chunk_forward(inputs, options)
     return o.contiguous(), final_state.contiguous()
 
 
-@torch.library.custom_op("gdn2_titan::recurrent_gdn2", mutates_args=())
-def recurrent_gdn2_op(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor,
-    A_log: Tensor | None, dt_bias: Tensor | None, initial_state: Tensor | None,
-    cu_seqlens: Tensor | None, resets: Tensor | None,
-    scale: float, l2norm: bool, gate: bool, sigmoid: bool, erase_scale: float, backend: str = "auto",
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    with no_autocast(q):
-        o, final_state = _recurrent_kernel(q, v, backend)(
-            q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets, scale,
-            kernel_options(l2norm, gate, sigmoid, erase_scale),
-        )  # fmt: skip
+def _recurrent_forward(*args):
+    inputs, options = _records(*args)
+    with no_autocast(inputs.q):
+        o, final_state = _recurrent(inputs, options)
     return o.contiguous(), final_state.contiguous()
 
 
-@torch.library.custom_op("gdn2_titan::recurrent_gdn2_", mutates_args={"state"})
-def recurrent_gdn2_inplace_op(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor,
-    A_log: Tensor | None, dt_bias: Tensor | None, state: Tensor,
-    cu_seqlens: Tensor | None, resets: Tensor | None,
-    scale: float, l2norm: bool, gate: bool, sigmoid: bool, erase_scale: float, backend: str = "auto",
-) -> Tensor:  # fmt: skip
+def _recurrent_inplace(*args):
     """o; ``state``, contiguous and in the compute dtype, is the initial state and becomes the final one."""
-    with no_autocast(q):
-        o, _ = _recurrent_kernel(q, v, backend)(
-            q, k, v, g, b, w, A_log, dt_bias, state, cu_seqlens, resets, scale,
-            kernel_options(l2norm, gate, sigmoid, erase_scale), final_state=state,
-        )  # fmt: skip
+    inputs, options = _records(*args)
+    with no_autocast(inputs.q):
+        o, _ = _recurrent(inputs, options, inputs.initial_state)
     return o.contiguous()
 
 
-@torch.library.custom_op("gdn2_titan::chunk_gdn2_backward", mutates_args=())
-def chunk_gdn2_backward_op(
-    do: Tensor | None, dfinal_state: Tensor | None,
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor,
-    A_log: Tensor | None, dt_bias: Tensor | None, initial_state: Tensor | None,
-    cu_seqlens: Tensor | None, resets: Tensor | None,
-    scale: float, l2norm: bool, gate: bool, sigmoid: bool, erase_scale: float, backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v, g, b, w, A_log, dt_bias, initial_state; empty where the input is absent."""
-    with no_autocast(q):
-        grads = kernels(q, v, backend).chunk_backward(
-            do, dfinal_state, q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets, scale,
-            kernel_options(l2norm, gate, sigmoid, erase_scale),
-        )  # fmt: skip
-    return tuple(q.new_empty(0) if x is None else x.contiguous() for x in grads)
+def _chunk_backward(do, dfinal_state, *args):
+    inputs, options = _records(*args)
+    with no_autocast(inputs.q):
+        return or_empty(kernels(inputs, options.backend).chunk_backward(do, dfinal_state, inputs, options))
 
 
-def _fake_forward(q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, *rest):
-    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    state = q.new_empty((N, v.shape[2], q.shape[3], v.shape[3]), dtype=compute_dtype(q))
-    return v.new_empty(v.shape), state
+def _fake_forward(*args):
+    inputs, _ = _records(*args)
+    return inputs.v.new_empty(inputs.v.shape), inputs.q.new_empty(inputs.state_shape, dtype=inputs.compute_dtype)
 
 
-chunk_gdn2_op.register_fake(_fake_forward)
-recurrent_gdn2_op.register_fake(_fake_forward)
+def _fake_backward(do, dfinal_state, *args):
+    inputs, _ = _records(*args)
+    return or_empty(inputs.map(lambda x: x.new_empty(x.shape)))
 
 
-@recurrent_gdn2_inplace_op.register_fake
-def _(q, k, v, *rest):
-    return v.new_empty(v.shape)
+_chunk_op = define("gdn2_titan::chunk_gdn2", f"({INPUTS}) -> (Tensor, Tensor)", _chunk_forward, _fake_forward)
+_recurrent_op = define(
+    "gdn2_titan::recurrent_gdn2", f"({INPUTS}) -> (Tensor, Tensor)", _recurrent_forward, _fake_forward
+)
+_inplace_op = define(
+    "gdn2_titan::recurrent_gdn2_",
+    f"({INPUTS}) -> Tensor".replace("Tensor? initial_state", "Tensor(a!) state"),
+    _recurrent_inplace,
+    lambda q, k, v, *rest: v.new_empty(v.shape),
+)
+_backward_op = define(
+    "gdn2_titan::chunk_gdn2_backward",
+    f"(Tensor? do, Tensor? dfinal_state, {INPUTS}) -> {GRADIENTS}",
+    _chunk_backward,
+    _fake_backward,
+)
 
 
-@chunk_gdn2_backward_op.register_fake
-def _(do, dfinal_state, q, k, v, g, b, w, A_log, dt_bias, initial_state, *rest):
-    return tuple(
-        q.new_empty(0) if x is None else x.new_empty(x.shape)
-        for x in (q, k, v, g, b, w, A_log, dt_bias, initial_state)
-    )  # fmt: skip
-
-
-TENSORS = 11  # the leading arguments of the forward ops; the rest are plain numbers
-
-
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx, args, output):
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:TENSORS])
-    ctx.numbers = inputs[TENSORS:]
+    inputs, ctx.options = _records(*args)
+    ctx.save_for_backward(*inputs)
 
 
 def _backward(ctx, do, dfinal_state):
     if do is None and dfinal_state is None:
-        return (None,) * (TENSORS + len(ctx.numbers))
-    inputs = ctx.saved_tensors
+        return ()
+    inputs = GDN2Inputs(*ctx.saved_tensors)
     # The recurrent op too: its gradient is the same function of the same inputs.
-    grads = chunk_gdn2_backward_once(do, dfinal_state, *inputs, *ctx.numbers)
-    present = [None if x is None else grad for x, grad in zip(inputs[:9], grads, strict=True)]
-    return (*present, None, None, *(None for _ in ctx.numbers))
+    grads = differentiable_chunk_gdn2_backward(do, dfinal_state, *inputs, *ctx.options)
+    return tuple(None if x is None else grad for x, grad in zip(inputs.differentiable, grads, strict=True))
 
 
-chunk_gdn2_op.register_autograd(_backward, setup_context=_setup_context)
-recurrent_gdn2_op.register_autograd(_backward, setup_context=_setup_context)
-differentiable_chunk_gdn2 = differentiable(chunk_gdn2_op, _setup_context, _backward)
-differentiable_recurrent_gdn2 = differentiable(recurrent_gdn2_op, _setup_context, _backward)
-chunk_gdn2_backward_once = once(chunk_gdn2_backward_op, "chunk_gdn2 and recurrent_gdn2")
+differentiable_chunk_gdn2 = differentiable(_chunk_op, _setup_context, _backward)
+differentiable_recurrent_gdn2 = differentiable(_recurrent_op, _setup_context, _backward)
+differentiable_chunk_gdn2_backward = differentiable_once(_backward_op, "chunk_gdn2 and recurrent_gdn2")
+inplace_recurrent_gdn2 = overwriting(_inplace_op, "state")
 
 
 def _sizes(q_shape, v_shape):

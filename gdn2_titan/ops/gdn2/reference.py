@@ -8,14 +8,16 @@ Everything else in this package is measured against this file, in fp64.
 """
 
 import torch
+from torch import Tensor
 
-from ..checks import check_cu_seqlens, check_inputs
-from .gates import activate, compute_dtype
+from ..checks import check_cu_seqlens
+from .arguments import GDN2Inputs, GDN2Options, check_arguments
+from .gates import activate
 
-__all__ = ["naive_recurrent_gdn2", "recur_packed"]
+__all__ = ["naive_recurrent_gdn2", "recurrent"]
 
 
-def recur(q, k, v, g, b, w, state, scale):
+def _recur(q, k, v, g, b, w, state, scale):
     """The recurrence over one batch of sequences of equal length, every gate already applied.
 
     Args: q, k, g, b [B, T, H, K]; v, w [B, T, HV, V]; state [B, HV, K, V]. One dtype for all.
@@ -40,52 +42,55 @@ def recur(q, k, v, g, b, w, state, scale):
     return o.reshape(B, T, HV, V), state.reshape(B, HV, K, V)
 
 
-def recur_packed(q, k, v, g, b, w, state, scale, cu_seqlens):
-    """``recur`` over B sequences, or over those that cu_seqlens [N + 1] packs in one row; state [N, HV, K, V]."""
+def _recur_packed(q, k, v, g, b, w, state, scale, cu_seqlens):
+    """``_recur`` over B sequences, or over those that cu_seqlens [N + 1] packs in one row; state [N, HV, K, V]."""
     if cu_seqlens is None:
-        return recur(q, k, v, g, b, w, state, scale)
+        return _recur(q, k, v, g, b, w, state, scale)
     check_cu_seqlens(cu_seqlens, q.shape[1])
     bounds = cu_seqlens.tolist()
     parts = [
-        recur(*(x[:, i:j] for x in (q, k, v, g, b, w)), state[n : n + 1], scale)
+        _recur(*(x[:, i:j] for x in (q, k, v, g, b, w)), state[n : n + 1], scale)
         for n, (i, j) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
     ]
     return torch.cat([part[0] for part in parts], 1), torch.cat([part[1] for part in parts], 0)
 
 
+def recurrent(inputs: GDN2Inputs, options: GDN2Options) -> tuple[Tensor, Tensor]:
+    """o [B, T, HV, V] in v's dtype, and the final state [N, HV, K, V] in the compute dtype."""
+    q, k, v, g, b, w = activate(inputs, options)
+    if inputs.initial_state is None:
+        state = q.new_zeros(inputs.state_shape)
+    else:
+        state = inputs.initial_state.to(q.dtype, copy=True)
+    o, final_state = _recur_packed(q, k, v, g, b, w, state, options.scale, inputs.cu_seqlens)
+    return o.to(inputs.v.dtype), final_state
+
+
 def naive_recurrent_gdn2(
-    q, k, v, g, b, w,
-    scale=None,
-    initial_state=None,
-    output_final_state=False,
-    use_qk_l2norm_in_kernel=False,
-    use_gate_in_kernel=False,
-    A_log=None,
-    dt_bias=None,
-    use_sigmoid_in_kernel=False,
-    erase_scale=1.0,
-    cu_seqlens=None,
-    resets=None,
-):  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    b: Tensor,
+    w: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    use_sigmoid_in_kernel: bool = False,
+    erase_scale: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    resets: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """Gated DeltaNet-2 one token at a time, differentiated by autograd: slow, readable, the definition.
 
     Arguments, shapes, returns and errors are those of :func:`gdn2_titan.ops.chunk_gdn2` (less ``backend``).
     Computes in fp64 for fp64 inputs, in fp32 for all others.
     """
-    scale = check_inputs(
-        q, k, v, g, b, w, scale, initial_state, use_gate_in_kernel, A_log, dt_bias,
-        use_sigmoid_in_kernel, erase_scale, cu_seqlens, resets,
-    )  # fmt: skip
-    B, T, H, K = q.shape
-    HV, V = v.shape[2:]
-    dtype, out_dtype = compute_dtype(q), v.dtype
-    q, k, g, b, w = activate(
-        q, k, g, b, w, A_log, dt_bias, resets,
-        l2norm=use_qk_l2norm_in_kernel, gate=use_gate_in_kernel,
-        sigmoid=use_sigmoid_in_kernel, erase_scale=erase_scale,
-    )  # fmt: skip
-    v = v.to(dtype)
-    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    state = q.new_zeros(N, HV, K, V) if initial_state is None else initial_state.to(dtype, copy=True)
-    o, final_state = recur_packed(q, k, v, g, b, w, state, scale, cu_seqlens)
-    return o.to(out_dtype), final_state if output_final_state else None
+    inputs = GDN2Inputs(q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets)
+    options = GDN2Options(scale, use_qk_l2norm_in_kernel, use_gate_in_kernel, use_sigmoid_in_kernel, erase_scale)
+    o, final_state = recurrent(inputs, check_arguments(inputs, options))
+    return o, final_state if output_final_state else None

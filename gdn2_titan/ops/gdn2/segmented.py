@@ -11,107 +11,121 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..autograd import differentiable, once
+from ..custom_op import define, differentiable, differentiable_once, no_autocast
+from .arguments import GDN2Inputs, GDN2Options
 from .flops import backward_flops, forward_flops
-from .gates import compute_dtype
-from .library import kernel_options, kernels, no_autocast
+from .library import GATED, GRADIENTS, OPTIONS, kernels, or_empty
 from .maps import apply, apply_transposed, read, read_transposed
 
-__all__ = ["differentiable_segmented_gdn2"]
+__all__ = ["segmented_gdn2"]
 
 
-def _rows(x, segments):
-    """x [B, T, ...] or None -> its segments as rows of the batch [B * segments, T / segments, ...]."""
-    return None if x is None else x.unflatten(1, (segments, -1)).flatten(0, 1)
+def _records(*args):
+    q, k, v, g, b, w, A_log, dt_bias, initial_state, resets, count, *options = args
+    inputs = GDN2Inputs(q, k, v, g, b, w, A_log, dt_bias, initial_state, resets=resets)
+    return inputs, count, GDN2Options(*options)
 
 
-@torch.library.custom_op("gdn2_titan::segmented_gdn2", mutates_args=())
-def segmented_gdn2_op(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor,
-    A_log: Tensor | None, dt_bias: Tensor | None, initial_state: Tensor | None, resets: Tensor | None, segments: int,
-    scale: float, l2norm: bool, gate: bool, sigmoid: bool, erase_scale: float, backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """``chunk_gdn2`` of T tokens that ``segments`` divides: o and the final state. Then, for backward, P [B, T, H, K]
-    in q's dtype, entering states [B, segments, HV, K, V] and transitions [B, segments, H, K, K]."""
+def _positions(inputs, count, options):
+    return *inputs.differentiable, inputs.resets, count, *options
+
+
+def _rows(x, count):
+    """x [B, T, ...] -> its segments as rows of the batch [B * count, T / count, ...]."""
+    return x.unflatten(1, (count, -1)).flatten(0, 1)
+
+
+def _segmented_forward(*args):
+    """``chunk_gdn2`` of T tokens that the ``count`` of segments divides: o and the final state. Then, for backward,
+    P [B, T, H, K] in q's dtype, entering states [B, count, HV, K, V] and transitions [B, count, H, K, K]."""
+    inputs, count, options = _records(*args)
+    q, v, initial_state = inputs.q, inputs.v, inputs.initial_state
     with no_autocast(q):
-        o, P, M, D = kernels(q, v, backend).segment_forward(
-            *(_rows(x, segments) for x in (q, k, v, g, b, w)), A_log, dt_bias, _rows(resets, segments), scale,
-            kernel_options(l2norm, gate, sigmoid, erase_scale),
-        )  # fmt: skip
-        M, D = M.unflatten(0, (-1, segments)), D.unflatten(0, (-1, segments))
+        rows = inputs.map_tokens(lambda x: _rows(x, count))
+        o, P, M, D = kernels(rows, options.backend).segment_forward(rows, options)
+        M, D = M.unflatten(0, (-1, count)), D.unflatten(0, (-1, count))
         state = torch.zeros_like(D[:, 0]) if initial_state is None else initial_state.to(D.dtype)
         entering = torch.empty_like(D, memory_format=torch.contiguous_format)
-        for i in range(segments):
+        for i in range(count):
             entering[:, i] = state
             state = D[:, i] + apply(M[:, i], state)
         o = (o + read(P, entering.flatten(0, 1))).to(v.dtype).view(v.shape)
     return o.contiguous(), state.contiguous(), P.reshape(q.shape).contiguous(), entering, M.contiguous()
 
 
-@segmented_gdn2_op.register_fake
-def _(q, k, v, g, b, w, A_log, dt_bias, initial_state, resets, segments, *rest):
-    (B, _, H, K), (HV, V), dtype = q.shape, v.shape[2:], compute_dtype(q)
-    shapes = (B, HV, K, V), (B, segments, HV, K, V), (B, segments, H, K, K)
-    final_state, entering, transitions = (q.new_empty(shape, dtype=dtype) for shape in shapes)
+def _fake_segmented_forward(*args):
+    inputs, count, _ = _records(*args)
+    q, v, (B, HV, K, V) = inputs.q, inputs.v, inputs.state_shape
+    shapes = (B, HV, K, V), (B, count, HV, K, V), (B, count, q.shape[2], K, K)
+    final_state, entering, transitions = (q.new_empty(shape, dtype=inputs.compute_dtype) for shape in shapes)
     return v.new_empty(v.shape), final_state, q.new_empty(q.shape), entering, transitions
 
 
-@torch.library.custom_op("gdn2_titan::segmented_gdn2_backward", mutates_args=())
-def segmented_gdn2_backward_op(
-    do: Tensor | None, dfinal_state: Tensor | None, read_rows: Tensor, entering: Tensor, transitions: Tensor,
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor,
-    A_log: Tensor | None, dt_bias: Tensor | None, initial_state: Tensor | None, resets: Tensor | None, segments: int,
-    scale: float, l2norm: bool, gate: bool, sigmoid: bool, erase_scale: float, backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v, g, b, w, A_log, dt_bias, initial_state; empty where the input is absent."""
-    with no_autocast(q):
+def _segmented_backward(do, dfinal_state, read_rows, entering, transitions, *args):
+    inputs, count, options = _records(*args)
+    with no_autocast(inputs.q):
         leaving = torch.empty_like(entering)  # gradients of the states that segments leave
         dstate = torch.zeros_like(entering[:, 0]) if dfinal_state is None else dfinal_state.to(entering.dtype)
-        do = _rows(do, segments)
-        dD = torch.zeros_like(entering) if do is None else read_transposed(
-            _rows(read_rows, segments), do, entering.dtype
-        ).view(entering.shape)  # fmt: skip
-        for i in reversed(range(segments)):
+        dD = torch.zeros_like(entering)
+        if do is not None:
+            do = _rows(do, count)
+            dD = read_transposed(_rows(read_rows, count), do, entering.dtype).view(entering.shape)
+        for i in reversed(range(count)):
             leaving[:, i] = dstate
             dstate = dD[:, i] + apply_transposed(transitions[:, i], dstate)
-        tensors = q, k, v, g, b, w
-        *grads, dA_log, ddt_bias, _ = kernels(q, v, backend).chunk_backward(
-            do, leaving.flatten(0, 1), *(_rows(x, segments) for x in tensors), A_log, dt_bias, entering.flatten(0, 1),
-            None, _rows(resets, segments), scale, kernel_options(l2norm, gate, sigmoid, erase_scale),
-        )  # fmt: skip
-        grads = [grad.view(x.shape) for grad, x in zip(grads, tensors, strict=True)]
-        dinitial_state = None if initial_state is None else dstate.to(initial_state.dtype)
-    return tuple(q.new_empty(0) if x is None else x.contiguous() for x in (*grads, dA_log, ddt_bias, dinitial_state))
+        rows = inputs.map_tokens(lambda x: _rows(x, count), initial_state=entering.flatten(0, 1))
+        grads = kernels(rows, options.backend).chunk_backward(do, leaving.flatten(0, 1), rows, options)
+        tokens = [grad.view(x.shape) for grad, x in zip(grads.tokens, inputs.tokens, strict=True)]
+        dinitial_state = None if inputs.initial_state is None else dstate.to(inputs.initial_state.dtype)
+        return or_empty(GDN2Inputs(*tokens, grads.A_log, grads.dt_bias, dinitial_state))
 
 
-@segmented_gdn2_backward_op.register_fake
-def _(do, dfinal_state, read_rows, entering, transitions, q, k, v, g, b, w, A_log, dt_bias, initial_state, *rest):
-    inputs = q, k, v, g, b, w, A_log, dt_bias, initial_state
-    return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
+def _fake_segmented_backward(do, dfinal_state, read_rows, entering, transitions, *args):
+    inputs, _, _ = _records(*args)
+    return or_empty(inputs.map(lambda x: x.new_empty(x.shape)))
 
 
-TENSORS = 10  # the leading arguments of the forward op
+INPUTS = f"{GATED}, Tensor? initial_state, Tensor? resets, SymInt segments, {OPTIONS}"
+_forward_op = define(
+    "gdn2_titan::segmented_gdn2",
+    f"({INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _segmented_forward,
+    _fake_segmented_forward,
+)
+_backward_op = define(
+    "gdn2_titan::segmented_gdn2_backward",
+    f"(Tensor? do, Tensor? dfinal_state, Tensor read_rows, Tensor entering, Tensor transitions, {INPUTS})"
+    f" -> {GRADIENTS}",
+    _segmented_backward,
+    _fake_segmented_backward,
+)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx, args, output):
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(*output[2:], *inputs[:TENSORS])
-    ctx.numbers = inputs[TENSORS:]
+    inputs, ctx.count, ctx.options = _records(*args)
+    ctx.save_for_backward(*output[2:], *inputs)
 
 
 def _backward(ctx, do, dfinal_state, *others):
     if do is None and dfinal_state is None:
-        return (None,) * (TENSORS + len(ctx.numbers))
-    saved = ctx.saved_tensors
-    grads = segmented_gdn2_backward_once(do, dfinal_state, *saved, *ctx.numbers)
-    present = [None if x is None else grad for x, grad in zip(saved[3:12], grads, strict=True)]
-    return (*present, None, *(None for _ in ctx.numbers))
+        return ()
+    read_rows, entering, transitions, *inputs = ctx.saved_tensors
+    inputs = GDN2Inputs(*inputs)
+    kept = read_rows, entering, transitions
+    grads = _differentiable_backward(do, dfinal_state, *kept, *_positions(inputs, ctx.count, ctx.options))
+    return tuple(None if x is None else grad for x, grad in zip(inputs.differentiable, grads, strict=True))
 
 
-segmented_gdn2_op.register_autograd(_backward, setup_context=_setup_context)
-differentiable_segmented_gdn2 = differentiable(segmented_gdn2_op, _setup_context, _backward)
-segmented_gdn2_backward_once = once(segmented_gdn2_backward_op, "chunk_gdn2")
+_differentiable_forward = differentiable(_forward_op, _setup_context, _backward)
+_differentiable_backward = differentiable_once(_backward_op, "chunk_gdn2")
+
+
+def segmented_gdn2(inputs: GDN2Inputs, count: int, options: GDN2Options) -> tuple[Tensor, Tensor]:
+    """``chunk_gdn2`` of ``count`` segments that divide the sequence."""
+    o, final_state, *_ = _differentiable_forward(*_positions(inputs, count, options))
+    return o, final_state
 
 
 def _map_products(q_shape, v_shape, segments):

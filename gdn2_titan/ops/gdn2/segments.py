@@ -15,68 +15,79 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..autograd import differentiable
-from ..checks import check_choice, check_flags, check_inputs
-from ..dispatch import BACKENDS
+from ..custom_op import define, differentiable, no_autocast
+from .arguments import GDN2Inputs, GDN2Options, check_arguments
 from .flops import forward_flops
-from .gates import compute_dtype
-from .library import chunk_gdn2_backward_once, kernel_options, kernels, no_autocast
+from .library import GATED, OPTIONS, differentiable_chunk_gdn2_backward, kernels
 
-__all__ = ["segment_gdn2_op", "segment_summary"]
+__all__ = ["segment_gdn2", "segment_summary"]
 
 
-@torch.library.custom_op("gdn2_titan::segment_gdn2", mutates_args=())
-def segment_gdn2_op(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor,
-    A_log: Tensor | None, dt_bias: Tensor | None, resets: Tensor | None,
-    scale: float, l2norm: bool, gate: bool, sigmoid: bool, erase_scale: float, backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _records(*args):
+    """The inverse of ``_positions``."""
+    q, k, v, g, b, w, A_log, dt_bias, resets, *options = args
+    return GDN2Inputs(q, k, v, g, b, w, A_log, dt_bias, resets=resets), GDN2Options(*options)
+
+
+def _positions(inputs, options):
+    return *inputs.tokens, inputs.A_log, inputs.dt_bias, inputs.resets, *options
+
+
+def _segment_forward(*args):
     """o_0 [B, T, HV, V] and P [B, T, H, K] in q's dtype, M [B, H, K, K] and D [B, HV, K, V] in the compute dtype."""
-    with no_autocast(q):
-        results = kernels(q, v, backend).segment_forward(
-            q, k, v, g, b, w, A_log, dt_bias, resets, scale, kernel_options(l2norm, gate, sigmoid, erase_scale)
-        )
-    return tuple(x.contiguous() for x in results)
+    inputs, options = _records(*args)
+    with no_autocast(inputs.q):
+        return tuple(x.contiguous() for x in kernels(inputs, options.backend).segment_forward(inputs, options))
 
 
-@segment_gdn2_op.register_fake
-def _(q, k, v, *rest):
-    (B, _, H, K), (HV, V), dtype = q.shape, v.shape[2:], compute_dtype(q)
-    M, D = (q.new_empty(shape, dtype=dtype) for shape in ((B, H, K, K), (B, HV, K, V)))
+def _fake_segment_forward(*args):
+    inputs, _ = _records(*args)
+    q, v, (B, _, H, K) = inputs.q, inputs.v, inputs.q.shape
+    M, D = (q.new_empty(shape, dtype=inputs.compute_dtype) for shape in ((B, H, K, K), inputs.state_shape))
     return v.new_empty(v.shape), q.new_empty(q.shape), M, D
 
 
-def _setup_context(ctx, inputs, output):
+_segment_op = define(
+    "gdn2_titan::segment_gdn2",
+    f"({GATED}, Tensor? resets, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _segment_forward,
+    _fake_segment_forward,
+)
+
+
+def _setup_context(ctx, args, output):
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:9])
-    ctx.numbers = inputs[9:]
+    inputs, ctx.options = _records(*args)
+    ctx.save_for_backward(*inputs)
 
 
 def _backward(ctx, do, dread, dtransition, dcontribution):
     """The columns of the value axis have nothing to do with each other: those of the values, and those of the map."""
-    q, k, v, g, b, w, A_log, dt_bias, resets = ctx.saved_tensors
+    inputs = GDN2Inputs(*ctx.saved_tensors)
     of_values = of_map = (None,) * 9
     if do is not None or dcontribution is not None:
-        of_values = chunk_gdn2_backward_once(
-            do, dcontribution, q, k, v, g, b, w, A_log, dt_bias, None, None, resets, *ctx.numbers
-        )
+        of_values = differentiable_chunk_gdn2_backward(do, dcontribution, *inputs, *ctx.options)
     if dread is not None or dtransition is not None:
-        identity = torch.eye(q.shape[-1], dtype=compute_dtype(q), device=q.device)
+        q = inputs.q
+        identity = torch.eye(q.shape[-1], dtype=inputs.compute_dtype, device=q.device)
         identity = identity.expand(q.shape[0], q.shape[2], -1, -1).contiguous()
         nothing = torch.zeros_like(q)
-        of_map = chunk_gdn2_backward_once(
-            dread, dtransition, q, k, nothing, g, b, nothing, A_log, dt_bias, identity, None, resets, *ctx.numbers
-        )
-        of_map = [None if i in (2, 5) else x for i, x in enumerate(of_map)]
+        map_inputs = inputs._replace(v=nothing, w=nothing, initial_state=identity)
+        of_map = GDN2Inputs(*differentiable_chunk_gdn2_backward(dread, dtransition, *map_inputs, *ctx.options))
+        of_map = of_map._replace(v=None, w=None).differentiable
     grads = []
-    for x, a, b_ in zip((q, k, v, g, b, w, A_log, dt_bias), of_values[:8], of_map[:8], strict=True):
-        given = [grad for grad in (a, b_) if grad is not None]
+    for x, a, b in zip(inputs.differentiable, of_values, of_map, strict=True):
+        given = [grad for grad in (a, b) if grad is not None]
         grads.append(sum(given[1:], given[0]) if given and x is not None else None)
-    return (*grads, None, *(None for _ in ctx.numbers))
+    return tuple(grads)
 
 
-segment_gdn2_op.register_autograd(_backward, setup_context=_setup_context)
-_differentiable_segment_gdn2 = differentiable(segment_gdn2_op, _setup_context, _backward)
+_differentiable_segment_gdn2 = differentiable(_segment_op, _setup_context, _backward)
+
+
+def segment_gdn2(inputs: GDN2Inputs, options: GDN2Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """o_0 [B, T, HV, V], P [B, T, H, K], M [B, H, K, K] and D [B, HV, K, V] of segments that are all of one length."""
+    return _differentiable_segment_gdn2(*_positions(inputs, options))
 
 
 @register_flop_formula(torch.ops.gdn2_titan.segment_gdn2)
@@ -86,16 +97,20 @@ def _(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs):
 
 
 def segment_summary(
-    k, v, g, b, w,
-    use_qk_l2norm_in_kernel=False,
-    use_gate_in_kernel=False,
-    A_log=None,
-    dt_bias=None,
-    use_sigmoid_in_kernel=False,
-    erase_scale=1.0,
-    resets=None,
-    backend="auto",
-):  # fmt: skip
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    b: Tensor,
+    w: Tensor,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    use_sigmoid_in_kernel: bool = False,
+    erase_scale: float = 1.0,
+    resets: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
     """A segment of a sequence as an affine map of the state (arXiv 2605.22791's recurrence is linear in it).
 
     Args:
@@ -112,17 +127,7 @@ def segment_summary(
     Raises:
         TypeError, ValueError: naming the argument, what came and what is allowed.
     """
-    check_choice("backend", backend, BACKENDS)
-    check_flags(
-        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, use_gate_in_kernel=use_gate_in_kernel,
-        use_sigmoid_in_kernel=use_sigmoid_in_kernel,
-    )  # fmt: skip
-    scale = check_inputs(
-        k, k, v, g, b, w, 1.0, None, use_gate_in_kernel, A_log, dt_bias,
-        use_sigmoid_in_kernel, erase_scale, None, resets,
-    )  # fmt: skip
-    _, _, M, D = _differentiable_segment_gdn2(
-        k, k, v, g, b, w, A_log, dt_bias, resets, scale,
-        use_qk_l2norm_in_kernel, use_gate_in_kernel, use_sigmoid_in_kernel, float(erase_scale), backend,
-    )  # fmt: skip
+    inputs = GDN2Inputs(k, k, v, g, b, w, A_log, dt_bias, resets=resets)
+    options = GDN2Options(1.0, use_qk_l2norm_in_kernel, use_gate_in_kernel, use_sigmoid_in_kernel, erase_scale, backend)
+    _, _, M, D = segment_gdn2(inputs, check_arguments(inputs, options))
     return M, D

@@ -4,39 +4,38 @@ The functions, their arguments and their results are those of ``chunked``.
 """
 
 import torch
+from torch import Tensor
 
 from ..checks import check_cu_seqlens
-from .gates import compute_dtype
+from .arguments import GDN2Inputs, GDN2Options
 
 __all__ = ["chunk_backward", "chunk_forward", "segment_forward"]
 
 
-def _through(state, q, v, cu_seqlens, dtype):
+def _through(state, inputs, dtype):
     """A copy of state [N, HV, K, V] in dtype, zeros for None."""
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, q.shape[1])
+    if inputs.cu_seqlens is not None:
+        check_cu_seqlens(inputs.cu_seqlens, inputs.q.shape[1])
     if state is not None:
         return state.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return q.new_zeros((N, v.shape[2], q.shape[3], v.shape[3]), dtype=dtype)
+    return inputs.q.new_zeros(inputs.state_shape, dtype=dtype)
 
 
-def chunk_forward(q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets, scale, options):
-    return v.new_empty(v.shape), _through(initial_state, q, v, cu_seqlens, compute_dtype(q))
+def chunk_forward(inputs: GDN2Inputs, options: GDN2Options) -> tuple[Tensor, Tensor]:
+    return inputs.v.new_empty(inputs.v.shape), _through(inputs.initial_state, inputs, inputs.compute_dtype)
 
 
-def segment_forward(q, k, v, g, b, w, A_log, dt_bias, resets, scale, options):
-    (B, _, H, K), dtype = q.shape, compute_dtype(q)
+def segment_forward(inputs: GDN2Inputs, options: GDN2Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, v, dtype = inputs.q, inputs.v, inputs.compute_dtype
+    B, _, H, K = q.shape
     transition = torch.eye(K, dtype=dtype, device=q.device).repeat(B, H, 1, 1)
-    return v.new_empty(v.shape), q.new_empty(q.shape), transition, _through(None, q, v, None, dtype)
+    return v.new_empty(v.shape), q.new_empty(q.shape), transition, _through(None, inputs, dtype)
 
 
 def chunk_backward(
-    do, dfinal_state, q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets, scale, options
-):
-    tokens = [x.new_empty(x.shape) for x in (q, k, v, g, b, w)]
-    parameters = [None if x is None else torch.zeros_like(x) for x in (A_log, dt_bias)]
-    dinitial_state = None
-    if initial_state is not None:
-        dinitial_state = _through(dfinal_state, q, v, cu_seqlens, initial_state.dtype)
-    return *tokens, *parameters, dinitial_state
+    do: Tensor | None, dfinal_state: Tensor | None, inputs: GDN2Inputs, options: GDN2Options
+) -> GDN2Inputs:
+    dinitial_state = inputs.initial_state
+    if dinitial_state is not None:
+        dinitial_state = _through(dfinal_state, inputs, dinitial_state.dtype)
+    return inputs.map(torch.zeros_like)._replace(initial_state=dinitial_state, cu_seqlens=None, resets=None)

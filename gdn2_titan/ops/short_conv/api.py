@@ -7,10 +7,11 @@ are in ``windowed``, in PyTorch, and in ``triton``.
 """
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..autograd import differentiable, once
 from ..checks import FLOAT_DTYPES, check_choice, check_cu_seqlens, check_flags, check_packing
+from ..custom_op import define, differentiable, differentiable_once, no_autocast
 from ..dispatch import BACKENDS, use_triton
 from . import windowed
 
@@ -25,53 +26,50 @@ def _kernels(x, weight, bias, backend):
     tensors = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
     if not all(use_triton(name, tensor, backend) for name, tensor in tensors.items()) or x.numel() == 0:
         return windowed
-    from . import triton  # not before it is needed: Triton is not everywhere
+    from .triton import launches  # not before it is needed: Triton is not everywhere
 
-    return triton
+    return launches
 
 
-@torch.library.custom_op(
-    "gdn2_titan::causal_conv1d",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_state, Tensor? cu_seqlens, "
-    'Tensor? resets, str backend="auto") -> (Tensor, Tensor)',
+ARGUMENTS = (
+    "Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_state, Tensor? cu_seqlens, Tensor? resets, "
+    'str backend="auto"'
 )
+
+
 def _forward(x, weight, bias, silu, initial_state, cu_seqlens, resets, backend="auto"):
     """y [B, T, D] and final_state [N, D, S], which the op computes whether or not anybody asks for it."""
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, x.shape[1])
-    # Autocast is on in an eager op body and off in a compiled graph: off in both, or the two differ.
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         kernels = _kernels(x, weight, bias, backend)
         return kernels.forward(x, weight, bias, silu, initial_state, cu_seqlens, resets)
 
 
-@_forward.register_fake
-def _(x, weight, bias, silu, initial_state, cu_seqlens, resets, backend="auto"):
+def _fake_forward(x, weight, bias, silu, initial_state, cu_seqlens, resets, backend="auto"):
     N = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return x.new_empty(x.shape), x.new_empty((N, x.shape[2], weight.shape[1] - 1))
 
 
-@torch.library.custom_op(
-    "gdn2_titan::causal_conv1d_backward",
-    mutates_args=(),
-    schema="(Tensor? dy, Tensor? dfinal_state, Tensor x, Tensor weight, Tensor? bias, bool silu, "
-    'Tensor? initial_state, Tensor? cu_seqlens, Tensor? resets, str backend="auto") '
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-)
 def _backward(dy, dfinal_state, x, weight, bias, silu, initial_state, cu_seqlens, resets, backend="auto"):
     """dx [B, T, D], dweight [D, W], dbias [D] and dinitial_state [N, D, S], the last two empty where there was none."""
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         kernels = _kernels(x, weight, bias, backend)
         grads = kernels.backward(dy, dfinal_state, x, weight, bias, silu, initial_state, cu_seqlens, resets)
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
 
-@_backward.register_fake
-def _(dy, dfinal_state, x, weight, bias, silu, initial_state, cu_seqlens, resets, backend="auto"):
-    dbias = x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    dinitial_state = x.new_empty(0) if initial_state is None else initial_state.new_empty(initial_state.shape)
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, dinitial_state
+def _fake_backward(dy, dfinal_state, x, weight, bias, silu, initial_state, *rest):
+    return tuple(x.new_empty(0) if y is None else y.new_empty(y.shape) for y in (x, weight, bias, initial_state))
+
+
+_forward_op = define("gdn2_titan::causal_conv1d", f"({ARGUMENTS}) -> (Tensor, Tensor)", _forward, _fake_forward)
+_backward_op = define(
+    "gdn2_titan::causal_conv1d_backward",
+    f"(Tensor? dy, Tensor? dfinal_state, {ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
 
 
 def _setup_context(ctx, inputs, output):
@@ -81,23 +79,20 @@ def _setup_context(ctx, inputs, output):
     ctx.silu, ctx.backend = silu, backend
 
 
-def _autograd(ctx, dy, dfinal_state):
-    x, weight, bias, initial_state, cu_seqlens, resets = ctx.saved_tensors
+def _gradients(ctx, dy, dfinal_state):
     if dy is None and dfinal_state is None:
-        return None, None, None, None, None, None, None, None
-    dx, dweight, dbias, dinitial_state = _backward_once(
+        return ()
+    x, weight, bias, initial_state, cu_seqlens, resets = ctx.saved_tensors
+    dx, dweight, dbias, dinitial_state = _differentiable_backward(
         dy, dfinal_state, x, weight, bias, ctx.silu, initial_state, cu_seqlens, resets, ctx.backend
     )
-    if bias is None:
-        dbias = None
-    if initial_state is None:
-        dinitial_state = None
-    return dx, dweight, dbias, None, dinitial_state, None, None, None
+    return (
+        dx, dweight, None if bias is None else dbias, None, None if initial_state is None else dinitial_state
+    )  # fmt: skip
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
-_differentiable = differentiable(_forward, _setup_context, _autograd)
-_backward_once = once(_backward, "causal_conv1d")
+_differentiable_forward = differentiable(_forward_op, _setup_context, _gradients)
+_differentiable_backward = differentiable_once(_backward_op, "causal_conv1d")
 
 
 @register_flop_formula(torch.ops.gdn2_titan.causal_conv1d)
@@ -111,7 +106,15 @@ def _backward_flops(dy_shape, dfinal_state_shape, x_shape, weight_shape, *args, 
     return 2 * _forward_flops(x_shape, weight_shape)
 
 
-def check_conv_inputs(x, weight, bias, activation, initial_state, cu_seqlens, resets):
+def check_conv_inputs(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    resets: Tensor | None,
+) -> None:
     """Shapes, dtypes and devices only, so that it traces under torch.compile and costs no host synchronisation."""
     floats = {"x": x, "weight": weight, "bias": bias, "initial_state": initial_state}
     tensors = floats | {"cu_seqlens": cu_seqlens, "resets": resets}
@@ -143,16 +146,16 @@ def check_conv_inputs(x, weight, bias, activation, initial_state, cu_seqlens, re
 
 
 def causal_conv1d(
-    x,
-    weight,
-    bias=None,
-    activation=None,
-    initial_state=None,
-    output_final_state=False,
-    cu_seqlens=None,
-    resets=None,
-    backend="auto",
-):
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    resets: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
     """Depthwise causal convolution over time, y_t = act(bias + sum_i weight[:, i] * x_{t - (W - 1) + i}).
 
     Args:
@@ -185,5 +188,6 @@ def causal_conv1d(
     check_choice("backend", backend, BACKENDS)
     check_flags(output_final_state=output_final_state)
     check_conv_inputs(x, weight, bias, activation, initial_state, cu_seqlens, resets)
-    y, final_state = _differentiable(x, weight, bias, activation in SILU, initial_state, cu_seqlens, resets, backend)
+    silu = activation in SILU
+    y, final_state = _differentiable_forward(x, weight, bias, silu, initial_state, cu_seqlens, resets, backend)
     return y, final_state if output_final_state else None

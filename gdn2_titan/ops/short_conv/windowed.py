@@ -1,4 +1,5 @@
-"""The short convolution in plain PyTorch, for any device. Its definition is in ``causal_conv1d``.
+"""The short convolution in plain PyTorch, for any device: the twin of the Triton
+kernels in ``triton``. Its definition is in ``api``.
 
 With S = W - 1 taps into the past, every sequence is extended by S slots in front that hold its initial state. Window i
 is then where tap i of every token lies in the extended sequence, the same formula for tokens and state:
@@ -15,7 +16,7 @@ import torch
 __all__ = ["backward", "forward"]
 
 
-def _layout(T, W, cu_seqlens):
+def _indices(T, W, cu_seqlens):
     """Indices into the extended sequence [B, L]: windows (W of them, T positions each), heads and tails (the S slots
     of each initial and final state, sequence after sequence). Slices for B sequences of equal length, tensors for
     packed ones. No position occurs twice within one index, so adding at it needs no atomics and is deterministic."""
@@ -32,9 +33,9 @@ def _layout(T, W, cu_seqlens):
     return [first + i for i in range(W)], heads, tails
 
 
-def _extend(x, initial_state, W, layout, dtype):
+def _extend(x, initial_state, W, indices, dtype):
     """x [B, T, D], initial_state [N, D, S] or None -> [B, L, D] in the dtype of computation."""
-    windows, heads, tails = layout
+    windows, heads, tails = indices
     B, T, D = x.shape
     slots = W - 1 if isinstance(heads, slice) else heads.shape[0]
     ext = x.new_zeros((B, T + slots, D), dtype=dtype)
@@ -44,10 +45,10 @@ def _extend(x, initial_state, W, layout, dtype):
     return ext
 
 
-def _document_masks(resets, L, S, layout):
+def _document_masks(resets, L, S, indices):
     """Where resets cut: for each window [B, T, 1] and for the tails [N, S, 1], True for what lies in an earlier
     document than the token itself, or than the sequence's last token. None where nothing can be cut."""
-    windows, _, tails = layout
+    windows, _, tails = indices
     if resets is None:
         return [None] * len(windows), None
     document = resets.new_zeros((resets.shape[0], L))
@@ -85,9 +86,9 @@ def forward(x, weight, bias, silu, initial_state, cu_seqlens, resets):
     """y [B, T, D] and final_state [N, D, S], in x's dtype."""
     T, W = x.shape[1], weight.shape[1]
     dtype = _compute_dtype(x, weight, bias)
-    layout = windows, _, tails = _layout(T, W, cu_seqlens)
-    ext = _extend(x, initial_state, W, layout, dtype)
-    masks, tail_mask = _document_masks(resets, ext.shape[1], W - 1, layout)
+    indices = windows, _, tails = _indices(T, W, cu_seqlens)
+    ext = _extend(x, initial_state, W, indices, dtype)
+    masks, tail_mask = _document_masks(resets, ext.shape[1], W - 1, indices)
     weight_t = weight.to(dtype).t().contiguous()
     pre = _pre_activation(ext, weight_t, None if bias is None else bias.to(dtype), windows, masks)
     y = torch.nn.functional.silu(pre, inplace=True) if silu else pre
@@ -101,9 +102,9 @@ def backward(dy, dfinal_state, x, weight, bias, silu, initial_state, cu_seqlens,
     B, T, D = x.shape
     W = weight.shape[1]
     dtype = _compute_dtype(x, weight, bias)
-    layout = windows, heads, tails = _layout(T, W, cu_seqlens)
-    ext = _extend(x, initial_state, W, layout, dtype)
-    masks, tail_mask = _document_masks(resets, ext.shape[1], W - 1, layout)
+    indices = windows, heads, tails = _indices(T, W, cu_seqlens)
+    ext = _extend(x, initial_state, W, indices, dtype)
+    masks, tail_mask = _document_masks(resets, ext.shape[1], W - 1, indices)
     weight_t = weight.to(dtype).t().contiguous()
     dpre = torch.zeros_like(x, dtype=dtype) if dy is None else dy.to(dtype)
     if silu:

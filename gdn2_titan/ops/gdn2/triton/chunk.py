@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import torch
 import triton
+from torch import Tensor
 
 from ...checks import check_cu_seqlens
 from ...triton import launching, target
+from ..arguments import GDN2Inputs, GDN2Options
 from ..flops import CHUNK
 from . import configurations
 from .gradient import gradient_kernel
@@ -36,13 +38,13 @@ class Call:
     arch: int | str
 
 
-def _call(q, v, cu_seqlens):
+def _call(inputs):
+    q, cu_seqlens, N = inputs.q, inputs.cu_seqlens, inputs.num_sequences
     B, T, H, K = q.shape
-    ends, N, NT = None, B, triton.cdiv(T, CHUNK)
+    ends, NT = None, triton.cdiv(T, CHUNK)
     chunks = B * NT
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, T)
-        N = cu_seqlens.shape[0] - 1
         ends = ((cu_seqlens.diff() + CHUNK - 1) // CHUNK).cumsum(0)
         chunks = T // CHUNK + N  # known without reading cu_seqlens; programs past the last chunk return at once
     architecture = target.arch(q)
@@ -54,27 +56,32 @@ def _call(q, v, cu_seqlens):
 def _activation(q, options):
     """Constants of the kernels that read raw inputs."""
     return dict(
-        GATE=options["gate"], SIGMOID=options["sigmoid"], ERASE=options["erase_scale"],
+        GATE=options.gate, SIGMOID=options.sigmoid, ERASE_SCALE=options.erase_scale,
         SPLIT=q.dtype != torch.float32,
     )  # fmt: skip
 
 
-def _prepare(call, q, k, g, b, A_log, dt_bias, resets, scale, options):
+def _prepare(call, inputs, options):
     """Q, E, Kt, total, A_qk, A by name; and norm_q, norm_k, None where q and k are used as they are."""
-    H, BK = call.sizes["H"], call.sizes["BK"]
+    q, H, BK = inputs.q, call.sizes["H"], call.sizes["BK"]
     wide, square = (call.chunks, H, CHUNK, BK), (call.chunks, H, CHUNK, CHUNK)
     out = {name: q.new_empty(wide) for name in ("Q", "E", "Kt")}
     out["total"] = q.new_empty(wide[:2] + wide[3:], dtype=torch.float32)
     out |= {name: q.new_empty(square) for name in ("A_qk", "A")}
-    norms = {name: q.new_empty(wide[:3], dtype=torch.float32) if options["l2norm"] else None for name in NORMS}
+    norms = {name: q.new_empty(wide[:3], dtype=torch.float32) if options.l2norm else None for name in NORMS}
     launching.launch(
         prepare_kernel, lambda meta: (call.chunks * H,), configurations.prepare(q.element_size()),
-        dict(q=q, k=k, g=g, b=b, A_log=A_log, dt_bias=dt_bias, resets=resets, N=call.sequences, scale=scale)
-        | dict(levels=_levels(q.device))
+        dict(q=q, k=inputs.k, g=inputs.g, b=inputs.b) | _parameters(call, inputs, options)
         | call.spans | out | norms,
         call.sizes | _activation(q, options),
     )  # fmt: skip
     return out, norms
+
+
+def _parameters(call, inputs, options):
+    """Arguments of the kernels that read raw inputs, beside those."""
+    parameters = dict(A_log=inputs.A_log, dt_bias=inputs.dt_bias, resets=inputs.resets)
+    return parameters | dict(N=call.sequences, scale=options.scale, levels=_levels(inputs.q.device))
 
 
 _LEVELS = {}  # by device
@@ -90,68 +97,63 @@ def _levels(device):
     return _LEVELS[device]
 
 
-def _scan(call, prepared, v, w, initial_state, sigmoid, o=None, final_state=None, R=None, states=None):
-    HV, V = v.shape[2:]
+def _scan(call, prepared, inputs, options, o=None, final_state=None, R=None, states=None):
+    v, (HV, V) = inputs.v, inputs.v.shape[2:]
     launching.launch(
         scan_kernel, lambda meta: (triton.cdiv(V, meta["BV"]) * call.sequences * HV,),
         configurations.scan(call.arch, call.sizes["BK"], V, v.element_size()),
-        dict(v=v, w=w, initial_state=initial_state, o=o, final_state=final_state, R=R, states=states)
+        dict(v=v, w=inputs.w, initial_state=inputs.initial_state, o=o, final_state=final_state, R=R, states=states)
         | call.spans | prepared,
-        call.sizes | dict(HV=HV, V=V, SIGMOID=sigmoid),
+        call.sizes | dict(HV=HV, V=V, SIGMOID=options.sigmoid),
     )  # fmt: skip
 
 
-def _contiguous(*tensors):
-    return [None if x is None else x.contiguous() for x in tensors]
-
-
-def chunk_forward(q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets, scale, options):
-    """o [B, T, HV, V] in v's dtype and the final state [N, HV, K, V] fp32. options: those of ``gates.activate``."""
-    q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets = _contiguous(
-        q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets
-    )
-    call = _call(q, v, cu_seqlens)
-    prepared, _ = _prepare(call, q, k, g, b, A_log, dt_bias, resets, scale, options)
-    o = torch.empty_like(v)
-    final_state = q.new_empty((call.sequences, v.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)
-    _scan(call, prepared, v, w, initial_state, options["sigmoid"], o=o, final_state=final_state)
+def chunk_forward(inputs: GDN2Inputs, options: GDN2Options) -> tuple[Tensor, Tensor]:
+    """o [B, T, HV, V] in v's dtype and the final state [N, HV, K, V] fp32."""
+    inputs = inputs.map(Tensor.contiguous)
+    call = _call(inputs)
+    prepared, _ = _prepare(call, inputs, options)
+    o = torch.empty_like(inputs.v)
+    final_state = inputs.q.new_empty(inputs.state_shape, dtype=torch.float32)
+    _scan(call, prepared, inputs, options, o=o, final_state=final_state)
     return o, final_state
 
 
-def segment_forward(q, k, v, g, b, w, A_log, dt_bias, resets, scale, options):
+def segment_forward(inputs: GDN2Inputs, options: GDN2Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """o [B, T, HV, V] and read [B, T, H, K] in the dtype of q and v, transition [B, H, K, K] and contribution
-    [B, HV, K, V] fp32: see ``segments``. options: those of ``gates.activate``."""
-    q, k, v, g, b, w, A_log, dt_bias, resets = _contiguous(q, k, v, g, b, w, A_log, dt_bias, resets)
+    [B, HV, K, V] fp32: see ``segments``."""
+    inputs = inputs.map(Tensor.contiguous)
+    q, v = inputs.q, inputs.v
     (B, _, H, K), (HV, V) = q.shape, v.shape[2:]
-    call = _call(q, v, None)
-    prepared, _ = _prepare(call, q, k, g, b, A_log, dt_bias, resets, scale, options)
+    call = _call(inputs)
+    prepared, _ = _prepare(call, inputs, options)
     o, read = torch.empty_like(v), torch.empty_like(q)
     transition, contribution = (q.new_empty(shape, dtype=torch.float32) for shape in ((B, H, K, K), (B, HV, K, V)))
     launching.launch(
         segment_kernel, lambda meta: ((triton.cdiv(V, meta["BV"]) + triton.cdiv(K, meta["BV"])) * B * HV,),
         configurations.scan(call.arch, call.sizes["BK"], max(K, V), v.element_size()),
-        dict(v=v, w=w, resets=resets, o=o, contribution=contribution, read=read, transition=transition)
+        dict(v=v, w=inputs.w, resets=inputs.resets, o=o, contribution=contribution, read=read, transition=transition)
         | call.spans | prepared,
-        call.sizes | dict(HV=HV, V=V, SIGMOID=options["sigmoid"]),
+        call.sizes | dict(HV=HV, V=V, SIGMOID=options.sigmoid),
     )  # fmt: skip
     return o, read, transition, contribution
 
 
 def chunk_backward(
-    do, dfinal_state, q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets, scale, options
-):
-    """Gradients (dq, dk, dv, dg, db, dw, dA_log, ddt_bias, dinitial_state) in the dtype of their input; the last
-    three None where the input is. do [B, T, HV, V] or None, dfinal_state [N, HV, K, V] or None."""
-    do, dfinal_state, q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets = _contiguous(
-        do, dfinal_state, q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets
-    )
+    do: Tensor | None, dfinal_state: Tensor | None, inputs: GDN2Inputs, options: GDN2Options
+) -> GDN2Inputs:
+    """The gradients of the inputs in their dtypes, None where the input is. do [B, T, HV, V] or None, dfinal_state
+    [N, HV, K, V] or None."""
+    inputs = inputs.map(Tensor.contiguous)
+    do, dfinal_state = (None if x is None else x.contiguous() for x in (do, dfinal_state))
+    q, v = inputs.q, inputs.v
     (H, K), (HV, V) = q.shape[2:], v.shape[2:]
-    call = _call(q, v, cu_seqlens)
-    prepared, norms = _prepare(call, q, k, g, b, A_log, dt_bias, resets, scale, options)
+    call = _call(inputs)
+    prepared, norms = _prepare(call, inputs, options)
     R, dZ = torch.empty_like(v), torch.empty_like(v)
     states, dstates = (q.new_empty(call.chunks, HV, V, K) for _ in range(2))
-    _scan(call, prepared, v, w, initial_state, options["sigmoid"], R=R, states=states)
-    dinitial_state = None if initial_state is None else torch.empty_like(initial_state)
+    _scan(call, prepared, inputs, options, R=R, states=states)
+    dinitial_state = None if inputs.initial_state is None else torch.empty_like(inputs.initial_state)
     launching.launch(
         reverse_kernel, lambda meta: (triton.cdiv(V, meta["BV"]) * call.sequences * HV,),
         configurations.scan(call.arch, call.sizes["BK"], V, v.element_size()),
@@ -160,25 +162,25 @@ def chunk_backward(
         ) | call.spans | prepared,
         call.sizes | dict(HV=HV, V=V),
     )  # fmt: skip
-    grads = [torch.empty_like(x) for x in (q, k, v, g, b, w)]
+    tokens = dict(zip(("q", "k", "v", "g", "b", "w"), inputs.tokens, strict=True))
+    grads = {f"d{name}": torch.empty_like(x) for name, x in tokens.items()}
     parts = dict(dA_log=None, ddt_bias=None)
-    if options["gate"]:
-        # Of chunks that there are not (see _call) nothing is written.
-        new = q.new_empty if cu_seqlens is None else q.new_zeros
-        parts["dA_log"] = new((call.chunks, H, 2, K), dtype=torch.float32)
-        if dt_bias is not None:
-            parts["ddt_bias"] = new((call.chunks, H, 2, K), dtype=torch.float32)
+    for name, parameter in (("dA_log", inputs.A_log), ("ddt_bias", inputs.dt_bias)):
+        if parameter is not None:
+            # Of chunks that there are not (see _call) nothing is written.
+            new = q.new_empty if inputs.cu_seqlens is None else q.new_zeros
+            parts[name] = new((call.chunks, H, 2, K), dtype=torch.float32)
     launching.launch(
         gradient_kernel, lambda meta: (call.chunks * H,),
         configurations.gradient(call.arch, call.sizes["BK"], V, v.element_size()),
-        dict(
-            q=q, k=k, v=v, g=g, b=b, w=w, A_log=A_log, dt_bias=dt_bias, resets=resets, N=call.sequences, scale=scale,
-            levels=_levels(q.device),
-            do=do, R=R, dZ=dZ, states=states, dstates=dstates,
-            squares=q.new_empty(call.chunks, H, 2, CHUNK, CHUNK),
-        ) | call.spans | norms | parts | dict(zip(("dq", "dk", "dv", "dg", "db", "dw"), grads, strict=True)),
+        tokens | _parameters(call, inputs, options)
+        | dict(do=do, R=R, dZ=dZ, states=states, dstates=dstates)
+        | dict(squares=q.new_empty(call.chunks, H, 2, CHUNK, CHUNK))
+        | call.spans | norms | parts | grads,
         call.sizes | dict(HV=HV, V=V) | _activation(q, options),
     )  # fmt: skip
-    dA_log = None if A_log is None else parts["dA_log"].sum((0, 2, 3)).to(A_log.dtype)
-    ddt_bias = None if dt_bias is None else parts["ddt_bias"].sum((0, 2)).to(dt_bias.dtype).view(dt_bias.shape)
-    return (*grads, dA_log, ddt_bias, dinitial_state)
+    dA_log = None if inputs.A_log is None else parts["dA_log"].sum((0, 2, 3)).to(inputs.A_log.dtype)
+    ddt_bias = inputs.dt_bias
+    if ddt_bias is not None:
+        ddt_bias = parts["ddt_bias"].sum((0, 2)).to(ddt_bias.dtype).view(ddt_bias.shape)
+    return GDN2Inputs(*grads.values(), dA_log, ddt_bias, dinitial_state)

@@ -24,7 +24,7 @@ from .rows import (  # fmt: skip
     program,
     store_rows,
 )
-from .tree import HALF, after, corner, level, pairs, sum_over, unknown, up_to
+from .tree import HALF, corner, from_start, level, opaque, pairs, sum_over, to_end
 
 __all__ = ["gradient_kernel"]
 
@@ -60,7 +60,7 @@ def _square_gradients(
     dproducts = tl.zeros([C, C], tl.float32)
     dtriangle = tl.zeros([C, C], tl.float32)
     SLICES: tl.constexpr = (V + BV - 1) // BV
-    for step in tl.range(unknown(HV // H * SLICES, levels), disable_licm=True):
+    for step in tl.range(opaque(HV // H * SLICES, levels), disable_licm=True):
         tokens = (start * HV + h * (HV // H) + step // SLICES) * V
         cols = step % SLICES * BV + tl.arange(0, BV)
         r = tl.trans(cast(load_rows(R + tokens, HV * V, cols, V, count, C), dtype))
@@ -96,7 +96,7 @@ def _state_gradients(
     dKt_before = tl.zeros([HALF, BS], tl.float32)
     dtotal = tl.zeros([BS], tl.float32)
     SLICES: tl.constexpr = (V + BV - 1) // BV
-    for step in tl.range(unknown(HV // H * SLICES, levels), disable_licm=True):
+    for step in tl.range(opaque(HV // H * SLICES, levels), disable_licm=True):
         hv = h * (HV // H) + step // SLICES
         tokens = ((start + half * HALF) * HV + hv) * V
         state = (i_c.to(tl.int64) * HV + hv) * K * V
@@ -142,7 +142,7 @@ def _levels(
 def _half_gradient(
     q, k, g, b, A_log, dt_bias, resets, norm_q, norm_k, dq_out, dk_out, dg_out, db_out, dA_log, ddt_bias,
     dq, de, dk, dlog, squares, half: tl.constexpr, levels, stride, cols, K, count, scale,
-    GATE: tl.constexpr, SIGMOID: tl.constexpr, ERASE: tl.constexpr,
+    GATE: tl.constexpr, SIGMOID: tl.constexpr, ERASE_SCALE: tl.constexpr,
     dtype: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of q, k, g, b of half a chunk and its part of those of A_log, by channel, and dt_bias.
@@ -155,31 +155,31 @@ def _half_gradient(
     i, j = pairs(levels)
     ks = load_unit(k, norm_k, stride, cols, K, count, HALF)
     decay, _ = load_log_decay(g, stride, cols, K, count, A_log, dt_bias, resets, GATE, HALF)
-    dk *= tl.exp(sum_over(after(i, j, levels), decay, SPLIT, PRECISION))
-    ddecay = dlog[None, :] + sum_over(after(j, i, levels), ks * dk, SPLIT, PRECISION)
-    before = tl.exp(sum_over(up_to(i, j, levels), decay, SPLIT, PRECISION))
+    dk *= tl.exp(sum_over(to_end(i, j, levels), decay, SPLIT, PRECISION))
+    ddecay = dlog[None, :] + sum_over(to_end(j, i, levels), ks * dk, SPLIT, PRECISION)
+    before = tl.exp(sum_over(from_start(i, j, levels), decay, SPLIT, PRECISION))
     de *= before
 
     qs = scale * load_unit(q, norm_q, stride, cols, K, count, HALF)
     dq *= before
-    ddecay += sum_over(up_to(j, i, levels), qs * dq, SPLIT, PRECISION)
+    ddecay += sum_over(from_start(j, i, levels), qs * dq, SPLIT, PRECISION)
     dsquare = _load_block(squares, half, half, levels)
     turned = _load_turned_block(squares, half, half, levels)
     dq, dk, ddecay = _levels(qs, ks, decay, dq, dk, ddecay, dsquare, turned, levels, dtype, SPLIT, PRECISION)
     diagonal = tl.sum(tl.where(i == j, dsquare.to(tl.float32), 0.0), 1)[:, None]  # of A_qk: it knows no decay
     dk += diagonal * qs
-    es = ks * load_erase(b, stride, cols, K, count, SIGMOID, ERASE, HALF)
+    es = ks * load_erase(b, stride, cols, K, count, SIGMOID, ERASE_SCALE, HALF)
     store_rows(dq_out, scale * (dq + diagonal * ks), stride, cols, K, count, HALF)
 
-    ddecay += sum_over(up_to(j, i, levels), es * de, SPLIT, PRECISION)
+    ddecay += sum_over(from_start(j, i, levels), es * de, SPLIT, PRECISION)
     dsquare = _load_block(squares + C * C, half, half, levels)
     turned = _load_turned_block(squares + C * C, half, half, levels)
     de, dk, ddecay = _levels(es, ks, decay, de, dk, ddecay, dsquare, turned, levels, dtype, SPLIT, PRECISION)
-    erase = load_erase(b, stride, cols, K, count, SIGMOID, ERASE, HALF)
+    erase = load_erase(b, stride, cols, K, count, SIGMOID, ERASE_SCALE, HALF)
     store_rows(dk_out, dk + de * erase, stride, cols, K, count, HALF)
     de *= ks
     if SIGMOID:
-        de *= erase * (1.0 - erase / ERASE)
+        de *= erase * (1.0 - erase / ERASE_SCALE)
     store_rows(db_out, de, stride, cols, K, count, HALF)
 
     if resets is not None:
@@ -220,7 +220,7 @@ def gradient_kernel(
     do, R, dZ, states, dstates, norm_q, norm_k, squares,
     dq, dk, dv, dg, db, dw, dA_log, ddt_bias,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-    PACKED: tl.constexpr, GATE: tl.constexpr, SIGMOID: tl.constexpr, ERASE: tl.constexpr,
+    PACKED: tl.constexpr, GATE: tl.constexpr, SIGMOID: tl.constexpr, ERASE_SCALE: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Inputs as ``chunk_gdn2`` takes them, flat over B * T; do or None; R, dZ, states, dstates: from the scans;
@@ -277,16 +277,16 @@ def gradient_kernel(
         decay, _ = load_log_decay(g + offset, stride, cols, K, count, A_log, dt_bias, resets, GATE, HALF)
         total1 = tl.exp(tl.sum(decay, 0))
         columns = load_unit(k + offset, norm_k, stride, cols, K, count, HALF)
-        columns *= tl.exp(sum_over(after(i, j, levels), decay, SPLIT, PRECISION))
+        columns *= tl.exp(sum_over(to_end(i, j, levels), decay, SPLIT, PRECISION))
         dlog2 = tl.sum(columns * dk1, 0) + total1 * dtotal
         columns = cast(columns, dtype)
         decay, _ = load_log_decay(g + offset2, stride, cols, K, count - HALF, A_log, dt_bias, resets2, GATE, HALF)
         total2 = tl.exp(tl.sum(decay, 0))
-        before = tl.exp(sum_over(up_to(i, j, levels), decay, SPLIT, PRECISION))
+        before = tl.exp(sum_over(from_start(i, j, levels), decay, SPLIT, PRECISION))
         rows = scale * load_unit(q + offset2, norm_q2, stride, cols, K, count - HALF, HALF) * before
         dlog1 = tl.sum(rows * dqs, 0) + total2 * dtotal
         dqs = dqs * total1[None, :] + dot(_load_block(squares, 1, 0, levels), columns, PRECISION)
-        rows = load_erase(b + offset2, stride, cols, K, count - HALF, SIGMOID, ERASE, HALF) * before
+        rows = load_erase(b + offset2, stride, cols, K, count - HALF, SIGMOID, ERASE_SCALE, HALF) * before
         rows *= load_unit(k + offset2, norm_k2, stride, cols, K, count - HALF, HALF)
         dlog1 = total1 * (dlog1 + tl.sum(rows * des, 0))
         des = des * total1[None, :] + dot(_load_block(squares + C * C, 1, 0, levels), columns, PRECISION)
@@ -295,7 +295,7 @@ def gradient_kernel(
             q + offset2, k + offset2, g + offset2, b + offset2, A_log, dt_bias, resets2, norm_q2, norm_k2,
             dq + offset2, dk + offset2, dg + offset2, db + offset2, dA_log2, ddt_bias2,
             dqs, des, dks, total2 * dlog2, squares,
-            1, levels, stride, cols, K, count - HALF, scale, GATE, SIGMOID, ERASE, dtype, SPLIT, PRECISION,
+            1, levels, stride, cols, K, count - HALF, scale, GATE, SIGMOID, ERASE_SCALE, dtype, SPLIT, PRECISION,
         )  # fmt: skip
 
         # Half 1: its columns met the rows of half 2, which carry the decay from the middle.
@@ -303,14 +303,14 @@ def gradient_kernel(
             do, R, dZ, states, dstates, levels, i_c, start, count, h, cols, 0,
             H, HV, K, V, BS, BV, dtype, PRECISION,
         )  # fmt: skip
-        for _ in tl.range(unknown(1, levels), disable_licm=True):  # done with before _half_gradient begins: registers
+        for _ in tl.range(opaque(1, levels), disable_licm=True):  # done with before _half_gradient begins: registers
             i, j = pairs(levels)
             decay, _ = load_log_decay(g + offset2, stride, cols, K, count - HALF, A_log, dt_bias, resets2, GATE, HALF)
             dks *= tl.exp(tl.sum(decay, 0))[None, :]
-            before = tl.exp(sum_over(up_to(i, j, levels), decay, SPLIT, PRECISION))
+            before = tl.exp(sum_over(from_start(i, j, levels), decay, SPLIT, PRECISION))
             rows = scale * load_unit(q + offset2, norm_q2, stride, cols, K, count - HALF, HALF) * before
             dks += dot(_load_turned_block(squares, 1, 0, levels), cast(rows, dtype), PRECISION)
-            rows = load_erase(b + offset2, stride, cols, K, count - HALF, SIGMOID, ERASE, HALF) * before
+            rows = load_erase(b + offset2, stride, cols, K, count - HALF, SIGMOID, ERASE_SCALE, HALF) * before
             rows *= load_unit(k + offset2, norm_k2, stride, cols, K, count - HALF, HALF)
             dks += dot(_load_turned_block(squares + C * C, 1, 0, levels), cast(rows, dtype), PRECISION)
         tl.debug_barrier()
@@ -318,7 +318,7 @@ def gradient_kernel(
             q + offset, k + offset, g + offset, b + offset, A_log, dt_bias, resets, norm_q, norm_k,
             dq + offset, dk + offset, dg + offset, db + offset, dA_log, ddt_bias,
             dqs, des, dks, dlog1, squares,
-            0, levels, stride, cols, K, count, scale, GATE, SIGMOID, ERASE, dtype, SPLIT, PRECISION,
+            0, levels, stride, cols, K, count, scale, GATE, SIGMOID, ERASE_SCALE, dtype, SPLIT, PRECISION,
         )  # fmt: skip
 
     if norm_q is not None:

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from ...triton.products import cast, dot
 from .rows import C, chunk_of, load_erase, load_log_decay, load_unit, program, store_inverse_norms
-from .tree import HALF, after, corner, level, pairs, sum_over, up_to
+from .tree import HALF, corner, from_start, level, pairs, sum_over, to_end
 
 __all__ = ["prepare_kernel"]
 
@@ -18,7 +18,7 @@ __all__ = ["prepare_kernel"]
 def _half_products(
     q, k, g, b, A_log, dt_bias, resets, norm_q, norm_k, stride, count, scale, levels,
     K: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr,
-    GATE: tl.constexpr, SIGMOID: tl.constexpr, ERASE: tl.constexpr,
+    GATE: tl.constexpr, SIGMOID: tl.constexpr, ERASE_SCALE: tl.constexpr,
     dtype: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A_qk and T within half a chunk [HALF, HALF]."""
@@ -29,7 +29,7 @@ def _half_products(
         cols = first + tl.arange(0, BS)
         qs = scale * load_unit(q, norm_q, stride, cols, K, count, HALF)
         ks = load_unit(k, norm_k, stride, cols, K, count, HALF)
-        es = ks * load_erase(b, stride, cols, K, count, SIGMOID, ERASE, HALF)
+        es = ks * load_erase(b, stride, cols, K, count, SIGMOID, ERASE_SCALE, HALF)
         decay, _ = load_log_decay(g, stride, cols, K, count, A_log, dt_bias, resets, GATE, HALF)
         products += tl.where(i == j, tl.sum(qs * ks, 1)[:, None], 0.0)
         for depth in tl.range(tl.load(levels), disable_licm=True):
@@ -63,7 +63,7 @@ def prepare_kernel(
     q, k, g, b, A_log, dt_bias, resets, cu_seqlens, ends, T, NT, N, scale, levels,
     Q, E, Kt, total, A_qk, A, norm_q, norm_k,
     H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
-    PACKED: tl.constexpr, GATE: tl.constexpr, SIGMOID: tl.constexpr, ERASE: tl.constexpr,
+    PACKED: tl.constexpr, GATE: tl.constexpr, SIGMOID: tl.constexpr, ERASE_SCALE: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """q, k, g, b [B * T, H, K]; Q, E, Kt [NC, H, C, BK]; total [NC, H, BK] fp32; A_qk, A [NC, H, C, C];
@@ -106,14 +106,14 @@ def prepare_kernel(
     A += block * C * C
     products, triangle = _half_products(
         q, k, g, b, A_log, dt_bias, resets, norm_q, norm_k, stride, count, scale, levels, K, BK, BS,
-        GATE, SIGMOID, ERASE, dtype, SPLIT, PRECISION,
+        GATE, SIGMOID, ERASE_SCALE, dtype, SPLIT, PRECISION,
     )  # fmt: skip
     inverse1 = _inverse(triangle, levels, PRECISION)
     _store_block(A_qk, 0, 0, products, levels)
     _store_block(A, 0, 0, inverse1, levels)
     products, triangle = _half_products(
         q + half, k + half, g + half, b + half, A_log, dt_bias, resets2, norm_q2, norm_k2, stride, count - HALF,
-        scale, levels, K, BK, BS, GATE, SIGMOID, ERASE, dtype, SPLIT, PRECISION,
+        scale, levels, K, BK, BS, GATE, SIGMOID, ERASE_SCALE, dtype, SPLIT, PRECISION,
     )  # fmt: skip
     inverse2 = _inverse(triangle, levels, PRECISION)
     _store_block(A_qk, 1, 1, products, levels)
@@ -128,27 +128,27 @@ def prepare_kernel(
         place = block * C * BK + tl.arange(0, HALF)[:, None] * BK + cols[None, :]
         place2 = place + HALF * BK
         decay, _ = load_log_decay(g, stride, cols, K, count, A_log, dt_bias, resets, GATE, HALF)
-        before = tl.exp(sum_over(up_to(i, j, levels), decay, SPLIT, PRECISION))
+        before = tl.exp(sum_over(from_start(i, j, levels), decay, SPLIT, PRECISION))
         qs = scale * load_unit(q, norm_q, stride, cols, K, count, HALF)
         tl.store(Q + place, cast(qs * before, dtype))
         k1 = load_unit(k, norm_k, stride, cols, K, count, HALF)
-        erase = load_erase(b, stride, cols, K, count, SIGMOID, ERASE, HALF)
+        erase = load_erase(b, stride, cols, K, count, SIGMOID, ERASE_SCALE, HALF)
         tl.store(E + place, cast(erase * k1 * before, dtype))
-        k1 *= tl.exp(sum_over(after(i, j, levels), decay, SPLIT, PRECISION))
+        k1 *= tl.exp(sum_over(to_end(i, j, levels), decay, SPLIT, PRECISION))
         total1 = tl.exp(tl.sum(decay, 0))
         columns = tl.trans(cast(k1, dtype))
         decay, _ = load_log_decay(g + half, stride, cols, K, count - HALF, A_log, dt_bias, resets2, GATE, HALF)
         total2 = tl.exp(tl.sum(decay, 0))
         tl.store(Kt + place, cast(k1 * total2[None, :], dtype))
         tl.store(total + block * BK + cols, total1 * total2)
-        before = tl.exp(sum_over(up_to(i, j, levels), decay, SPLIT, PRECISION))
+        before = tl.exp(sum_over(from_start(i, j, levels), decay, SPLIT, PRECISION))
         rows = scale * load_unit(q + half, norm_q2, stride, cols, K, count - HALF, HALF) * before
         tl.store(Q + place2, cast(rows * total1[None, :], dtype))
         products += dot(cast(rows, dtype), columns, PRECISION)
         ks = load_unit(k + half, norm_k2, stride, cols, K, count - HALF, HALF)
-        rows = load_erase(b + half, stride, cols, K, count - HALF, SIGMOID, ERASE, HALF) * ks * before
+        rows = load_erase(b + half, stride, cols, K, count - HALF, SIGMOID, ERASE_SCALE, HALF) * ks * before
         tl.store(E + place2, cast(rows * total1[None, :], dtype))
         triangle += dot(cast(rows, dtype), columns, PRECISION)
-        tl.store(Kt + place2, cast(ks * tl.exp(sum_over(after(i, j, levels), decay, SPLIT, PRECISION)), dtype))
+        tl.store(Kt + place2, cast(ks * tl.exp(sum_over(to_end(i, j, levels), decay, SPLIT, PRECISION)), dtype))
     _store_block(A_qk, 1, 0, products, levels)
     _store_block(A, 1, 0, -dot(dot(inverse2, triangle, PRECISION), inverse1, PRECISION), levels)

@@ -8,10 +8,12 @@ slice, all of it, before it writes it, and nobody else's.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ...checks import check_cu_seqlens
 from ...triton import launching
 from ...triton.products import cast
+from ..arguments import GDN2Inputs, GDN2Options
 from ..gates import NORM_EPS
 from .rows import load_gate, softplus
 
@@ -103,30 +105,27 @@ def padded(size):
 
 
 def recurrent_forward(
-    q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets, scale, options, final_state=None
-):
+    inputs: GDN2Inputs, options: GDN2Options, final_state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """o [B, T, HV, V] and the final state [N, HV, K, V] fp32, written to ``final_state`` where that is given, which may
-    be the initial state itself. Arguments as those of the op; options: see ``gates.activate``."""
-    B, T, H, K = q.shape
-    HV, V = v.shape[2:]
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, T)
-    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    be the initial state itself."""
+    T, H, K = inputs.q.shape[1:]
+    HV, V = inputs.v.shape[2:]
+    if inputs.cu_seqlens is not None:
+        check_cu_seqlens(inputs.cu_seqlens, T)
+    N, BK = inputs.num_sequences, padded(K)
     if final_state is None:
-        final_state = q.new_empty((N, HV, K, V), dtype=torch.float32)
-    o = v.new_empty(v.shape)
-    args = {"q": q, "k": k, "v": v, "g": g, "b": b, "w": w, "A_log": A_log, "dt_bias": dt_bias}
-    args |= {"initial_state": initial_state, "cu_seqlens": cu_seqlens, "resets": resets}
-    args = {name: None if x is None else x.contiguous() for name, x in args.items()}
-    args |= {"o": o, "final_state": final_state, "T": T, "scale": scale}
-    BK = padded(K)
-    constants = {
-        "H": H, "HV": HV, "K": K, "V": V, "BK": BK, "L2NORM": options["l2norm"], "GATE": options["gate"],
-        "SIGMOID": options["sigmoid"], "ERASE_SCALE": options["erase_scale"], "EPS": NORM_EPS,
-    }  # fmt: skip
-
-    def grid(meta):
-        return (N * HV * triton.cdiv(V, meta["BV"]),)
-
-    launching.launch(recurrent_kernel, grid, (configuration(BK, V),), args, constants)
+        final_state = inputs.q.new_empty(inputs.state_shape, dtype=torch.float32)
+    o = inputs.v.new_empty(inputs.v.shape)
+    launching.launch(
+        recurrent_kernel,
+        lambda meta: (N * HV * triton.cdiv(V, meta["BV"]),),
+        (configuration(BK, V),),
+        inputs.map(Tensor.contiguous)._asdict()
+        | dict(o=o, final_state=final_state, T=T, scale=options.scale),
+        dict(
+            H=H, HV=HV, K=K, V=V, BK=BK, L2NORM=options.l2norm, GATE=options.gate, SIGMOID=options.sigmoid,
+            ERASE_SCALE=options.erase_scale, EPS=NORM_EPS,
+        ),
+    )  # fmt: skip
     return o, final_state

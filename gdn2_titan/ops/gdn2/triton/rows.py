@@ -60,46 +60,46 @@ def chunk_of(i_c, ends, cu_seqlens, T, NT, N, PACKED: tl.constexpr):
 
 
 @triton.jit
-def load_rows(x, stride, cols, D, count, R: tl.constexpr):
-    """R rows in fp32, zeros from row count on: [R, BLOCK]. x: at the first row and head; cols [BLOCK] of D."""
-    rows = tl.arange(0, R)
+def load_rows(x, stride, cols, D, count, ROWS: tl.constexpr):
+    """ROWS rows in fp32, zeros from row count on: [ROWS, BLOCK]. x: at the first row and head; cols [BLOCK] of D."""
+    rows = tl.arange(0, ROWS)
     inside = (rows < count)[:, None] & (cols < D)[None, :]
     return tl.load(x + rows[:, None] * stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def store_rows(x, value, stride, cols, D, count, R: tl.constexpr):
+def store_rows(x, value, stride, cols, D, count, ROWS: tl.constexpr):
     """The inverse of ``load_rows``."""
-    rows = tl.arange(0, R)
+    rows = tl.arange(0, ROWS)
     inside = (rows < count)[:, None] & (cols < D)[None, :]
     tl.store(x + rows[:, None] * stride + cols[None, :], cast(value, x.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def store_inverse_norms(x, norms, stride, D, BD: tl.constexpr, BS: tl.constexpr, count, R: tl.constexpr):
-    """1 / sqrt(sum of squares + eps) of each of R rows to norms [R], BS columns at a time."""
-    squares = tl.zeros([R], tl.float32)
+def store_inverse_norms(x, norms, stride, D, BD: tl.constexpr, BS: tl.constexpr, count, ROWS: tl.constexpr):
+    """1 / sqrt(sum of squares + eps) of each of ROWS rows to norms [ROWS], BS columns at a time."""
+    squares = tl.zeros([ROWS], tl.float32)
     for first in range(0, BD, BS):
-        rows = load_rows(x, stride, first + tl.arange(0, BS), D, count, R)
+        rows = load_rows(x, stride, first + tl.arange(0, BS), D, count, ROWS)
         squares += tl.sum(rows * rows, 1)
-    tl.store(norms + tl.arange(0, R), tl.rsqrt(squares + EPS))
+    tl.store(norms + tl.arange(0, ROWS), tl.rsqrt(squares + EPS))
 
 
 @triton.jit
-def load_unit(x, norms, stride, cols, D, count, R: tl.constexpr):
+def load_unit(x, norms, stride, cols, D, count, ROWS: tl.constexpr):
     """``load_rows``, each divided by its length where norms, from ``store_inverse_norms``, is given."""
-    rows = load_rows(x, stride, cols, D, count, R)
+    rows = load_rows(x, stride, cols, D, count, ROWS)
     if norms is not None:
-        rows *= tl.load(norms + tl.arange(0, R))[:, None]
+        rows *= tl.load(norms + tl.arange(0, ROWS))[:, None]
     return rows
 
 
 @triton.jit
-def load_erase(b, stride, cols, K, count, SIGMOID: tl.constexpr, ERASE: tl.constexpr, R: tl.constexpr):
-    """Erase gates of R rows [R, BLOCK]. b: at the first row and head."""
-    erase = load_rows(b, stride, cols, K, count, R)
+def load_erase(b, stride, cols, K, count, SIGMOID: tl.constexpr, ERASE_SCALE: tl.constexpr, ROWS: tl.constexpr):
+    """Erase gates of ROWS rows [ROWS, BLOCK]. b: at the first row and head."""
+    erase = load_rows(b, stride, cols, K, count, ROWS)
     if SIGMOID:
-        erase = ERASE * tl.sigmoid(erase)
+        erase = ERASE_SCALE * tl.sigmoid(erase)
     return erase
 
 
@@ -114,9 +114,9 @@ def softplus(x):
 
 
 @triton.jit
-def load_reset(resets, count, R: tl.constexpr):
-    """Which of R rows begin a document [R]. resets: at the first row."""
-    rows = tl.arange(0, R)
+def load_reset(resets, count, ROWS: tl.constexpr):
+    """Which of ROWS rows begin a document [ROWS]. resets: at the first row."""
+    rows = tl.arange(0, ROWS)
     return tl.load(resets + rows, mask=rows < count, other=0) != 0
 
 
@@ -132,12 +132,12 @@ def load_gate(A_log):
 
 
 @triton.jit
-def load_log_decay(g, stride, cols, K, count, A_log, dt_bias, resets, GATE: tl.constexpr, R: tl.constexpr):
-    """Log-decays of R rows [R, BLOCK], no less than RESET; and the argument of softplus, which the gate's gradient
-    needs.
+def load_log_decay(g, stride, cols, K, count, A_log, dt_bias, resets, GATE: tl.constexpr, ROWS: tl.constexpr):
+    """Log-decays of ROWS rows [ROWS, BLOCK], no less than RESET; and the argument of softplus, which the gate's
+    gradient needs.
 
     g, resets: at the first row; A_log, dt_bias: at the head."""
-    x = load_rows(g, stride, cols, K, count, R)
+    x = load_rows(g, stride, cols, K, count, ROWS)
     decay = x
     if GATE:
         rate, stretch, shift, rest = load_gate(A_log)
@@ -145,8 +145,8 @@ def load_log_decay(g, stride, cols, K, count, A_log, dt_bias, resets, GATE: tl.c
             rest += tl.load(dt_bias + cols, mask=cols < K, other=0.0).to(tl.float32)[None, :] * stretch
         x = x * stretch + shift + rest
         decay = -rate * softplus(x)
-    inside = (tl.arange(0, R) < count)[:, None] & (cols < K)[None, :]
+    inside = (tl.arange(0, ROWS) < count)[:, None] & (cols < K)[None, :]
     decay = tl.where(inside, tl.where(decay < RESET, RESET, decay), 0.0)  # a NaN stays one
     if resets is not None:
-        decay = tl.where(load_reset(resets, count, R)[:, None], RESET, decay)
+        decay = tl.where(load_reset(resets, count, ROWS)[:, None], RESET, decay)
     return decay, x

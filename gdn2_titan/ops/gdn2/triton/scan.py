@@ -56,16 +56,16 @@ def _store_state(states, S, chunk, hv, cols, HV: tl.constexpr, K: tl.constexpr, 
 
 
 @triton.jit
-def _load_turned(x, stride, cols, V, count):
-    """C rows of x, turned [BV, C], in fp32, zeros from row count on."""
+def _load_transposed(x, stride, cols, V, count):
+    """C rows of x, transposed [BV, C], in fp32, zeros from row count on."""
     rows = tl.arange(0, C)
     inside = (cols < V)[:, None] & (rows < count)[None, :]
     return tl.load(x + rows[None, :] * stride + cols[:, None], mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _store_turned(x, value, stride, cols, V, count):
-    """The inverse of ``_load_turned``."""
+def _store_transposed(x, value, stride, cols, V, count):
+    """The inverse of ``_load_transposed``."""
     rows = tl.arange(0, C)
     inside = (cols < V)[:, None] & (rows < count)[None, :]
     tl.store(x + rows[None, :] * stride + cols[:, None], cast(value, x.dtype.element_ty), mask=inside)
@@ -83,7 +83,7 @@ def _run(
     channels = tl.arange(0, BK)
     wide = rows[:, None] * BK + channels[None, :]
     tall = channels[:, None] + rows[None, :] * BK
-    turned = rows[:, None] + rows[None, :] * C
+    transposed = rows[:, None] + rows[None, :] * C
     for c in range(chunks):
         count = length - c * C
         prepared = (chunk + c).to(tl.int64) * H + h
@@ -92,21 +92,21 @@ def _run(
         if states is not None:
             _store_state(states, S_in, chunk + c, hv, cols, HV, K, V, BK)
         if v is not None:
-            gate = _load_turned(w + tokens, HV * V, cols, V, count)
+            gate = _load_transposed(w + tokens, HV * V, cols, V, count)
             if SIGMOID:
                 gate = tl.sigmoid(gate)
-            r = gate * _load_turned(v + tokens, HV * V, cols, V, count)
+            r = gate * _load_transposed(v + tokens, HV * V, cols, V, count)
             r -= dot(S_in, tl.load(E + prepared * C * BK + tall), PRECISION)
         else:
             r = -dot(S_in, tl.load(E + prepared * C * BK + tall), PRECISION)
         if o is not None:
             out = dot(S_in, tl.load(Q + prepared * C * BK + tall), PRECISION)
-        r = cast(dot(cast(r, dtype), tl.load(A + prepared * C * C + turned), PRECISION), dtype)
+        r = cast(dot(cast(r, dtype), tl.load(A + prepared * C * C + transposed), PRECISION), dtype)
         if R is not None:
-            _store_turned(R + tokens, r, HV * V, cols, V, count)
+            _store_transposed(R + tokens, r, HV * V, cols, V, count)
         if o is not None:
-            out += dot(r, tl.load(A_qk + prepared * C * C + turned), PRECISION)
-            _store_turned(o + tokens, out, HV * V, cols, V, count)
+            out += dot(r, tl.load(A_qk + prepared * C * C + transposed), PRECISION)
+            _store_transposed(o + tokens, out, HV * V, cols, V, count)
         S *= tl.load(total + prepared * BK + channels)[None, :]
         S += dot(r, tl.load(Kt + prepared * C * BK + wide), PRECISION)
     return S
@@ -194,7 +194,7 @@ def segment_kernel(
         )  # fmt: skip
         for c in range(alive, chunks):
             tokens = ((start + c * C) * H + h) * K
-            _store_turned(read + tokens, tl.zeros([BV, C], tl.float32), H * K, cols, K, length - c * C)
+            _store_transposed(read + tokens, tl.zeros([BV, C], tl.float32), H * K, cols, K, length - c * C)
     cols = tile * BV + tl.arange(0, BV)
     rows = tl.arange(0, BK)
     inside = (rows < K)[None, :] & (cols < width)[:, None]
@@ -237,11 +237,11 @@ def reverse_kernel(
         dr = dot(dS_out, tl.load(Kt + prepared * C * BK + tall), PRECISION)
         dS *= tl.load(total + prepared * BK + channels)[None, :]
         if do is not None:
-            dout = cast(_load_turned(do + tokens, HV * V, cols, V, count), dtype)
+            dout = cast(_load_transposed(do + tokens, HV * V, cols, V, count), dtype)
             dr += dot(dout, tl.load(A_qk + prepared * C * C + square), PRECISION)
             dS += dot(dout, tl.load(Q + prepared * C * BK + wide), PRECISION)
         dz = cast(dot(cast(dr, dtype), tl.load(A + prepared * C * C + square), PRECISION), dtype)
-        _store_turned(dZ + tokens, dz, HV * V, cols, V, count)
+        _store_transposed(dZ + tokens, dz, HV * V, cols, V, count)
         dS -= dot(dz, tl.load(E + prepared * C * BK + wide), PRECISION)
     if dinitial_state is not None:
         tl.store(dinitial_state + block, cast(dS, dinitial_state.dtype.element_ty), mask=inside)

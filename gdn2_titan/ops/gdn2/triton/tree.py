@@ -1,4 +1,4 @@
-"""Device functions: decays between the tokens of half a chunk, by halving. The mathematics is that of ``ops/intra.py``.
+"""Device functions: decays between the tokens of half a chunk, by halving. The mathematics is in ``gdn2/intra.py``.
 
 Where row r lies in the right half of a block of 2m tokens and column s in its left half,
 
@@ -19,15 +19,15 @@ import triton.language as tl
 from ...triton.products import cast, dot
 from .rows import C
 
-__all__ = ["HALF", "LEVELS", "after", "corner", "level", "pairs", "sum_over", "unknown", "up_to"]
+__all__ = ["HALF", "LEVELS", "corner", "from_start", "level", "opaque", "pairs", "sum_over", "to_end"]
 
 HALF = tl.constexpr(C.value // 2)
 LEVELS = tl.constexpr(HALF.value.bit_length() - 1)  # at depth n, blocks of m = 2^n tokens are joined
 
 
 @triton.jit
-def unknown(number: tl.constexpr, levels):
-    """The number, unknown to the compiler: a loop of so many iterations stays one, which nothing is moved out of or
+def opaque(number: tl.constexpr, levels):
+    """The number, opaque to the compiler: a loop of so many iterations stays one, which nothing is moved out of or
     into. Of straight code products are put off to where they are needed, their operands in registers until then."""
     return number + (tl.load(levels) - LEVELS)
 
@@ -53,13 +53,13 @@ def corner(i, j, depth):
 
 
 @triton.jit
-def up_to(i, j, levels):
+def from_start(i, j, levels):
     """The tokens whose decay separates row i from what came before this half."""
     return level(i, j, tl.load(levels)) == 0
 
 
 @triton.jit
-def after(i, j, levels):
+def to_end(i, j, levels):
     """The tokens whose decay separates row i from what comes after this half."""
     return level(i, j, tl.load(levels))
 

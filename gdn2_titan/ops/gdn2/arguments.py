@@ -1,0 +1,163 @@
+"""The operator's arguments: one record of tensors, one of options, checked at the door of every public function.
+
+They travel as they are to the kernels. Only ``torch.library`` knows positions: the fields of the two, in their order.
+"""
+
+import math
+import numbers
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import FLOAT_DTYPES, check_choice, check_flags, check_packing, require_shape
+from ..dispatch import BACKENDS
+
+__all__ = ["GDN2Inputs", "GDN2Options", "check_arguments", "check_state"]
+
+
+class GDN2Inputs(NamedTuple):
+    """Tensors of a call; also the gradients of them, None for those that have none. N sequences: B, or those packed."""
+
+    q: Tensor  # [B, T, H, K]
+    k: Tensor  # [B, T, H, K]
+    v: Tensor  # [B, T, HV, V]
+    g: Tensor  # [B, T, H, K]
+    b: Tensor  # [B, T, H, K]
+    w: Tensor  # [B, T, HV, V]
+    A_log: Tensor | None = None  # [H]
+    dt_bias: Tensor | None = None  # [H, K] or [H * K]
+    initial_state: Tensor | None = None  # [N, HV, K, V]
+    cu_seqlens: Tensor | None = None  # [N + 1], integers
+    resets: Tensor | None = None  # [B, T], bool
+
+    @property
+    def tokens(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.q, self.k, self.v, self.g, self.b, self.w
+
+    @property
+    def num_sequences(self) -> int:
+        return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of state, decay and accumulators: fp64 for fp64 inputs, fp32 for all others."""
+        return torch.float64 if self.q.dtype == torch.float64 else torch.float32
+
+    @property
+    def state_shape(self) -> tuple[int, int, int, int]:
+        return self.num_sequences, self.v.shape[2], self.q.shape[3], self.v.shape[3]
+
+    @property
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        """The nine that may have gradients, in their order."""
+        return *self.tokens, self.A_log, self.dt_bias, self.initial_state
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "GDN2Inputs":
+        """``function`` of every tensor that is there."""
+        return GDN2Inputs(*[None if x is None else function(x) for x in self])
+
+    def map_tokens(self, function: Callable[[Tensor], Tensor], initial_state: Tensor | None = None) -> "GDN2Inputs":
+        """``function`` of every tensor [B, T, ...] that is there, for sequences that start from ``initial_state``."""
+        resets = None if self.resets is None else function(self.resets)
+        tokens = [function(x) for x in self.tokens]
+        return GDN2Inputs(*tokens, self.A_log, self.dt_bias, initial_state, None, resets)
+
+
+class GDN2Options(NamedTuple):
+    """What is no tensor; see ``gates.activate`` for the middle four."""
+
+    scale: float | None  # None until ``check_arguments`` has put K ** -0.5 there
+    l2norm: bool = False
+    gate: bool = False
+    sigmoid: bool = False
+    erase_scale: float = 1.0
+    backend: str = "auto"
+
+
+def check_arguments(inputs: GDN2Inputs, options: GDN2Options, reference: bool = False) -> GDN2Options:
+    """Raise for arguments that no implementation could serve; return the options with the scale in use.
+
+    Args:
+        reference: whether the backend may be "reference", too.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what is allowed.
+    """
+    scale, l2norm, gate, sigmoid, erase_scale, backend = options
+    check_choice("backend", backend, (*BACKENDS, "reference") if reference else BACKENDS)
+    check_flags(use_qk_l2norm_in_kernel=l2norm, use_gate_in_kernel=gate, use_sigmoid_in_kernel=sigmoid)
+    _check_tensors(inputs)
+    q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets = inputs
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    N = check_packing("q", B, T, cu_seqlens, resets)
+    if initial_state is not None:
+        require_shape("initial_state", initial_state, (N, HV, K, V), "[N, HV, K, V]")
+    if gate:
+        if A_log is None:
+            raise ValueError("A_log is None; with use_gate_in_kernel it must be a tensor [H]")
+        require_shape("A_log", A_log, (H,), "[H]")
+        if dt_bias is not None and tuple(dt_bias.shape) not in ((H, K), (H * K,)):
+            raise ValueError(f"dt_bias has shape {tuple(dt_bias.shape)}; it must be [H, K] = {(H, K)} or [H * K]")
+    elif A_log is not None or dt_bias is not None:
+        name = "A_log" if A_log is not None else "dt_bias"
+        raise ValueError(f"{name} is given but use_gate_in_kernel is False; it must be None then, as g is used as is")
+    if erase_scale not in (1.0, 2.0):
+        raise ValueError(f"erase_scale is {erase_scale!r}; it must be 1.0 or 2.0")
+    if erase_scale != 1.0 and not sigmoid:
+        raise ValueError(
+            f"erase_scale is {erase_scale!r}; without use_sigmoid_in_kernel it must be 1.0, b is used as is"
+        )
+    if scale is None:
+        scale = K**-0.5
+    elif isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not math.isfinite(scale):
+        raise ValueError(f"scale is {scale!r}; it must be a finite number or None for K**-0.5")
+    return GDN2Options(float(scale), l2norm, gate, sigmoid, float(erase_scale), backend)
+
+
+def _check_tensors(inputs):
+    """Types, dtypes, devices, and the shapes of tokens."""
+    q, k, v, g, b, w, *_ = inputs
+    for name, x in zip(GDN2Inputs._fields, inputs, strict=True):
+        if x is None and name not in ("q", "k", "v", "g", "b", "w"):
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} is a {type(x).__name__}; it must be a torch.Tensor")
+        if name not in ("cu_seqlens", "resets") and x.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"{name} has dtype {x.dtype}; it must be float16, bfloat16, float32 or float64")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}; it must be on q's device {q.device}")
+    if q.ndim != 4:
+        raise ValueError(f"q has shape {tuple(q.shape)}; it must have four axes [B, T, H, K]")
+    if v.ndim != 4:
+        raise ValueError(f"v has shape {tuple(v.shape)}; it must have four axes [B, T, HV, V]")
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    if H < 1 or K < 1:
+        raise ValueError(f"q has shape {tuple(q.shape)}; H and K of [B, T, H, K] must be at least 1")
+    if HV < 1 or V < 1 or HV % H != 0:
+        raise ValueError(f"v has {HV} heads of size {V}; the heads must be a positive multiple of q's {H} heads")
+    for name, x in (("k", k), ("g", g), ("b", b)):
+        require_shape(name, x, q.shape, "q's shape [B, T, H, K]")
+    require_shape("v", v, (B, T, HV, V), "[B, T, HV, V] with q's B and T")
+    require_shape("w", w, v.shape, "v's shape [B, T, HV, V]")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} has dtype {x.dtype}; it must be q's dtype {q.dtype}")
+
+
+def check_state(inputs: GDN2Inputs) -> None:
+    """Raise for an initial state, the argument ``state``, that cannot be updated in place. ``check_arguments`` passed
+    the others."""
+    q, state, dtype = inputs.q, inputs.initial_state, inputs.compute_dtype
+    if not isinstance(state, Tensor):
+        raise TypeError(f"state is a {type(state).__name__}; it must be a torch.Tensor")
+    if state.device != q.device:
+        raise ValueError(f"state is on {state.device}; it must be on q's device {q.device}")
+    if state.dtype != dtype:
+        raise TypeError(f"state has dtype {state.dtype}; it must be {dtype}, which {q.dtype} is computed in")
+    require_shape("state", state, inputs.state_shape, "[N, HV, K, V]")
+    if not state.is_contiguous():
+        raise ValueError(f"state has strides {state.stride()}; it must be contiguous, as it is updated in place")
