@@ -15,7 +15,7 @@ from gdn2_titan.models.layer import ShortConvolution
 from gdn2_titan.models.state_size import state_bytes
 from gdn2_titan.ops import causal_conv1d, chunk_gdn2, naive_recurrent_gdn2, recurrent_gdn2, segment_summary
 from tests.gdn2_cases import make
-from tests.test_models import SMALL
+from tests.model_cases import SMALL
 
 NAN = float("nan")
 NO_COUNT = (0, -1, 2.0, 2.5, "2", True, NAN, None, [2])

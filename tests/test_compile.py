@@ -7,11 +7,9 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from gdn2_titan.models import GDN2Model, GDN2ModelArgs
 from gdn2_titan.parallel import apply_compile
+from tests.compile_cases import KINDS, WINDOW, assert_same, batch, build, loss, step
 
-KINDS = ("gdn2", "swa", "attention")
-VOCABULARY, WINDOW = 50, 8
 no_compiler = not (shutil.which("g++") or shutil.which("c++"))
 
 
@@ -21,47 +19,6 @@ def fresh_compiler():
     with torch._dynamo.config.patch(recompile_limit=8):  # the default; plans may raise it
         yield
     torch._dynamo.reset()
-
-
-def build(*pattern, repeats=1):
-    torch.manual_seed(0)
-    args = GDN2ModelArgs(
-        vocab_size=VOCABULARY, hidden_size=32, n_layers=repeats * len(pattern), mlp_size=48, num_heads=2, head_dim=8,
-        attn_heads=2, window=WINDOW, layer_pattern=pattern,
-    )  # fmt: skip
-    model = GDN2Model(args)
-    model.init_weights()
-    return model
-
-
-def batch(B, T, documents=True):
-    generator = torch.Generator().manual_seed(B * T)
-    tokens = torch.randint(VOCABULARY, (B, T), generator=generator)
-    return tokens, (torch.rand(B, T, generator=generator) < 0.1) if documents else None
-
-
-def loss(model, tokens, resets):
-    logits = model(tokens, resets)
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-
-
-def gradients(model):
-    """By the names in the state dict: torch's checkpoint_wrapper puts a name of its own before those of parameters."""
-    return {name.replace("_checkpoint_wrapped_module.", ""): p.grad for name, p in model.named_parameters()}
-
-
-def step(model, *inputs):
-    model.zero_grad()
-    value = loss(model, *inputs)
-    value.backward()
-    return {"loss": value.detach()} | gradients(model)
-
-
-def assert_same(found, expected, tolerance=2e-5):
-    assert set(found) == set(expected)
-    for name, want in expected.items():
-        error = (found[name] - want).abs().max() / want.abs().max()
-        assert error <= tolerance, f"{name} is off by {error:.1e}"
 
 
 @pytest.mark.parametrize("documents", [False, True], ids=["no resets", "resets"])
