@@ -101,7 +101,8 @@ def by_hand(built, x, resets=None, options=None):
     erase = (2 if options.get("allow_neg_eigval") else 1) * erase.reshape(B, T, H, -1).expand(B, T, H, K)
 
     o, _ = naive_recurrent_gdn2(q, k, v, g, erase, write, scale=K**-0.5, resets=resets)
-    o = o / torch.sqrt(o.square().mean(-1, keepdim=True) + 1e-5) * built.o_norm.weight
+    eps = options.get("norm_eps", 1e-5)
+    o = o / torch.sqrt(o.square().mean(-1, keepdim=True) + eps) * built.o_norm.weight
     gate = x @ built.gate_low_proj.weight.T @ built.gate_proj.weight.T + built.gate_proj.bias
     gate = gate.reshape(B, T, HV, V)
     gate = torch.sigmoid(gate) * (1 if options.get("output_gate") == "sigmoid" else gate)
