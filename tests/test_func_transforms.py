@@ -7,7 +7,7 @@ import torch
 from torch.func import functional_call, grad, jacrev, jvp, vmap
 
 from gdn2_titan.ops import causal_conv1d, chunk_gdn2, recurrent_gdn2
-from tests.gdn2_cases import LEAVES, leaves, make
+from tests.gdn2_cases import LEAVES, leaves, make, slowly
 
 RAW = dict(l2norm=True, gate=True, sigmoid=True, erase_scale=2.0)
 CONV_LEAVES = ("x", "weight", "bias", "initial_state")
@@ -163,7 +163,11 @@ def test_the_first_derivative_of_a_graph_made_for_more_is_right():
     close(dict(zip(inputs, (x.detach() for x in got), strict=True)), ordinary(loss, given))
 
 
-@cases
+@pytest.mark.parametrize(
+    "name",
+    ["chunk, raw, resets, grouped", "recurrent", "conv, silu, resets",
+     *slowly("chunk", "chunk, packed", "recurrent, raw", "conv", "conv, no bias, no state")],
+)  # fmt: skip
 def test_func_grad_around_a_compiled_function_and_inside_one_is_right(name):
     loss, given = case(name)
     want = ordinary(loss, given)
