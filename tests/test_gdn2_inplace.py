@@ -92,8 +92,7 @@ def around(inputs, state):
     "case, backend",
     [
         *((case, "aot_eager") for case in CASES),
-        pytest.param("raw, resets, grouped", "inductor", marks=inductor),
-        *(pytest.param(case, "inductor", marks=[inductor, pytest.mark.slow]) for case in ("one token", "bf16")),
+        *(pytest.param(case, "inductor", marks=[inductor, pytest.mark.slow]) for case in CASES),
     ],
 )
 def test_a_compiled_step_equals_eager_and_updates_the_same_memory(case, backend):

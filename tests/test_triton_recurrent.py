@@ -6,7 +6,19 @@ import torch
 from gdn2_titan.ops import naive_recurrent_gdn2, recurrent_gdn2, recurrent_gdn2_
 from gdn2_titan.ops.gdn2.triton.recurrent import configuration, padded
 from gdn2_titan.ops.triton import launching
-from tests.gdn2_cases import DECAYS, DEVICE, RAW, RESULTS, assert_close, cast, errors, leaves, make, reversed_layout
+from tests.gdn2_cases import (
+    DECAYS,
+    DEVICE,
+    RAW,
+    RESULTS,
+    assert_close,
+    cast,
+    errors,
+    leaves,
+    make,
+    reversed_layout,
+    slowly,
+)
 
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -71,7 +83,7 @@ def test_both_index_dtypes_of_cu_seqlens_serve(index_dtype):
     compare(inputs | {"cu_seqlens": inputs["cu_seqlens"].to(index_dtype)})
 
 
-@pytest.mark.parametrize("T", [1, 24])
+@pytest.mark.parametrize("T", [24, *slowly(1)])
 @pytest.mark.parametrize("decay", DECAYS)
 def test_every_strength_of_decay_equals_the_definition(decay, T):
     compare(make(B=1, T=T, H=2, K=4, V=4, decay=decay, dtype=FP32))
@@ -117,7 +129,7 @@ def test_any_head_sizes_equal_the_definition(K, V):
     compare(make(B=1, T=1, H=2, K=K, V=V, **RAW, dtype=FP32))
 
 
-@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, *slowly(FP16)], ids=str)
 @pytest.mark.parametrize("case", ["plain", "one token", "resets, raw, grouped", "packed, empty sequences, raw"])
 def test_half_precision_errs_by_the_rounding_of_inputs_and_output_alone(case, dtype):
     exact = make(**dict(B=2, T=5, H=2, K=16, V=16) | OPTIONS[case])
