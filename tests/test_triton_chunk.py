@@ -67,7 +67,10 @@ def assert_exact(inputs, function=chunk_gdn2, through=RESULTS, compare=assert_no
     compare(got, golden(inputs, output_grads, through), 1e-5)
 
 
-@pytest.mark.parametrize("decay", DECAYS)
+RARE_DECAYS = ("moderate", "spikes of -inf", "none")
+
+
+@pytest.mark.parametrize("decay", [*(x for x in DECAYS if x not in RARE_DECAYS), *slowly(*RARE_DECAYS)])
 def test_every_strength_of_decay_is_exact_to_rounding_in_values_and_all_gradients(decay):
     assert_exact(small(T=150 if decay == "weak" else 70, groups=2, K=8, V=8, decay=decay))
 
@@ -186,7 +189,7 @@ def test_the_initial_state_may_have_another_dtype(dtype):
 
 @pytest.mark.parametrize("layout", [strided, *slowly(reversed_layout)], ids=lambda f: f.__name__)
 def test_the_memory_layout_of_inputs_and_cotangents_does_not_matter(layout):
-    inputs = small(B=2, T=34, H=2, K=8, V=8, **RAW, resets=random_resets(2, 34))
+    inputs = small(B=2, T=34, K=8, V=8, groups=2, **RAW, resets=random_resets(2, 34))
     output_grads = cotangents(inputs)
     laid = on_device(inputs)
     laid |= {name: layout(x.detach()).requires_grad_() for name, x in leaves(laid).items()}
@@ -274,7 +277,7 @@ def test_every_candidate_is_exact_to_rounding(monkeypatch):
         assert_exact(small(T=66, K=64, V=64))
 
 
-@examples(3, 16)
+@examples(2, 16)
 def test_values_and_all_gradients_equal_the_definition_for_any_sizes_and_options(count):
     # A gradient may be a sum that cancels (as through the norm of a single channel): then rounding is measured by the
     # largest tensor.
@@ -316,6 +319,7 @@ def test_half_precision_errs_at_most_twice_what_the_dtype_alone_costs(case, dtyp
     )
 
 
+@pytest.mark.slow
 def test_in_fp16_a_decay_that_one_bf16_would_round_the_most_costs_no_more():
     """Sums of decays take their terms as two bf16. Rounded to one, this one adds up to 0.4 % of every exponent."""
     inputs = make(T=64, H=1, K=32, V=16)
@@ -341,7 +345,7 @@ def assert_errs_at_most_twice_what_the_dtype_costs(exact_inputs, dtype, decay_dt
 
 
 @pytest.mark.parametrize("options", [RAW, *slowly({})], ids=["raw", "plain"])
-@pytest.mark.parametrize("name", ["q", "k", "v", "g", "b", "w", "initial_state"])
+@pytest.mark.parametrize("name", ["k", "g", "w", "initial_state", *slowly("q", "v", "b")])
 def test_a_nan_in_an_input_is_not_hidden_and_stays_in_its_sequence(name, options):
     at, end = 20, 40
     inputs = small(T=50, K=5, V=3, cu=[0, end, 50], **options)
