@@ -80,7 +80,7 @@ def test_any_length_is_exact_to_rounding(T):
     assert_exact(small(T=T))
 
 
-@pytest.mark.parametrize("K, V", [(1, 3), (20, 48), (144, 16), *slowly((48, 20), (128, 128), (16, 144), (256, 16))])
+@pytest.mark.parametrize("K, V", [(1, 3), (20, 48), *slowly((48, 20), (128, 128), (16, 144), (144, 16), (256, 16))])
 def test_any_head_sizes_are_exact_to_rounding(K, V):
     assert_exact(small(T=66 if K + V < 200 else 34, K=K, V=V))
 
@@ -162,7 +162,7 @@ def test_the_maps_of_two_parts_compose_to_that_of_the_whole(at, options):
     assert_norms_close(composed(first, second), segment_by_definition(inputs), 1e-5)
 
 
-@examples(4, 16)
+@examples(2, 16)
 def test_the_map_equals_the_definition_for_any_sizes_and_options(count):
     @settings(max_examples=count, deadline=None, derandomize=True)
     @given(cases(longest=100, heads=2, sizes=(1, 5, 16, 24)))
@@ -185,9 +185,9 @@ HALF = {
 @pytest.mark.parametrize(
     "case, dtype, decay_dtype",
     [
-        ("weak", FP16, FP32),
         ("raw, grouped", BF16, BF16),
         *slowly(
+            ("weak", FP16, FP32),
             ("weak", BF16, FP32),
             ("mixed", BF16, FP32),
             ("spikes", BF16, FP32),
