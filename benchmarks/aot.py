@@ -1,6 +1,7 @@
 """Compile the kernels for GPUs that are not here, and read in the machine code what they take.
 
     python benchmarks/aot.py --target sm_90 --op chunk --kind bf16 --size 128
+    python benchmarks/aot.py --size 128 --kind "bf16 raw" --write    # a table of these cases into docs/kernels.md
 
 Each launch that the calls of ``CASES`` would make on a target is compiled by Triton's own path, specialisation of
 arguments included: by its warm-up entry, under a driver that knows nothing but the target. A line a kernel: its
@@ -22,6 +23,7 @@ import torch
 import triton
 from calls import KINDS, conv_inputs, gdn2_inputs, segment
 from launches import recorded
+from tables import DOCS, fill, table
 from triton.backends.compiler import GPUTarget
 
 from gdn2_titan import ops
@@ -249,6 +251,23 @@ def _line(report):
     return "\n    ".join([case, *faults(report)])
 
 
+def _row(report):
+    """Of the table in docs/kernels.md; a kernel that breaks a promise is in bold."""
+    inputs = [report["op"], report["kind"], str(report["size"]), *(x for x in [report["options"]] if x != "plain")]
+    row = [report["target"], report["kernel"], ", ".join(inputs)]
+    row.append(", ".join(f"{name} {value}" for name, value in report["config"].items()))
+    if "error" in report:
+        row += ["does not compile", "", "", ""]
+    else:
+        shared = f"{report['shared'] / KB:.0f} of {report['shared_limit'] // KB}"
+        matrix = ", ".join(f"{count} {name}" for name, count in report["matrix"].items())
+        row += [report["registers"], report["spilled"], shared, matrix]
+    return [f"**{cell}**" if cell != "" else "" for cell in row] if faults(report) else row
+
+
+COLUMNS = ("GPU", "kernel", "inputs", "configuration", "registers", "spilled", "shared", "matrix instructions")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     axes = {"op": OPS, "kind": KINDS, "size": SIZES, "options": OPTIONS}
@@ -259,12 +278,17 @@ def main():
     parser.add_argument("--all-candidates", action="store_true", help="not only the default configurations")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=NUMBER", help="change the configurations")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    parser.add_argument("--write", action="store_true", help="put a table into docs/kernels.md")
     parser.add_argument("--workers", type=int, default=2)
     chosen = parser.parse_args()
     cases = [case for case in CASES if all(x in getattr(chosen, name) for name, x in zip(axes, case, strict=True))]
     changes = {name: int(x) for name, x in (change.split("=") for change in chosen.set)}
+    rows = []
     for report in reports(chosen.target, cases, chosen.kernel, chosen.all_candidates, changes, workers=chosen.workers):
         print(json.dumps(report | {"faults": faults(report)}) if chosen.json else _line(report), flush=True)
+        rows.append(_row(report))
+    if chosen.write:
+        fill(DOCS / "kernels.md", {"kernels": table(COLUMNS, rows)})
 
 
 if __name__ == "__main__":

@@ -11,27 +11,19 @@ asked for is counted by its arguments: all that arrives from other ranks, one's 
 import argparse
 import itertools
 import json
-import multiprocessing
-import os
-import tempfile
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from marked_tables import write
+from processes import run
+from tables import DOCS, fill, table
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gdn2_titan.ops import context_parallel_gdn2
 from gdn2_titan.ops.context_parallel.exchange_cost import received
 from gdn2_titan.ops.context_parallel.shards import LAYOUTS
 
-__all__ = ["flash_linear_attention", "rows", "table"]
+__all__ = ["flash_linear_attention", "markdown", "rows"]
 
-# The processes are forked from one that has imported what takes long.
-multiprocessing.set_forkserver_preload(["gdn2_titan.ops"])
-
-DOCUMENT = Path(__file__).parents[1] / "docs" / "context_parallel.md"
 RANKS = (2, 4, 8)
 EXCHANGES = ("gather", "scan")
 LENGTHS = (32, 192)  # tokens of a rank
@@ -84,28 +76,19 @@ def _call(group, layout, exchange, final, length):
     return forward.exchanged, backward.exchanged, forward.reduced + backward.reduced
 
 
-def _process(rank, world, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    torch.set_num_threads(1)
+def _count():
+    """Bytes of this rank in each of CASES, at each of LENGTHS; nothing where it is no rank of the case."""
     groups = {size: dist.new_group(range(size)) for size in RANKS}
-    counted = [
-        _call(groups[size], layout, exchange, final, length) if rank < size else None
+    return [
+        _call(groups[size], layout, exchange, final, length) if dist.get_rank() < size else None
         for size, layout, exchange, final in CASES
         for length in LENGTHS
     ]
-    everyone = [None] * world
-    dist.all_gather_object(everyone, counted)
-    if rank == 0:
-        (Path(folder) / "counted").write_text(json.dumps(everyone))
-    dist.barrier()
-    os._exit(0)  # gloo's threads can abort a Python that shuts down
 
 
 def rows():
     """A dict for each of CASES. "counted": (forward, backward) of the rank that receives most, for each of LENGTHS."""
-    with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_process, (max(RANKS), folder), nprocs=max(RANKS), start_method="forkserver")
-        everyone = json.loads((Path(folder) / "counted").read_text())
+    everyone = run(_count, max(RANKS))
     result = []
     for i, (size, layout, exchange, final) in enumerate(CASES):
         per_rank = LAYOUTS.index(layout) + 1
@@ -123,36 +106,29 @@ def rows():
     return result
 
 
-def table(result):
+def markdown(result):
     """For calls without the final state, in Markdown."""
     lengths = " and ".join(f"{length:,}" for length in LENGTHS)
-    head = [
-        "ranks",
-        "layout",
-        "exchange",
-        f"received forward, backward at {lengths} tokens a rank",
-        "formula",
-        "of FLA's",
-    ]
-    lines = [head, ["---"] * len(head)]
+    heading = f"received forward, backward at {lengths} tokens a rank"
+    lines = []
     for row in result:
         if not row["final"]:
             both = [f"{forward:,} + {backward:,}" for forward, backward in (*row["counted"], row["formula"])]
             cells = [str(row["ranks"]), row["layout"], row["exchange"], "; ".join(both[:-1]), both[-1]]
             lines.append([*cells, f"{row['ratio']:.2f}"])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table(["ranks", "layout", "exchange", heading, "formula", "of FLA's"], lines)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--write", action="store_true", help=f"put the table into {DOCUMENT.name}")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/context_parallel.md")
     chosen = parser.parse_args()
     result = rows()
     if chosen.write:
-        write(DOCUMENT, {"bytes": table(result)})
+        fill(DOCS / "context_parallel.md", {"bytes": markdown(result)})
     else:
-        print(json.dumps(result) if chosen.json else table(result))
+        print(json.dumps(result) if chosen.json else markdown(result))
     raise SystemExit(any(counted != row["formula"] for row in result for counted in row["counted"]))
 
 

@@ -10,24 +10,19 @@ for it, and how much of that time gloo's own thread was at work.
 import argparse
 import collections
 import json
-import multiprocessing
-import os
 import tempfile
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from processes import run
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from gdn2_titan.ops.context_parallel.api import begin_gdn2
 from gdn2_titan.ops.context_parallel.shards import SequenceShards
 
 __all__ = ["between"]
-
-# The processes are forked from one that has imported what takes long.
-multiprocessing.set_forkserver_preload(["gdn2_titan.ops"])
 
 WORLD = 2
 EXCHANGES = {"gather": "all_gather_into_tensor_coalesced", "scan": "all_to_all_single"}
@@ -42,9 +37,8 @@ def _step(inputs, x, weight, shards, exchange):
     return (o.flatten(2) * gate.sigmoid()).sum()
 
 
-def _process(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    torch.set_num_threads(1)
+def _trace(folder):
+    """Writes the traces of rank 0."""
     shards = SequenceShards.of(dist.group.WORLD, "contiguous")
     inputs = [torch.randn(B, T, H, K, requires_grad=True) for _ in range(6)]
     x, weight = torch.randn(B, T, D, requires_grad=True), torch.randn(H * K, D, requires_grad=True)
@@ -56,10 +50,8 @@ def _process(rank, folder):
                 loss = _step(inputs, x, weight, shards, exchange)
             with record_function("backward"):
                 loss.backward()
-        if rank == 0:
+        if dist.get_rank() == 0:
             profiler.export_chrome_trace(str(Path(folder) / f"{exchange}.json"))
-    dist.barrier()
-    os._exit(0)  # gloo's threads can abort a Python that shuts down
 
 
 def between(path, exchange, phase):
@@ -88,7 +80,7 @@ def main():
     parser.add_argument("--out", type=Path, help="a folder for the traces")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_process, (folder,), nprocs=WORLD, start_method="forkserver")
+        run(_trace, WORLD, folder)
         for exchange in EXCHANGES:
             trace = Path(folder) / f"{exchange}.json"
             for phase in ("forward", "backward"):

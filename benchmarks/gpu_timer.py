@@ -1,13 +1,12 @@
-"""Time and memory of a call on the GPU, and what the GPU could do at best."""
+"""Time and memory of a call on the GPU, what the GPU could do at best, and what a figure means nothing without."""
 
 import datetime
 import statistics
 import subprocess
 
 import torch
-import triton
 
-__all__ = ["copy_bandwidth", "describe_device", "milliseconds", "peak_bytes", "replayed"]
+__all__ = ["copy_bandwidth", "describe", "milliseconds", "peak_bytes", "replayed"]
 
 SECONDS = 0.3  # of measuring, and a third of it of warming up
 CALLS = (10, 200)  # at least, at most
@@ -72,15 +71,18 @@ def copy_bandwidth():
     return 2 * source.nbytes / (1e-3 * milliseconds(lambda: target.copy_(source)))
 
 
-def describe_device():
-    """What a figure means nothing without."""
-    properties = torch.cuda.get_device_properties("cuda")
-    found = {"date": datetime.date.today().isoformat(), "device": properties.name}
-    if torch.version.hip is None:
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        try:
-            found["driver"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-        except (OSError, subprocess.CalledProcessError):
-            found["driver"] = "unknown"
-    found["runtime"] = torch.version.hip or torch.version.cuda
-    return found | {"torch": torch.__version__, "triton": triton.__version__}
+def describe(device):
+    """Date, device and versions. device: "cuda" or "cpu"."""
+    found = {"date": datetime.date.today().isoformat(), "device": device}
+    if device == "cuda":
+        import triton
+
+        found["device"] = torch.cuda.get_device_name()
+        if torch.version.hip is None:
+            command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            try:
+                found["driver"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+            except (OSError, subprocess.CalledProcessError):
+                found["driver"] = "unknown"
+        found |= {"runtime": torch.version.hip or torch.version.cuda, "triton": triton.__version__}
+    return found | {"torch": torch.__version__}

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from calls import gdn2_inputs
 
 from gdn2_titan.ops import chunk_gdn2
 
@@ -23,16 +24,9 @@ H, K, V = 4, 64, 64
 
 
 def inputs(T):
-    """Keys of unit length, gates in [0, 1], decays weak enough that memory lives for hundreds of tokens."""
-    gen = torch.Generator().manual_seed(0)
-
-    def draw(*shape):
-        return torch.rand(*shape, generator=gen)
-
-    q, k = (torch.nn.functional.normalize(draw(1, T, H, K) - 0.5, dim=-1) for _ in range(2))
-    v, w = draw(1, T, H, V) - 0.5, draw(1, T, H, V)
-    g, b = -0.02 * draw(1, T, H, K), draw(1, T, H, K)
-    return [x.requires_grad_() for x in (q, k, v, g, b, w)]
+    """q, k, v, g, b, w in fp32: keys of unit length, decays weak enough that memory lives for hundreds of tokens."""
+    tensors = gdn2_inputs("fp32", 1, T, H, K, V, requires_grad=True)
+    return [tensors[name] for name in ("q", "k", "v", "g", "b", "w")]
 
 
 def textbook_chunk_gdn2(q, k, v, g, b, w, chunk=64):

@@ -15,13 +15,13 @@ import pathlib
 import torch
 import torch.nn.functional as F
 from calls import conv_inputs, gdn2_inputs
-from gpu_results import OURS, write
-from gpu_timer import copy_bandwidth, describe_device, milliseconds, peak_bytes, replayed
+from gpu_timer import copy_bandwidth, describe, milliseconds, peak_bytes, replayed
+from tables import failures, one_line, table, write
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gdn2_titan import ops
 
-FLA, TORCH, SDPA = "flash-linear-attention", "compiled PyTorch", "softmax attention"
+OURS, FLA, TORCH, SDPA = "gdn2_titan", "flash-linear-attention", "compiled PyTorch", "softmax attention"
 TENSORS = ("q", "k", "v", "g", "b", "w")
 
 
@@ -118,7 +118,7 @@ class Bench:
                 row["copy_fraction"] = floor / (1e-3 * row["ms"]) / self.bandwidth
                 row["peak_mb"] = peak_bytes(call) / 1e6
             except Exception as error:  # a contestant that is missing, runs out of memory or breaks ends alone
-                row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                row["error"] = one_line(error)
                 self.failed[benchmark, mode, name] = size
             print(row, flush=True)
             torch.cuda.empty_cache()
@@ -172,6 +172,38 @@ def convolutions(bench, lengths, width):
         bench.measure(benchmark, "forward + backward", T, CONVOLUTION, inputs, both, 5 * dy.nbytes)
 
 
+def markdown(rows):
+    """A table for each benchmark and mode: a line for each size, what each implementation took, and ratios to ours."""
+    groups = {}
+    for row in rows:
+        sizes = groups.setdefault((row["benchmark"], row["mode"]), {})
+        sizes.setdefault(row["size"], {})[row["implementation"]] = row
+    lines = []
+    for (benchmark, mode), sizes in groups.items():
+        names = list(dict.fromkeys(name for group in sizes.values() for name in group))
+        others = [name for name in names if name != OURS]
+        head = ["size", *(f"{name}, ms" for name in names), *(f"{name} / ours" for name in others)]
+        head += ["ours, of copy bandwidth", *(f"{name}, MB" for name in names)]
+        cells = [
+            [f"{size:,}", *(_cell(group, name, "ms", "{:.3f}") for name in names),
+             *(_ratio(group, name) for name in others), _cell(group, OURS, "copy_fraction", "{:.0%}"),
+             *(_cell(group, name, "peak_mb", "{:,.0f}") for name in names)]
+            for size, group in sizes.items()
+        ]  # fmt: skip
+        lines += [f"### {benchmark}, {mode}", "", table(head, cells, align="---:"), ""]
+    return lines + failures(rows, "{benchmark}, {mode}, {size:,}, {implementation}")
+
+
+def _cell(group, name, field, form):
+    row = group.get(name, {})
+    return form.format(row[field]) if field in row else "-"
+
+
+def _ratio(group, name):
+    times = [group.get(x, {}).get("ms") for x in (name, OURS)]
+    return "-" if None in times else f"{times[0] / times[1]:.2f}"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the results")
@@ -181,14 +213,16 @@ def main():
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--size", type=int, default=128, help="K and V")
     chosen = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("this benchmark needs a GPU")
     bench = Bench()
-    device = describe_device() | {"copy bandwidth": f"{bench.bandwidth / 1e9:.0f} GB/s"}
+    facts = describe("cuda") | {"copy bandwidth": f"{bench.bandwidth / 1e9:.0f} GB/s"}
     try:
         sequences(bench, chosen.lengths, chosen.batch, chosen.heads, chosen.size)
         decoding(bench, chosen.batches, chosen.heads, chosen.size)
         convolutions(bench, chosen.lengths, chosen.heads * chosen.size)
     finally:  # also what was measured before something broke
-        print(write(chosen.out, device, bench.rows))
+        write(chosen.out, "op_gpu", facts, bench.rows, markdown(bench.rows))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ are gathered in bf16, and gradients are reduced in fp32; without FSDP all is fp3
 T tokens of a sequence, D hidden size.
 """
 
-import collections
 import dataclasses
 import functools
 import itertools
@@ -15,7 +14,7 @@ import torch
 
 from gdn2_titan.models import GDN2Model, GDN2ModelArgs
 
-__all__ = ["CHECKPOINTING", "Costs", "Layout", "part"]
+__all__ = ["CHECKPOINTING", "Costs", "Layout"]
 
 CHECKPOINTING = ("none", "selective", "full")
 
@@ -104,15 +103,14 @@ class Costs:
         return sum(sum(self._numel(self._like[u], layout.tp, tp_rank, layout.shard, shard_rank)) for u in units)
 
     def _padded(self, layout, units):
-        return [
-            sum(x)
-            for x in zip(*(self._numel(self._like[u], layout.tp, 0, layout.shard, None) for u in units), strict=True)
-        ]
+        """(decay parameters, all others) that a group of FSDP gathers, with the padding."""
+        numbers = [self._numel(self._like[u], layout.tp, 0, layout.shard, None) for u in units]
+        return [sum(x) for x in zip(*numbers, strict=True)]
 
-    # Communication. Bytes of the whole tensor that a group gathers, adds up or sends, by (mesh dimension, collective).
+    # Communication: {(mesh dimension, collective): bytes of the whole tensor that a group gathers, adds up or sends}.
 
     def sharded(self, layout, units):
-        """FSDP, in one step: {(dimension, collective, "forward" or "backward"): bytes}."""
+        """FSDP, in one step."""
         decays, others = self._padded(layout, units)
         # Until backward only the decays and the head stay gathered. Under pipeline parallelism everything does, and
         # gradients are added up whole, over all microbatches of a step.
@@ -121,10 +119,9 @@ class Costs:
         times = layout.microbatches if layout.pp == 1 else 1
         reduced = times * 4 * (decays + others)
         return {
-            ("shard", "all-gather", "forward"): times * (4 * decays + 2 * others),
-            ("shard", "all-gather", "backward"): times * 2 * regathered,
-            ("shard", "reduce-scatter", "backward"): reduced,
-            ("replicate", "all-reduce", "backward"): reduced // layout.shard,
+            ("shard", "all-gather"): times * (4 * decays + 2 * others + 2 * regathered),
+            ("shard", "reduce-scatter"): reduced,
+            ("replicate", "all-reduce"): reduced // layout.shard,
         }
 
     def tensor(self, layout, units):
@@ -156,13 +153,18 @@ class Costs:
         return {("pp", "send"): layout.microbatches * neighbours * hidden}
 
     def sent(self, layout, units):
-        """All of it, in one step: {(dimension, collective): bytes}."""
-        total = collections.Counter()
-        for (dimension, kind, _), n in self.sharded(layout, units).items():
-            total[dimension, kind] += n
-        total.update(self.tensor(layout, units))
-        total.update(self.sends(layout, units))
+        """All of it, in one step."""
+        total = self.sharded(layout, units) | self.tensor(layout, units) | self.sends(layout, units)
         return {key: n for key, n in total.items() if n and getattr(layout, key[0]) > 1}
+
+    def sent_by_a_rank(self, layout, units):
+        """Of what its groups gather, add up or send, in one step: bytes."""
+
+        def part_of(dimension, kind, n):
+            ranks = getattr(layout, dimension)
+            return n if kind == "send" else n * (ranks - 1) / ranks * (2 if kind == "all-reduce" else 1)
+
+        return sum(part_of(*key, n) for key, n in self.sent(layout, units).items())
 
     # Memory.
 
@@ -181,16 +183,6 @@ class Costs:
         """What selective checkpointing keeps of them: TorchTitan's every second matrix product, and gate_proj, whose
         bias makes it another operator."""
         return [name for name in products if name != BIASED][::2] + [BIASED] * (BIASED in products)
-
-    def repeated(self, unit, checkpointing):
-        """Parameters of the matrix products that a block does again in backward, with those of the mixer's op left out
-        (the op's own backward repeats it in any case)."""
-        if checkpointing == "none" or not unit.isdigit():
-            return 0
-        unit = self._like[unit]
-        kept = self.kept(self.products(unit)) if checkpointing == "selective" else []
-        weights = {name.split(".", 2)[2].removesuffix(".weight"): s for name, s in self.shapes[unit].items()}
-        return sum(math.prod(weights[name]) for name in self.products(unit) if name not in kept)
 
     def saved(self, unit, layout, fused_norm=True):
         """Bytes that a block keeps from forward for backward, for one microbatch in bf16. fused_norm: the RMS norm of a

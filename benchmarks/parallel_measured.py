@@ -5,17 +5,12 @@ Needs the plug's requirements: activation checkpointing is TorchTitan's.
 
 import collections
 import contextlib
-import json
 import math
-import multiprocessing
-import os
-import tempfile
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from processes import run
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -31,9 +26,6 @@ from gdn2_titan.models.attention import rotary_angles
 from gdn2_titan.parallel import SAVED_OPS, apply_fsdp, apply_tensor_parallel, sum_gradients
 
 __all__ = ["measure_saved", "measure_step"]
-
-# The processes are forked from one that has imported what takes long.
-multiprocessing.set_forkserver_preload(["gdn2_titan.parallel", "torch.distributed.pipelining"])
 
 DIMENSIONS = ("pp", "replicate", "shard", "tp")  # TorchTitan's order, outermost first
 
@@ -92,19 +84,7 @@ def measure_saved(costs, layout):
 
 def _run(function, costs, layout):
     world = math.prod(getattr(layout, name) for name in DIMENSIONS)
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = (function, world, folder, costs.args, costs.T, costs.stages(layout.pp), layout)
-        mp.start_processes(_process, arguments, nprocs=world, start_method="forkserver")
-        return [json.loads((Path(folder) / str(rank)).read_text()) for rank in range(world)]
-
-
-def _process(rank, function, world, folder, *arguments):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    (Path(folder) / str(rank)).write_text(json.dumps(function(*arguments)))
-    dist.barrier()
-    os._exit(0)  # gloo's threads can abort a Python that shuts down
+    return run(function, world, costs.args, costs.T, costs.stages(layout.pp), layout)
 
 
 def _mesh(layout):

@@ -27,15 +27,14 @@ import torch
 import triton.runtime.interpreter as interpreter
 from calls import KINDS, gdn2_inputs, segment
 from launches import recorded
+from tables import table
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gdn2_titan.ops import chunk_gdn2
 
-__all__ = ["BAR", "measure"]
+__all__ = ["measure"]
 
 LENGTHS = (256, 512)
-# Bytes per token and key head, and launches, that the package promises at K = V = 128.
-BAR = {"forward": (4600, 3), "backward": (13000, 6), "segment": (5600, 2), "saved": 1800}
 PHASES = ("forward", "backward", "segment")
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 
@@ -80,11 +79,6 @@ class Memory:
     def store(self, pointers, value, mask):
         self._note(True, pointers, mask, value.itemsize)
         return self.memory.store(pointers, value, mask)
-
-    def atomic_rmw(self, op, pointers, value, mask, order):
-        for store in (False, True):
-            self._note(store, pointers, mask, value.itemsize)
-        return self.memory.atomic_rmw(op, pointers, value, mask, order)
 
     def add_to(self, traffic):
         """Add what was noted since the last ``forget`` as one launch."""
@@ -202,16 +196,14 @@ def measure(kind, K=128, V=128, architecture=90):
 
 
 def _print(kind, found):
-    print(f"\n{kind}; bytes per token and key head")
-    print(f"{'':>22} {'launches':>8} {'loaded':>8} {'stored':>8} {'both':>8} {'issued':>8} {'distinct':>8}")
+    head = ["bytes per token and key head", "launches", "loaded", "stored", "both", "issued", "distinct"]
+    rows = []
     for phase in PHASES:
         for name, row in (found[phase]["kernels"] | {phase: found[phase]["total"]}).items():
-            both = row["loaded"] + row["stored"]
-            numbers = (row["loaded"], row["stored"], both, row["issued"], row["distinct"])
-            print(f"{name:>22} {row['launches']:>8} " + " ".join(f"{x:>8.0f}" for x in numbers))
-        floor, (limit, launches) = found[phase]["floor"], BAR[phase]
-        print(f"{'':>22} floor {floor:.0f}, {both / floor:.2f} of it; the bar is {limit} in {launches} launches")
-    print(f"{'saved for backward':>22} {found['saved']:.0f}; the bar is {BAR['saved']} with raw gates in bf16")
+            numbers = (row["loaded"], row["stored"], row["loaded"] + row["stored"], row["issued"], row["distinct"])
+            rows.append([name, row["launches"], *(f"{x:.0f}" for x in numbers)])
+        rows.append([f"{phase}: inputs and outputs once", "", "", "", f"{found[phase]['floor']:.0f}", "", ""])
+    print(f"{kind}; {found['saved']:.0f} bytes saved for backward\n\n{table(head, rows)}\n")
 
 
 def main():

@@ -9,7 +9,6 @@ it run without a GPU: --device cpu --flavor debug --shape 64x2 --how eager --ste
 """
 
 import argparse
-import datetime
 import gc
 import json
 import pathlib
@@ -18,6 +17,8 @@ import time
 
 import torch
 import torch.nn.functional as F
+from gpu_timer import describe
+from tables import failures, one_line, table, write
 
 from gdn2_titan.models import GDN2Model, flavors
 from gdn2_titan.models.flops import flops_per_token, parameter_counts
@@ -116,7 +117,7 @@ def measure(chosen):
                 except torch.OutOfMemoryError:
                     row["error"] = "out of memory"
                 except Exception as error:  # a case that breaks ends alone
-                    row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                    row["error"] = one_line(error)
                 gc.collect()  # a model and its hooks refer to each other
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
@@ -125,40 +126,22 @@ def measure(chosen):
     return rows
 
 
-def markdown(facts, rows):
-    lines = [", ".join(f"{name} {value}" for name, value in facts.items()), ""]
+def markdown(rows):
     ways = list(dict.fromkeys(row["how"] for row in rows))
     cases = {}
     for row in rows:
         cases.setdefault((row["flavor"], row["length"], row["batch"]), {})[row["how"]] = row
     head = ["flavor", "length x batch"]
     head += [f"{how}{what}" for how in ways for what in (", Kt/s", ", MFU", ", peak GB")] + ["paper, one H100, Kt/s"]
-    lines += [f"| {' | '.join(head)} |", "| --- | --- |" + " ---: |" * (len(head) - 2)]
+    lines = []
     for (flavor, length, batch), group in cases.items():
         cells = [flavor, f"{length:,} x {batch}"]
-        for how in ways:
-            row = group[how]
+        for row in (group[how] for how in ways):
             cells.append(f"{1e-3 * row['tokens_per_second']:.1f}" if "ms" in row else row["error"].split(":")[0])
-            cells += [
-                form.format(row[x]) if x in row else "-" for x, form in (("mfu", "{:.0%}"), ("peak_gb", "{:.1f}"))
-            ]
-        lines.append(f"| {' | '.join([*cells, str(PAPER.get((flavor, length), '-'))])} |")
-    failures = [row for row in rows if "error" in row]
-    if failures:
-        lines += ["", "Did not run:", ""]
-        lines += ["- {flavor}, {length:,} x {batch}, {how}: {error}".format(**row) for row in failures]
-    return "\n".join([*lines, ""])
-
-
-def describe(chosen):
-    """What a figure means nothing without."""
-    if chosen.device == "cpu":
-        facts = {"date": datetime.date.today().isoformat(), "device": "cpu", "torch": torch.__version__}
-    else:
-        from gpu_timer import describe_device
-
-        facts = describe_device()
-    return facts | {"checkpointing": chosen.checkpointing, "steps": chosen.steps, "warm-up": chosen.warmup}
+            cells += ["{mfu:.0%}".format(**row) if "mfu" in row else "-"]
+            cells += ["{peak_gb:.1f}".format(**row) if "peak_gb" in row else "-"]
+        lines.append([*cells, PAPER.get((flavor, length), "-")])
+    return [table(head, lines), "", *failures(rows, "{flavor}, {length:,} x {batch}, {how}")]
 
 
 def _shape(text):
@@ -179,12 +162,10 @@ def main():
     chosen = parser.parse_args()
     if chosen.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device is 'cuda'; without a GPU it must be 'cpu'")
-    facts, rows = describe(chosen), measure(chosen)
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    (chosen.out / "train_gpu.json").write_text(json.dumps({"device": facts, "rows": rows}, indent=1))
-    text = markdown(facts, rows)
-    (chosen.out / "train_gpu.md").write_text(text)
-    print(text)
+    facts = describe(chosen.device)
+    facts |= {"checkpointing": chosen.checkpointing, "steps": chosen.steps, "warm-up": chosen.warmup}
+    rows = measure(chosen)
+    write(chosen.out, "train_gpu", facts, rows, markdown(rows))
     raise SystemExit(all("error" in row for row in rows))
 
 

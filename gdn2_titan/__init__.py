@@ -3,3 +3,5 @@
 Import what you need: ``gdn2_titan.ops`` (torch only), ``gdn2_titan.models``, ``gdn2_titan.parallel``,
 ``gdn2_titan.titan`` (the only part that needs TorchTitan).
 """
+
+__version__ = "0.1.0"

@@ -66,7 +66,7 @@ def test_fp32_fits_ampere_and_hopper():
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_no_kernel_spills_outgrows_the_target_or_multiplies_without_tensor_cores(target):
-    """In bf16; fp32, which takes long, at all sizes and targets only in benchmarks/aot_report.py."""
+    """In bf16; fp32, which takes long, at all sizes and targets only by hand."""
     reports = compiled("--target", target, "--kind", "bf16", "bf16 raw")
     assert_faultless(reports)
     assert_hopper_uses_wgmma(reports)

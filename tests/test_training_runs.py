@@ -114,7 +114,7 @@ def test_the_same_global_batches_give_one_processs_loss_curve(one_process, tmp_p
     ids=["of this package", "of 0.2.2", "of 0.3"],
 )  # fmt: skip
 def test_a_line_of_the_readme_that_launches_trains(line, changes, tmp_path):
-    assert line in (ROOT / "README.md").read_text()
+    assert line in (ROOT / "docs" / "torchtitan.md").read_text()
     program, *arguments = line.partition("-m ")[2].split()
     torchrun = ["torch.distributed.run", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
     starts = [program] if line.startswith("python") else [*torchrun, "-m", program]

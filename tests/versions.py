@@ -7,7 +7,7 @@ import importlib.metadata
 
 __all__ = ["BEGIN", "END", "FEATURES", "installed", "read_table", "write_column"]
 
-BEGIN = "<!-- versions: written by ./run_tests.sh --versions=README.md -->"
+BEGIN = "<!-- versions: written by ./run_tests.sh --versions=docs/torchtitan.md -->"
 END = "<!-- end of versions -->"
 
 LAYOUTS, RUNS, CONFIG = "distributed/test_layouts.py", "test_training_runs.py", "test_titan_config.py"

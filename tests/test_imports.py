@@ -1,0 +1,151 @@
+"""How the rooms of the package may import each other, and what its public functions say of their arguments.
+
+Read from the source: imports within functions count as those at the top of a file do.
+"""
+
+import ast
+import functools
+import importlib.metadata
+from pathlib import Path
+
+import pytest
+
+import gdn2_titan
+
+ROOT = Path(gdn2_titan.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+MOST_LINES = 400
+
+# Room: what it may import of the package, beside itself. What is not here (study, serve, generate and other commands)
+# may import all rooms, and none of the rooms may import it.
+BELOW = {
+    "ops": set(),
+    "models": {"ops"},
+    "parallel": {"models", "ops"},
+    "convert": {"models", "ops"},
+    "titan": {"parallel", "convert", "models", "ops"},
+}
+# The same within ops; its own files, and those of ops/triton, are shared by all.
+BELOW_OPS = {
+    "gdn2": {"shared"},
+    "short_conv": {"shared"},
+    "context_parallel": {"gdn2", "short_conv", "shared"},
+    "shared": set(),
+}
+# Package of others: where it may be imported.
+OTHERS = {
+    "torchtitan": ("titan", "study"),
+    "transformers": ("convert.hf", "generate", "study", "model_options"),
+    "triton": ("ops.triton", "ops.gdn2.triton", "ops.short_conv.triton"),
+}
+
+
+def _module(path):
+    """("models", "layer") of .../gdn2_titan/models/layer.py; a package's own file has the package's name."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
+@functools.cache
+def _tree(path):
+    return ast.parse(path.read_text())
+
+
+def _imported(path):
+    """(line, full name) of each module that a file imports, and of each name that it imports from one."""
+    package = ("gdn2_titan", *path.relative_to(ROOT).parent.parts)
+    for node in ast.walk(_tree(path)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) + 1 - node.level] if node.level else ()
+            module = ".".join((*above, *filter(None, [node.module])))
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+
+
+def _ours():
+    """(path, line, importing module, imported module or name), both as tuples without the package's name."""
+    for path in FILES:
+        for line, name in _imported(path):
+            package, *rest = name.split(".")
+            if package == "gdn2_titan" and rest:
+                yield path, line, _module(path), tuple(rest)
+
+
+def _place(path, line):
+    return f"{path.relative_to(ROOT.parent)}:{line}"
+
+
+def test_rooms_import_only_what_is_below_them():
+    wrong = []
+    for path, line, importing, imported in _ours():
+        room = importing[0] if importing else None
+        if room in BELOW and imported[0] not in {room, "__version__"} | BELOW[room]:
+            wrong.append(f"{_place(path, line)}: {room} imports {'.'.join(imported)}")
+    assert not wrong, "\n".join(wrong)
+
+
+def _room_of_ops(module):
+    """Of a module within ops; ops itself has no room: it offers what all of them have."""
+    return module[1] if len(module) > 1 and module[1] in BELOW_OPS else "shared"
+
+
+def test_within_ops_context_parallelism_is_on_top_and_the_shared_files_at_the_bottom():
+    wrong = []
+    for path, line, importing, imported in _ours():
+        if importing[:1] != ("ops",) or len(importing) == 1 or imported[0] != "ops":
+            continue
+        room, other = _room_of_ops(importing), _room_of_ops(imported)
+        if other not in {room} | BELOW_OPS[room]:
+            wrong.append(f"{_place(path, line)}: {room} imports {'.'.join(imported)}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("package", OTHERS)
+def test_a_package_of_others_is_imported_only_where_it_belongs(package):
+    found, wrong = 0, []
+    for path in FILES:
+        module = ".".join(_module(path)) + "."
+        for line, name in _imported(path):
+            if name.split(".")[0] == package:
+                found += 1
+                if not module.startswith(tuple(f"{place}." for place in OTHERS[package])):
+                    wrong.append(_place(path, line))
+    assert found and not wrong, "\n".join(wrong)
+
+
+def test_no_file_is_longer_than_a_reader_can_hold():
+    lengths = {path: len(path.read_text().splitlines()) for path in FILES}
+    wrong = [f"{path.relative_to(ROOT.parent)}: {n} lines" for path, n in lengths.items() if n > MOST_LINES]
+    assert not wrong, "\n".join(wrong)
+
+
+def _public_functions(path):
+    """The functions of a file that its ``__all__`` names, but for kernels, which Triton compiles."""
+    lists = [node.value for node in _tree(path).body if isinstance(node, (ast.Assign, ast.AugAssign))
+             and "__all__" in {x.id for x in ast.walk(node) if isinstance(x, ast.Name)}]  # fmt: skip
+    public = {x.value for node in lists for x in ast.walk(node) if isinstance(x, ast.Constant)}
+    for node in _tree(path).body:
+        if isinstance(node, ast.FunctionDef) and node.name in public:
+            if not any("jit" in ast.unparse(decorator) for decorator in node.decorator_list):
+                yield node
+
+
+def _unannotated(function):
+    """The names of its parameters without annotation, and "return" if it does not say what it returns."""
+    args = function.args
+    every = [*args.posonlyargs, *args.args, *args.kwonlyargs, *filter(None, [args.vararg, args.kwarg])]
+    return [x.arg for x in every if x.annotation is None] + ["return"] * (function.returns is None)
+
+
+def test_every_public_function_is_annotated():
+    functions = [(path, function) for path in FILES for function in _public_functions(path)]
+    assert len(functions) > 50
+    wrong = [f"{_place(path, function.lineno)}: {function.name}: {', '.join(missing)}"
+             for path, function in functions if (missing := _unannotated(function))]  # fmt: skip
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_package_tells_its_version_and_that_it_is_typed():
+    assert gdn2_titan.__version__ == importlib.metadata.version("gdn2_titan")
+    assert (ROOT / "py.typed").is_file()
