@@ -14,7 +14,7 @@ from gdn2_titan.convert.mapping import to_hf_name
 from gdn2_titan.models import GatedDeltaNet2, GDN2Model
 from gdn2_titan.models.decoder import Block
 from tests.hf_cases import HYBRID, config, left_padded, pair
-from tests.test_models import GATES, gate_structures
+from tests.model_cases import GATES, gate_structures
 
 GREEDY = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
 

@@ -16,7 +16,7 @@ from gdn2_titan.convert.hf import GDN2Cache, GDN2Config, GDN2ForCausalLM
 from gdn2_titan.convert.mapping import to_hf_name
 from gdn2_titan.models import GatedDeltaNet2, GDN2Model, GDN2ModelArgs, flavors
 from tests.hf_cases import HYBRID, RECURRENT, WINDOWED, config, left_padded, pair, storages, tokens
-from tests.test_models import GATES, gate_structures
+from tests.model_cases import GATES, gate_structures
 
 patterns = pytest.mark.parametrize("pattern", [RECURRENT, WINDOWED, HYBRID], ids="+".join)
 GREEDY = dict(do_sample=False, eos_token_id=None, pad_token_id=0)

@@ -32,7 +32,7 @@ from gdn2_titan.study.gates_page import write_page
 from gdn2_titan.study.gates_trace import follow_memory, trace_gates
 from tests.convert_cases import HYBRID, TOKENIZER, hashes, save_step
 from tests.hf_cases import pair, tokens
-from tests.test_models import sharpened
+from tests.model_cases import sharpened
 
 BOS = 256
 JOB = {"model": {"hf_assets_path": str(TOKENIZER)}}
