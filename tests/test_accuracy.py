@@ -11,8 +11,9 @@ from torchtitan.components.loss import cross_entropy_loss
 
 from gdn2_titan.titan.accuracy import Accuracy
 from gdn2_titan.titan.job_config import JobConfig
+from gdn2_titan.titan.tasks import TASKS
 from tests.generations import HAS_TOML, loss_of, validator_of
-from tests.test_tasks import TASKS, VALIDATED, read_mqar
+from tests.task_cases import VALIDATED, read_mqar
 from tests.test_titan_config import check, write_toml
 
 IGNORED = -100

@@ -65,7 +65,10 @@ def test_tensors_come_out_and_in_bit_for_bit(tmp_path, args):
     assert hashes(step) == before
 
 
-@pytest.mark.parametrize(("world", "tensor_parallel"), [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2)])
+@pytest.mark.parametrize(
+    ("world", "tensor_parallel"),
+    [(2, 1), pytest.param(2, 2, marks=pytest.mark.slow), pytest.param(4, 2, marks=pytest.mark.slow)],
+)
 def test_what_several_processes_saved_comes_out_and_in_bit_for_bit(tmp_path, world, tensor_parallel):
     run(save_sharded, world, tmp_path / "store", tmp_path, world, tensor_parallel, HYBRID)
     expected = torch.load(tmp_path / "whole.pt", weights_only=True)
@@ -162,6 +165,7 @@ def _peak(command, small, large, tmp_path):
     return int(done.stdout.split()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads a process's peak memory from /proc")
 def test_memory_stays_below_two_largest_tensors_and_a_shard(tmp_path):
     args = GDN2ModelArgs(
