@@ -95,6 +95,16 @@ def test_the_folder_has_config_tokenizer_and_card(tmp_path):
     assert "Step: 7" in card and '"lr": 0.123' in card
 
 
+def test_a_hugging_face_folder_goes_out_again_with_its_step_and_the_tokenizer_that_is_named(tmp_path, capsys):
+    to_hf(save_step(tmp_path / "run" / "step-7", weights(HYBRID), HYBRID), tmp_path / "step-7")
+    assert not (tmp_path / "step-7" / "tokenizer.json").exists()
+    assert convert(capsys, "to-hf", tmp_path / "step-7", tmp_path / "hf", "--tokenizer", TOKENIZER) == (0, "")
+    assert (tmp_path / "hf" / "tokenizer.json").read_bytes() == (TOKENIZER / "tokenizer.json").read_bytes()
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == 257
+    assert "Step: 7" in (tmp_path / "hf" / "README.md").read_text()
+    assert_equal(load_safetensors(tmp_path / "hf"), load_safetensors(tmp_path / "step-7"))
+
+
 def test_of_a_runs_folder_the_latest_complete_step_is_taken(tmp_path):
     for step in (9, 10):
         save_step(tmp_path / "run" / f"step-{step}", weights(HYBRID, seed=step), HYBRID)

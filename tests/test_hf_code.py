@@ -16,10 +16,10 @@ from gdn2_titan.convert.hf import save_code
 from gdn2_titan.convert.hf.code import flattened
 from gdn2_titan.models import GDN2Model, GDN2ModelArgs
 from tests.convert_cases import save_step
-from tests.hf_cases import left_padded, pair
+from tests.hf_cases import GREEDY, left_padded, pair
 from tests.test_models import SMALL
 
-GENERATE = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+GENERATE = GREEDY | dict(max_new_tokens=20)
 
 ALONE = """
 import sys
@@ -128,14 +128,12 @@ def test_the_code_is_flat_parses_and_names_no_other_module_of_this_package(tmp_p
     theirs, _ = pair()
     theirs.save_pretrained(tmp_path)
     save_code(tmp_path)
+    heads = ("QuestionAnswering", "SequenceClassification", "TokenClassification")
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
-        "AutoConfig": "configuration_gdn2.GDN2Config",
-        "AutoModel": "modeling_gdn2.GDN2Decoder",
+        "AutoConfig": "configuration_gdn2.GDN2Config", "AutoModel": "modeling_gdn2.GDN2Decoder",
         "AutoModelForCausalLM": "modeling_gdn2.GDN2ForCausalLM",
-        "AutoModelForQuestionAnswering": "classification_gdn2.GDN2ForQuestionAnswering",
-        "AutoModelForSequenceClassification": "classification_gdn2.GDN2ForSequenceClassification",
-        "AutoModelForTokenClassification": "classification_gdn2.GDN2ForTokenClassification",
-    }
+        **{f"AutoModelFor{head}": f"classification_gdn2.GDN2For{head}" for head in heads},
+    }  # fmt: skip
     files = {path.stem: ast.parse(path.read_text()) for path in tmp_path.glob("*.py")}
     assert {"configuration_gdn2", "modeling_gdn2", "gdn2_ops_gdn2_chunked", "gdn2_models_layer"} <= set(files)
     assert not any("triton" in name for name in files)

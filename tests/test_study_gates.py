@@ -31,7 +31,7 @@ from gdn2_titan.study.gates_memory import follow_memory
 from gdn2_titan.study.gates_page import write_page
 from gdn2_titan.study.gates_tokens import Token, tokens_of
 from gdn2_titan.study.gates_trace import trace_gates
-from tests.convert_cases import HYBRID, TOKENIZER, hashes, save_step
+from tests.convert_cases import HYBRID, TOKENIZER, assert_one_sentence, hashes, save_step
 from tests.hf_cases import pair, tokens
 from tests.test_models import sharpened
 
@@ -500,14 +500,7 @@ def test_wrong_input_is_answered_by_one_sentence_and_nothing_is_written(line, wr
     words = [placed(word) for word in line.split()]
     arguments = [*(str(x) for pair in right.items() for x in pair), *words]  # the last one counts
     before = hashes(folder / "hf")
-    try:
-        status = study(*arguments)
-    except SystemExit as exit:
-        status = exit.code
-    printed = capsys.readouterr()
-    assert status in (1, 2) and not printed.out
-    assert re.fullmatch(rf".*rror: {WRONG[line]}", printed.err.strip().splitlines()[-1]), printed.err
-    assert "Traceback" not in printed.err
+    assert_one_sentence(capsys, main, ["gates", *arguments], WRONG[line])
     assert not list(tmp_path.iterdir()) and hashes(folder / "hf") == before
 
 
