@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from gdn2_titan.convert.commands import from_hf, to_hf
 from gdn2_titan.convert.names import from_hf_name, to_hf_name
 from gdn2_titan.convert.record import find_record
+from gdn2_titan.convert.safetensors_files import write_safetensors
 from gdn2_titan.models import GDN2ModelArgs
 from tests.convert_cases import (
     HYBRID,
@@ -135,6 +137,14 @@ def test_shards_keep_to_the_size_that_was_asked_for(tmp_path, capsys):
     for name, file in index["weight_map"].items():
         sizes[file] = sizes.get(file, 0) + tensors[name].nbytes
     assert max(sizes.values()) <= 40_000 and index["metadata"]["total_size"] == sum(sizes.values())
+
+
+@pytest.mark.parametrize(("size", "counts"), [(300, [3, 3, 1]), (299, [2, 2, 2, 1]), (99, [1] * 7), (700, [7])])
+def test_a_shard_is_filled_to_the_last_byte_and_no_further(tmp_path, size, counts):
+    tensors = {f"t{i}": torch.full((25,), float(i)) for i in range(7)}
+    write_safetensors(tmp_path, tensors, tensors.__getitem__, size)
+    assert [len(load_file(file)) for file in sorted(tmp_path.glob("*.safetensors"))] == counts
+    assert_equal(load_safetensors(tmp_path), tensors)
 
 
 def test_to_torch_is_one_file_of_plain_tensors(tmp_path, capsys):
