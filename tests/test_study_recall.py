@@ -46,6 +46,10 @@ def test_all_mixers_but_full_attention_keep_as_much_state_to_two_percent(mixer):
         assert state_bytes(args, 2000) == 2 * state_bytes(args, 1000) > expected
     else:
         assert abs(state_bytes(args, 1000) - expected) <= 0.02 * expected
+        if "swa" in args.layer_pattern:  # no other window comes closer
+            windows = range(args.window - 1, args.window + 2)
+            off = [abs(state_bytes(dataclasses.replace(args, window=W), 1000) - expected) for W in windows]
+            assert off[1] == min(off)
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 40])
