@@ -91,6 +91,13 @@ def run_both(inputs, activation, through="both", backend="auto"):
     return results
 
 
+def results_of(inputs, activation, backend):
+    """Outputs and gradients by name, for output gradients that depend on nothing but the shapes."""
+    outs = causal_conv1d(**inputs, activation=activation, output_final_state=True, backend=backend)
+    grads = gradients(inputs, outs, [grad.to(outs[0]) for grad in output_gradients(*outs)])
+    return dict(zip(("y", "final_state"), outs, strict=True)) | {f"d{name}": grad for name, grad in grads.items()}
+
+
 def assert_close(got, want, relative):
     assert got.keys() == want.keys()
     for name, exact in want.items():

@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import pytest
 import torch
 from hypothesis import strategies as st
 
@@ -13,6 +14,16 @@ RESULTS = ("o", "final_state")
 RAW = dict(l2norm=True, gate=True, sigmoid=True, erase_scale=2.0)
 # Where the Triton kernels run: interpreted, see conftest, where there is no GPU.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def slowly(*cases):
+    """Of a parametrization: what only the whole suite runs."""
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow) for case in cases]
+
+
+def examples(few, many):
+    """How many cases Hypothesis tries: few in the quick suite, many in the whole one."""
+    return pytest.mark.parametrize("count", [few, *slowly(many)])
 
 
 def decays(kind, shape, generator):
@@ -149,6 +160,12 @@ def cast(inputs, dtype, only=LEAVES):
     }
 
 
+def in_half(inputs, dtype, decay_dtype=torch.float32):
+    """Half precision as training has it: the decay's parameters and the state stay in fp32, raw decays need not."""
+    inputs = cast(cast(inputs, dtype, only=("q", "k", "v", "b", "w")), decay_dtype, only=("g",))
+    return cast(inputs, torch.float32, only=("A_log", "dt_bias", "initial_state"))
+
+
 def cotangents(inputs, seed=1):
     """Random fp64 gradients of o and of the final state."""
     generator = torch.Generator().manual_seed(seed)
@@ -223,6 +240,16 @@ def assert_close(got, want, relative, floor=0.0):
     largest = max(size for _, size in found.values())
     for name, (error, size) in found.items():
         assert error <= relative * size + floor * largest, f"{name}: off by {error:.2e} where the largest is {size:.2e}"
+
+
+def assert_within_twice(got, want, alone, dtype):
+    """alone: what exact arithmetic gives of inputs rounded to dtype. Of its error got may have twice, and a rounding of
+    the results. A gradient of next to nothing (dg where nothing survives a token) is a difference of sums in fp32."""
+    alone, eps = errors(alone, want), torch.finfo(dtype).eps
+    floor = torch.finfo(torch.float32).eps * max(size for _, size in alone.values())
+    for name, (error, size) in errors(got, want).items():
+        limit = 2 * alone[name][0] + 2 * eps * size + floor
+        assert error <= limit, f"{name}: off by {error:.2e}; rounding the inputs alone gives {alone[name][0]:.2e}"
 
 
 def norm_errors(got, want):

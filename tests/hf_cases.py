@@ -4,7 +4,7 @@ import torch
 
 from gdn2_titan.convert.hf import GDN2Config, GDN2ForCausalLM
 from gdn2_titan.models import GDN2Model
-from tests.test_models import SMALL, sharpened
+from tests.model_cases import SMALL, sharpened
 
 RECURRENT, WINDOWED, HYBRID = ("gdn2",), ("gdn2", "swa"), ("gdn2", "swa", "attention")
 VOCABULARY = SMALL["vocab_size"]

@@ -1,9 +1,15 @@
 """What tests do to the launches of Triton's kernels."""
 
+import contextlib
+
 import torch
 
+from gdn2_titan.ops.gdn2 import chunked
 from gdn2_titan.ops.triton import launching
+from tests.gdn2_cases import DEVICE
 
+# Of opcheck, what depends on the kernels: the rest is of the operator, and the tests of PyTorch's kernels run it.
+OPCHECKS = ("test_schema", "test_faketensor")
 FENCE, MARK = 4096, 77  # elements: more than a chunk of any of the tensors of a small test
 
 
@@ -41,3 +47,24 @@ def fenced(monkeypatch):
 
     monkeypatch.setattr(launching, "launch", start)
     return launched
+
+
+@contextlib.contextmanager
+def memory_of_nan():
+    """While algorithms must be deterministic, PyTorch fills fresh memory with NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(1, device=DEVICE).isnan()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def without_pytorchs_kernels(monkeypatch):
+    """Make them fail where they are called."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the PyTorch kernels ran in place of Triton's")
+
+    for name in ("chunk_forward", "chunk_backward", "segment_forward"):
+        monkeypatch.setattr(chunked, name, refuse)

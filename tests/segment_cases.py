@@ -10,10 +10,15 @@ from tests.gdn2_cases import leaves, op_arguments
 RESULTS = ("o", "read", "transition", "contribution")
 
 
-def segment(inputs, backend="triton"):
-    """RESULTS of the op. inputs: of ``make``, whose initial state it does not take."""
+def segment_arguments(inputs):
+    """inputs of ``make`` as the operator takes them, which has no initial state and no packed sequences."""
     q, k, v, g, b, w, A_log, dt_bias, _, _, *rest = op_arguments(inputs)
-    results = torch.ops.gdn2_titan.segment_gdn2(q, k, v, g, b, w, A_log, dt_bias, *rest, backend)
+    return q, k, v, g, b, w, A_log, dt_bias, *rest
+
+
+def segment(inputs, backend="triton"):
+    """RESULTS of the op."""
+    results = torch.ops.gdn2_titan.segment_gdn2(*segment_arguments(inputs), backend)
     return dict(zip(RESULTS, results, strict=True))
 
 
@@ -29,17 +34,24 @@ def segment_by_definition(inputs):
     return dict(zip(RESULTS, (o, read, transition, contribution), strict=True))
 
 
+def applied(transition, state):
+    """transition [B, H, K, K] of a state [B, HV, K, V]: value head j belongs to key head j // (HV // H)."""
+    return transition.repeat_interleave(state.shape[1] // transition.shape[1], 1) @ state
+
+
+def read_by_hand(read, state):
+    """What outputs [B, T, HV, V] owe to the state that a segment is entered with. read: [B, T, H, K]."""
+    read = read.repeat_interleave(state.shape[1] // read.shape[2], 2)
+    return torch.einsum("bthk,bhkv->bthv", read.to(state.dtype), state)
+
+
 def composed(first, second):
     """The map of two segments in a row from theirs."""
-    groups = first["contribution"].shape[1] // first["transition"].shape[1]
-    transition, read = (
-        second[name].repeat_interleave(groups, heads) for name, heads in (("transition", 1), ("read", 2))
-    )
     return {
-        "o": torch.cat([first["o"], second["o"] + torch.einsum("bthk,bhkv->bthv", read, first["contribution"])], 1),
-        "read": torch.cat([first["read"], torch.einsum("bthk,bhkj->bthj", second["read"], first["transition"])], 1),
+        "o": torch.cat([first["o"], second["o"] + read_by_hand(second["read"], first["contribution"])], 1),
+        "read": torch.cat([first["read"], read_by_hand(second["read"], first["transition"])], 1),
         "transition": second["transition"] @ first["transition"],
-        "contribution": transition @ first["contribution"] + second["contribution"],
+        "contribution": applied(second["transition"], first["contribution"]) + second["contribution"],
     }
 
 

@@ -23,8 +23,8 @@ from gdn2_titan.parallel import (
     sum_gradients,
 )
 from tests import test_fsdp
+from tests.compile_cases import assert_same, batch, build, gradients, loss, step
 from tests.processes import run
-from tests.test_compile import assert_same, batch, build, gradients, loss, step
 
 LAYERS = 4
 # mode, every: (calls of the mixer, calls of the convolution), in units of a forward pass of all layers

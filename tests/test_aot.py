@@ -43,20 +43,15 @@ def assert_hopper_uses_wgmma(reports):
             assert report["matrix"].get("HGMMA") or few_rows, report
 
 
-def test_what_training_runs_on_hopper_does_not_spill_fits_and_uses_wgmma():
-    reports = compiled("--target", "sm_90", "--op", "chunk", "--kind", "bf16", "--size", "128", "--options", "plain")
-    assert {report["kernel"] for report in reports} == CHUNK_KERNELS
+def test_what_training_runs_on_hopper_context_parallel_too_does_not_spill_fits_and_uses_wgmma():
+    reports = compiled("--target", "sm_90", "--op", "chunk", "segment", "--kind", "bf16", "--size", "128",
+                       "--options", "plain")  # fmt: skip
+    assert {report["kernel"] for report in reports} == CHUNK_KERNELS | {"segment_kernel"}
     assert_faultless(reports)
     assert_hopper_uses_wgmma(reports)
 
 
-def test_what_context_parallel_ranks_run_on_hopper_does_not_spill_fits_and_uses_wgmma():
-    reports = compiled("--target", "sm_90", "--op", "segment", "--kind", "bf16", "--size", "128")
-    assert {report["kernel"] for report in reports} == {"prepare_kernel", "segment_kernel"}
-    assert_faultless(reports)
-    assert_hopper_uses_wgmma(reports)
-
-
+@pytest.mark.slow
 def test_fp32_fits_ampere_and_hopper():
     """It may spill: configurations.py says how much."""
     reports = compiled("--target", "sm_80", "sm_90", "--op", "chunk", "--kind", "fp32", "--size", "128",

@@ -15,7 +15,7 @@ from gdn2_titan.models.layer import ShortConvolution
 from gdn2_titan.models.state_size import state_bytes
 from gdn2_titan.ops import causal_conv1d, chunk_gdn2, naive_recurrent_gdn2, recurrent_gdn2, segment_summary
 from tests.gdn2_cases import make
-from tests.test_models import SMALL
+from tests.model_cases import SMALL
 
 NAN = float("nan")
 NO_COUNT = (0, -1, 2.0, 2.5, "2", True, NAN, None, [2])
@@ -61,28 +61,49 @@ OF_A_MODEL = [
 ]
 
 
-def each(cases):
-    return [(field, value, allowed) for field, values, allowed in cases for value in values]
+fields = pytest.mark.parametrize("field, values, allowed", SHARED, ids=lambda x: x if isinstance(x, str) else "")
+all_fields = pytest.mark.parametrize(
+    "field, values, allowed", SHARED + OF_A_MODEL, ids=lambda x: x if isinstance(x, str) else ""
+)
 
 
-def assert_one_sentence(error, field, allowed):
+def assert_refused(build, field, allowed, value=None):
+    with pytest.raises(ValueError) as error:
+        build()
+        pytest.fail(f"{field} = {value!r} is not refused")
     text = str(error.value)
     assert text.startswith(f"{field} is ") and allowed in text and "\n" not in text, text
 
 
-@pytest.mark.parametrize(("field", "value", "allowed"), each(SHARED))
-def test_the_layer_refuses_it(field, value, allowed):
-    with pytest.raises(ValueError) as error:
-        GatedDeltaNet2(**{"hidden_size": 32, "num_heads": 2, "head_dim": 8} | {field: value})
-    assert_one_sentence(error, field, allowed)
+@fields
+def test_the_layer_refuses_it(field, values, allowed):
+    for value in values:
+        given = {"hidden_size": 32, "num_heads": 2, "head_dim": 8} | {field: value}
+        assert_refused(lambda given=given: GatedDeltaNet2(**given), field, allowed, value)
 
 
-@pytest.mark.parametrize(("field", "value", "allowed"), each(SHARED + OF_A_MODEL))
+@all_fields
 @pytest.mark.parametrize("pattern", [("gdn2",), ("swa",)], ids=["recurrent", "softmax"])
-def test_a_models_arguments_refuse_it_whatever_its_layers_are(field, value, allowed, pattern):
-    with pytest.raises(ValueError) as error:
-        GDN2ModelArgs(**SMALL | {"layer_pattern": pattern, field: value}).validate()
-    assert_one_sentence(error, field, allowed)
+def test_a_models_arguments_refuse_it_whatever_its_layers_are(field, values, allowed, pattern):
+    for value in values:
+        args = GDN2ModelArgs(**SMALL | {"layer_pattern": pattern, field: value})
+        for build in (args.validate, lambda args=args: GDN2Model(args)):
+            assert_refused(build, field, allowed, value)
+
+
+@pytest.mark.parametrize(
+    "field, values, allowed",
+    [
+        ("attn_heads", [5, 32], "it must divide hidden_size = 32 into heads of even size"),
+        ("attn_kv_heads", [3], "it must divide attn_heads = 4"),
+    ],
+)
+def test_settings_of_softmax_layers_are_refused_where_there_are_some(field, values, allowed):
+    for value in values:
+        GDN2ModelArgs(**SMALL | {"layer_pattern": ("gdn2",), field: value}).validate()
+        args = GDN2ModelArgs(**SMALL | {"layer_pattern": ("gdn2", "swa"), field: value})
+        for build in (args.validate, lambda args=args: GDN2Model(args)):
+            assert_refused(build, field, allowed, value)
 
 
 @pytest.mark.parametrize(
@@ -110,9 +131,7 @@ def test_a_models_arguments_refuse_it_whatever_its_layers_are(field, value, allo
     ],
 )
 def test_the_parts_refuse_what_would_be_another_part(build, field):
-    with pytest.raises(ValueError) as error:
-        build()
-    assert_one_sentence(error, field, "it must ")
+    assert_refused(build, field, "it must ")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Softmax attention, its masks and its rotary positions, against a softmax written out and masks made by hand."""
 
-import math
 
 import pytest
 import torch
@@ -9,47 +8,9 @@ from torch.nn.attention.flex_attention import create_block_mask, create_mask, fl
 from gdn2_titan.models import attention
 from gdn2_titan.models.attention import Attention, rotary_angles
 from gdn2_titan.models.masks import _block_mask, attention_mask
+from tests.model_cases import softmax_attention, some_resets, visible_by_hand
 
 CPU = torch.device("cpu")
-
-
-def some_resets(B, T):
-    resets = torch.zeros(B, T, dtype=torch.bool)
-    resets[0, [0, 3, 40]] = True
-    resets[-1, [10, 11, T - 1]] = True
-    return resets
-
-
-def softmax_attention(built, x, num_heads, num_kv_heads, window=None, resets=None, theta=10_000.0, stride=1):
-    """Softmax attention from its weights, one query at a time. stride: from one position to the next."""
-    B, T, D = x.shape
-    size = D // num_heads
-    q, k, v = (x @ p.weight.T for p in (built.q_proj, built.k_proj, built.v_proj))
-    q, k, v = q.view(B, T, num_heads, size), k.view(B, T, num_kv_heads, size), v.view(B, T, num_kv_heads, size)
-
-    def rotated(vector, t):
-        turned = torch.empty_like(vector)
-        for i in range(size // 2):
-            angle = t * theta ** (-2 * i / size)
-            a, b = vector[..., i], vector[..., i + size // 2]
-            turned[..., i] = a * math.cos(angle) - b * math.sin(angle)
-            turned[..., i + size // 2] = b * math.cos(angle) + a * math.sin(angle)
-        return turned
-
-    q = torch.stack([rotated(q[:, t], stride * t) for t in range(T)], 1)
-    k = torch.stack([rotated(k[:, t], stride * t) for t in range(T)], 1)
-    o = torch.zeros(B, T, num_heads, size, dtype=x.dtype)
-    for row in range(B):
-        for t in range(T):
-            first = 0 if window is None else max(0, t - window + 1)
-            if resets is not None:
-                first = max([first, *(s for s in range(t + 1) if resets[row, s])])
-            for head in range(num_heads):
-                group = head // (num_heads // num_kv_heads)
-                scores = k[row, first : t + 1, group] @ q[row, t, head] / math.sqrt(size)
-                weights = scores.exp() / scores.exp().sum()
-                o[row, t, head] = weights @ v[row, first : t + 1, group]
-    return o.flatten(2) @ built.o_proj.weight.T
 
 
 MASKS = {"causal": (None, False), "window": (3, False), "documents": (None, True), "window, documents": (5, True)}
@@ -92,17 +53,6 @@ def test_rotary_positions_may_differ_between_rows():
         alone = softmax_attention(built, x[:1], 4, 4, stride=stride)
         torch.testing.assert_close(both[row : row + 1], alone, rtol=1e-5, atol=1e-6)
     assert (both[0] - both[1]).abs().max() > 1e-3
-
-
-def visible_by_hand(B, T, window, resets):
-    mask = torch.zeros(B, 1, T, T, dtype=torch.bool)
-    for row in range(B):
-        for query in range(T):
-            for key in range(query + 1):
-                near = window is None or query - key < window
-                same = resets is None or not resets[row, key + 1 : query + 1].any()
-                mask[row, 0, query, key] = near and same
-    return mask
 
 
 @pytest.mark.parametrize("with_resets", [False, True])

@@ -21,7 +21,7 @@ from gdn2_titan.ops.gdn2.triton import chunk, recurrent
 from gdn2_titan.ops.short_conv import triton as triton_conv
 from gdn2_titan.ops.triton import target
 from tests.gdn2_cases import make
-from tests.test_models import SMALL, by_hand, layer
+from tests.model_cases import SMALL, by_hand, layer
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="facts of a GPU are made up, and there is one")
 FP32, FP64 = torch.float32, torch.float64

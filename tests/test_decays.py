@@ -12,32 +12,27 @@ from torch.nn.utils import parametrize
 
 from gdn2_titan.models import GatedDeltaNet2, GDN2Model, GDN2ModelArgs
 from gdn2_titan.parallel import apply_fsdp
+from tests.model_cases import (
+    BF16,
+    FP16,
+    FP32,
+    FP64,
+    GATES,
+    SMALL,
+    assert_exact,
+    by_hand,
+    decays,
+    gate_structures,
+    layer,
+)  # fmt: skip
 from tests.processes import run
-from tests.test_models import GATES as STRUCTURES
-from tests.test_models import SMALL, by_hand, gate_structures, layer
 
-BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 NARROW = (BF16, FP16)
 
 
 def built(**options):
     torch.manual_seed(0)
     return GatedDeltaNet2(32, 2, 8, **options)
-
-
-def decays(module):
-    found = {name: p.detach().clone() for name, p in module.named_parameters() if "decay." in name}
-    assert found
-    return found
-
-
-def assert_exact(module, expected, dtype=FP32):
-    """Of this dtype, equal to values that 16 bits do not have, and marked."""
-    assert all(not torch.equal(p, p.to(BF16).to(p.dtype)) for p in expected.values())
-    for name, p in decays(module).items():
-        assert p.dtype == dtype, f"{name} is {p.dtype}"
-        assert torch.equal(p, expected[name].to(dtype)), f"{name} is rounded"
-    assert all(p._no_weight_decay for name, p in module.named_parameters() if "decay." in name)
 
 
 CASTS = {
@@ -165,11 +160,11 @@ def test_what_a_parametrization_computes_a_decay_from_is_not_rounded_either():
 
 @gate_structures
 def test_a_layer_in_bf16_equals_its_formulas_with_exact_decays_in_fp64(structure):
-    module = layer(dtype=FP32, **STRUCTURES[structure]).bfloat16()
+    module = layer(dtype=FP32, **GATES[structure]).bfloat16()
     torch.manual_seed(3)
     x = torch.randn(2, 21, 32).bfloat16()
     resets = torch.rand(2, 21) < 0.1
-    want = by_hand(copy.deepcopy(module).double(), x.double(), resets, STRUCTURES[structure])
+    want = by_hand(copy.deepcopy(module).double(), x.double(), resets, GATES[structure])
     got = module(x, resets)
     assert got.dtype == BF16
     assert (got.double() - want).norm() < 0.02 * want.norm()

@@ -135,10 +135,6 @@ def _sharded(rank):
         check_without_communication(case, mesh, ("heads",), function, inputs)
 
 
-def test_sharded_on_batch_or_heads_it_is_one_process_without_communication(tmp_path):
-    run(_sharded, 2, tmp_path / "store")
-
-
 def _redistributed(rank):
     mesh = init_device_mesh("cpu", (2,))
     function, inputs = CASES["raw"]
@@ -226,8 +222,8 @@ def _all_of(rank, *functions):
         function(rank)
 
 
-def test_other_layouts_are_redistributed_and_other_tensors_refused(tmp_path):
-    run(_all_of, 2, tmp_path / "store", _redistributed, _indivisible, _in_place, _mixed)
+def test_on_batch_or_heads_it_is_one_process_without_communication_and_other_layouts_are_redistributed(tmp_path):
+    run(_all_of, 2, tmp_path / "store", _sharded, _redistributed, _indivisible, _in_place, _mixed)
 
 
 def _two_dimensions(rank):
@@ -249,6 +245,7 @@ def _two_dimensions(rank):
     check_redistributed("six heads, sequence", mesh, chunk_gdn2, one_row, ways=("whole", "heads"), **sequence)
 
 
+@pytest.mark.slow
 def test_on_a_mesh_of_two_dimensions_each_splits_what_it_may(tmp_path):
     run(_two_dimensions, 4, tmp_path / "store")
 

@@ -22,7 +22,7 @@ CASES = {
     "bf16": dict(**RAW, groups=2, dtype=torch.bfloat16),
 }
 no_compiler = not (shutil.which("g++") or shutil.which("c++"))
-inductor = pytest.param("inductor", marks=pytest.mark.skipif(no_compiler, reason="inductor needs a C++ compiler"))
+inductor = pytest.mark.skipif(no_compiler, reason="inductor needs a C++ compiler")
 cases = pytest.mark.parametrize("case", CASES)
 
 
@@ -88,9 +88,14 @@ def around(inputs, state):
     return o + 1, state.sum()
 
 
-@cases
-@pytest.mark.parametrize("backend", ["aot_eager", inductor])
-def test_a_compiled_step_equals_eager_and_updates_the_same_memory(backend, case):
+@pytest.mark.parametrize(
+    "case, backend",
+    [
+        *((case, "aot_eager") for case in CASES),
+        *(pytest.param(case, "inductor", marks=[inductor, pytest.mark.slow]) for case in CASES),
+    ],
+)
+def test_a_compiled_step_equals_eager_and_updates_the_same_memory(case, backend):
     torch._dynamo.reset()
     inputs, state = split(given(**CASES[case]))
     expected = state.clone()

@@ -13,7 +13,7 @@ from gdn2_titan.convert.__main__ import main as convert
 from gdn2_titan.convert.hf import GDN2Decoder
 from gdn2_titan.models import GDN2Model
 from tests.convert_cases import HYBRID, TOKENIZER, assert_one_sentence, save_step
-from tests.test_models import sharpened
+from tests.model_cases import sharpened
 
 BOS, EOS, SPACE = 256, 257, 32
 JOB = {"model": {"hf_assets_path": str(TOKENIZER)}}

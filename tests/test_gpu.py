@@ -3,27 +3,28 @@
 At real sizes the fp64 side is the chunked PyTorch form, which the other tests hold to the definition within 1e-10.
 """
 
-import contextlib
 import functools
 import math
-from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from gdn2_titan.models import GDN2Model, GDN2ModelArgs
-from gdn2_titan.ops import causal_conv1d, chunk_gdn2, recurrent_gdn2, recurrent_gdn2_
-from gdn2_titan.ops.gdn2 import chunked
+from gdn2_titan.ops import chunk_gdn2, recurrent_gdn2, recurrent_gdn2_
+from tests import conv_cases
 from tests.gdn2_cases import (
     DECAYS,
     DEVICE,
+    LEAVES,
     RAW,
     assert_close,
+    assert_within_twice,
     cast,
     cotangents,
     errors,
     golden,
+    in_half,
     leaves,
     make,
     on_device,
@@ -31,12 +32,12 @@ from tests.gdn2_cases import (
     run,
     run_on_device,
 )  # fmt: skip
-from tests.segment_cases import segment, segment_by_definition
+from tests.kernel_launches import without_pytorchs_kernels
+from tests.segment_cases import segment, segment_by_definition, without_gradients
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
-]
+if not torch.cuda.is_available():
+    pytest.skip("there is no GPU", allow_module_level=True)
+pytestmark = pytest.mark.gpu
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 functions = pytest.mark.parametrize("function", [chunk_gdn2, recurrent_gdn2], ids=lambda f: f.__name__)
@@ -48,19 +49,10 @@ def golden_chunked(inputs, output_grads):
 
 def assert_twice_rounding_at_most(function, exact_inputs, dtype, decay_dtype=FP32):
     """The error against fp64 is at most twice that of rounding the inputs, and a last rounding of the results."""
-    rounded = cast(exact_inputs, dtype, only=("q", "k", "v", "b", "w"))
-    rounded = cast(rounded, decay_dtype, only=("g",))
-    rounded = cast(rounded, FP32, only=("A_log", "dt_bias", "initial_state"))
-    output_grads = cotangents(exact_inputs)
+    rounded, output_grads = in_half(exact_inputs, dtype, decay_dtype), cotangents(exact_inputs)
     rounded_grads = [output_grads[0].to(dtype).double(), output_grads[1].float().double()]
-    want = golden_chunked(exact_inputs, output_grads)
-    alone = errors(golden_chunked(rounded, rounded_grads), want)
-    got = run_on_device(function, rounded, rounded_grads)
-    eps = torch.finfo(dtype).eps
-    floor = torch.finfo(FP32).eps * max(size for _, size in alone.values())
-    for name, (error, size) in errors(got, want).items():
-        limit = 2 * alone[name][0] + 2 * eps * size + floor
-        assert error <= limit, f"{name}: off by {error:.2e}; rounding the inputs alone gives {alone[name][0]:.2e}"
+    want, alone = golden_chunked(exact_inputs, output_grads), golden_chunked(rounded, rounded_grads)
+    assert_within_twice(run_on_device(function, rounded, rounded_grads), want, alone, dtype)
 
 
 @functions
@@ -147,24 +139,6 @@ def test_decoding_in_place_equals_the_whole_sequence():
     assert_close({"o": got, "state": state}, {"o": want.double(), "state": want_state.double()}, 1e-5)
 
 
-@pytest.mark.parametrize("dtype, relative", [(FP32, 1e-5), (BF16, 2e-2)], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("W", [2, 3, 4])
-def test_the_short_convolution_equals_the_one_in_fp64(W, dtype, relative):
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"x": (2, 1000, 300), "weight": (300, W), "bias": (300,), "initial_state": (2, 300, W - 1)}
-    tensors = {n: torch.randn(shape, generator=generator).to(dtype) for n, shape in shapes.items()}
-    resets, dy = random_resets(2, 1000), torch.randn(2, 1000, 300, generator=generator).to(dtype)
-
-    def results(device, dtype, backend):
-        given = {n: x.detach().to(device, dtype).requires_grad_() for n, x in tensors.items()}
-        y, _ = causal_conv1d(**given, activation="silu", resets=resets.to(device), backend=backend)
-        grads = torch.autograd.grad(y, list(given.values()), dy.to(device, dtype))
-        named = {"y": y.detach()} | {f"d{n}": grad for n, grad in zip(given, grads, strict=True)}
-        return {n: x.cpu() for n, x in named.items()}
-
-    assert_close(results(DEVICE, dtype, "triton"), results("cpu", torch.float64, "torch"), relative)
-
-
 SEGMENTS = {
     "plain": dict(),
     "grouped, batch": dict(B=2, groups=2),
@@ -201,25 +175,16 @@ def test_the_map_of_a_segment_in_bf16_errs_at_most_twice_what_rounding_the_input
         assert error <= limit, f"{name}: off by {error:.2e}; rounding the inputs alone gives {alone[name][0]:.2e}"
 
 
-@contextlib.contextmanager
-def no_fallback():
-    """PyTorch's kernels break when they are called."""
-
-    def refuse(*args):
-        raise AssertionError("the PyTorch kernels ran in place of Triton's")
-
-    with mock.patch.object(chunked, "chunk_forward", refuse), mock.patch.object(chunked, "chunk_backward", refuse):
-        yield
-
-
 @pytest.mark.parametrize("backend", ["auto", "triton"])
-def test_on_a_gpu_the_triton_kernels_run_and_nothing_else(backend):
+def test_on_a_gpu_the_triton_kernels_run_and_nothing_else(backend, monkeypatch):
+    without_pytorchs_kernels(monkeypatch)
     inputs = make(T=100, K=16, V=16, **RAW, dtype=BF16)
-    with no_fallback():
-        run_on_device(chunk_gdn2, inputs, cotangents(inputs), backend)
+    run_on_device(chunk_gdn2, inputs, cotangents(inputs), backend)
 
 
-def test_compiled_without_a_break_it_gives_what_it_gives_eagerly():
+def test_compiled_without_a_break_it_gives_what_it_gives_eagerly(monkeypatch):
+    without_pytorchs_kernels(monkeypatch)
+
     def step(inputs):
         return chunk_gdn2(**inputs, output_final_state=True, backend="auto")
 
@@ -228,11 +193,10 @@ def test_compiled_without_a_break_it_gives_what_it_gives_eagerly():
         inputs = on_device(make(B=2, T=T, H=2, K=64, V=64, **RAW, resets=random_resets(2, T), dtype=BF16))
         output_grads = [grad.to(DEVICE) for grad in cotangents(inputs)]
         results = {}
-        with no_fallback():
-            for function in (step, compiled):
-                outputs = function(inputs)
-                grads = [grad.to(x.dtype) for grad, x in zip(output_grads, outputs, strict=True)]
-                results[function] = [*outputs, *torch.autograd.grad(outputs, list(leaves(inputs).values()), grads)]
+        for function in (step, compiled):
+            outputs = function(inputs)
+            grads = [grad.to(x.dtype) for grad, x in zip(output_grads, outputs, strict=True)]
+            results[function] = [*outputs, *torch.autograd.grad(outputs, list(leaves(inputs).values()), grads)]
         for eager, graph in zip(results[step], results[compiled], strict=True):
             torch.testing.assert_close(graph, eager, rtol=0, atol=0)
 
@@ -280,6 +244,54 @@ def test_a_cuda_graph_of_forward_and_backward_replays_with_new_inputs_and_resets
         graph.replay()
         for got, want in zip(captured, step(new), strict=True):
             torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def on_gpu(inputs):
+    return {
+        name: None if value is None else value.detach().cuda().requires_grad_(value.requires_grad)
+        for name, value in inputs.items()
+    }
+
+
+CONVOLUTIONS = {
+    "batch": dict(B=2, T=4099, D=2304),
+    "width 2": dict(B=2, T=1000, D=300, W=2, bias=False, state=False),
+    "width 3": dict(B=3, T=1000, D=300, W=3),
+    "decode": dict(B=64, T=1, D=2048),
+    "resets": dict(B=2, T=4096, D=1024, resets=[t % 97 in (0, 1, 50) for t in range(8192)]),
+    "packed": dict(B=1, T=8192, D=1024, cu=[0, 0, *range(1, 8192, 31), 8192, 8192]),
+    "packed with resets": dict(
+        B=1, T=8192, D=520, cu=[0, 5, 4000, 4001, 8192], resets=[t % 97 in (0, 1, 50) for t in range(8192)]
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_convolutions_at_real_sizes_err_at_most_twice_as_much_as_pytorchs_kernel(case, activation, dtype):
+    inputs = on_gpu(conv_cases.make(dtype=dtype, **CONVOLUTIONS[case]))
+    got = conv_cases.results_of(inputs, activation, "auto")
+    torch_path = conv_cases.results_of(inputs, activation, "torch")
+    want = conv_cases.results_of(conv_cases.in_fp64(inputs), activation, "torch")
+    for name, exact in want.items():
+        assert got[name].dtype == torch_path[name].dtype == dtype, name
+        errors = [(result[name].double() - exact).abs().max().item() for result in (got, torch_path)]
+        slack = max(torch.finfo(dtype).eps / 8, 1e-6) * exact.abs().max().item()
+        assert errors[0] <= 2 * errors[1] + slack, f"{name}: off by {errors[0]:.2e}, PyTorch by {errors[1]:.2e}"
+
+
+def test_states_of_more_than_2_to_the_31_numbers_are_addressed_right():
+    N, HV, K, V = 2049, 16, 256, 256
+    if torch.cuda.mem_get_info()[0] < 10 * 2**30:
+        pytest.skip("needs 10 GiB of GPU memory")
+    last = without_gradients(on_device(make(B=1, T=1, H=HV, K=K, V=V, **RAW, dtype=FP32)))
+    want = recurrent_gdn2(**last, output_final_state=True, backend="triton")
+    state = torch.zeros(N, HV, K, V, device="cuda")
+    state[-1:] = last.pop("initial_state")
+    many = {n: x.expand(N, *x.shape[1:]) if n in LEAVES and x.ndim == 4 else x for n, x in last.items()}
+    o = recurrent_gdn2_(**many, state=state, backend="triton")
+    assert torch.equal(o[-1:], want[0]) and torch.equal(state[-1:], want[1])
 
 
 VOCABULARY, SPAN, REPEATS = 32, 8, 16

@@ -17,7 +17,7 @@ from gdn2_titan.convert.hf.code import flattened
 from gdn2_titan.models import GDN2Model, GDN2ModelArgs
 from tests.convert_cases import save_step
 from tests.hf_cases import GREEDY, left_padded, pair
-from tests.test_models import SMALL
+from tests.model_cases import SMALL
 
 GENERATE = GREEDY | dict(max_new_tokens=20)
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from gdn2_titan.convert.hf import GDN2ForCausalLM
 from tests.hf_cases import config, tokens
-from tests.test_decays import BF16, FP16, FP32, FP64, assert_exact, decays
+from tests.model_cases import BF16, FP16, FP32, FP64, assert_exact, decays
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from gdn2_titan.convert.names import to_hf_name
 from gdn2_titan.models import GatedDeltaNet2, GDN2Model
 from gdn2_titan.models.decoder import Block
 from tests.hf_cases import GREEDY, HYBRID, config, left_padded, pair
-from tests.test_models import GATES, gate_structures
+from tests.model_cases import GATES, gate_structures
 
 EIGHT = GREEDY | dict(max_new_tokens=8)
 

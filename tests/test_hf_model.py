@@ -25,7 +25,7 @@ from tests.hf_cases import (
     storages,
     tokens,
 )
-from tests.test_models import GATES, gate_structures
+from tests.model_cases import GATES, gate_structures
 
 patterns = pytest.mark.parametrize("pattern", [RECURRENT, WINDOWED, HYBRID], ids="+".join)
 

@@ -1,6 +1,5 @@
 """The layer, attention and the decoder against computations written out here, and what the models promise of tokens."""
 
-import dataclasses
 import math
 
 import pytest
@@ -9,56 +8,19 @@ import torch.nn.functional as F
 
 from gdn2_titan.models import GatedDeltaNet2, GDN2Model, GDN2ModelArgs, flavors
 from gdn2_titan.models.layer import STATISTICS
-from gdn2_titan.ops import naive_recurrent_gdn2
-from tests.test_attention import softmax_attention, some_resets
+from tests.model_cases import (
+    GATES,
+    SMALL,
+    by_hand,
+    gate_structures,
+    layer,
+    model,
+    sharpened,
+    softmax_attention,
+    some_resets,
+)
 
-SMALL = dict(
-    vocab_size=50, hidden_size=32, n_layers=2, mlp_size=48, num_heads=2, head_dim=8, attn_heads=4, window=4
-)  # fmt: skip
-GATES = {
-    "per channel": dict(),
-    "tied": dict(tied_gates=True),
-    "scalar erase": dict(erase_gate="scalar"),
-    "scalar write": dict(write_gate="scalar"),
-    "scalar decay": dict(decay="scalar"),
-    "Gated DeltaNet": dict(tied_gates=True, decay="scalar"),
-    "grouped, wide values": dict(num_v_heads=4, expand_v=2.0),
-    "tied, grouped": dict(num_v_heads=4, tied_gates=True),
-    "negative eigenvalues": dict(allow_neg_eigval=True),
-    "sigmoid output gate": dict(output_gate="sigmoid"),
-    "conv of 2": dict(conv_size=2),
-}
-gate_structures = pytest.mark.parametrize("structure", GATES)
 CPU = torch.device("cpu")
-
-
-def model(seed=0, **changes):
-    torch.manual_seed(seed)
-    built = GDN2Model(GDN2ModelArgs(**SMALL | changes))
-    built.init_weights()
-    return built
-
-
-def sharpened(built, seed=1):
-    """Weights far larger than at initialisation, so that every influence on a logit is well above rounding."""
-    torch.manual_seed(seed)
-    for name, p in built.named_parameters():
-        if "norm" not in name and "decay." not in name:
-            torch.nn.init.normal_(p, std=0.5 if p.ndim == 2 and "conv" in name else max(p.shape[-1], 1) ** -0.5)
-    return built
-
-
-def layer(seed=0, dtype=torch.float64, **options):
-    """A layer in fp64 (its decay parameters pass through fp32, so their values are fp32 ones)."""
-    torch.manual_seed(seed)
-    built = GatedDeltaNet2(32, 2, 8, **options)
-    built.init_weights()
-    for p in built.parameters():
-        if p.ndim == 2 and p is not built.decay.dt_bias:
-            torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5)
-    torch.nn.init.normal_(built.gate_proj.bias)
-    torch.nn.init.uniform_(built.o_norm.weight, 0.5, 1.5)
-    return built.to(dtype)
 
 
 # ------------------------------------------------------------------------------------------------ sizes and weights
@@ -170,56 +132,6 @@ def test_a_few_steps_of_adamw_reduce_the_loss_and_reach_every_parameter(structur
 
 
 # ---------------------------------------------------------------------------------------------------------- the layer
-
-
-def by_hand(built, x, resets=None, options=None):
-    """The layer from its weights: F.conv1d within each document, the definition of the op on gates computed here."""
-    options = options or {}
-    B, T, _ = x.shape
-    H, K, V = 2, 8, int(8 * options.get("expand_v", 1))
-    HV = options.get("num_v_heads") or H
-
-    def convolved(projection, convolution):
-        y, weight = x @ projection.weight.T, convolution.weight
-        width = weight.shape[1]
-        rows = []
-        for row in range(B):
-            starts = [0] if resets is None else sorted({0, *resets[row].nonzero().flatten().tolist()})
-            parts = []
-            for start, end in zip(starts, [*starts[1:], T], strict=True):
-                document = F.pad(y[row, start:end].T[None], (width - 1, 0))
-                parts.append(F.conv1d(document, weight[:, None], groups=weight.shape[0])[0].T)
-            rows.append(torch.cat(parts))
-        y = torch.stack(rows)
-        return y * torch.sigmoid(y)
-
-    q = convolved(built.q_proj, built.q_conv1d).reshape(B, T, H, K)
-    k = convolved(built.k_proj, built.k_conv1d).reshape(B, T, H, K)
-    v = convolved(built.v_proj, built.v_conv1d).reshape(B, T, HV, V)
-    q = q / torch.sqrt(q.square().sum(-1, keepdim=True) + 1e-6)
-    k = k / torch.sqrt(k.square().sum(-1, keepdim=True) + 1e-6)
-
-    if options.get("decay") == "scalar":
-        raw = (x @ built.decay_proj.weight.T).reshape(B, T, H, 1)
-    else:
-        raw = (x @ built.decay_low_proj.weight.T @ built.decay_proj.weight.T).reshape(B, T, H, K)
-    # The layer computes with A_log and dt_bias in fp32 whatever its own dtype.
-    A_log, dt_bias = built.decay.A_log.float().to(x.dtype), built.decay.dt_bias.float().to(x.dtype)
-    g = -(A_log.exp()[:, None] * torch.log1p(torch.exp(raw + dt_bias))).expand(B, T, H, K)
-
-    erase = torch.sigmoid(x @ built.erase_proj.weight.T)
-    if options.get("tied_gates"):
-        write = erase.reshape(B, T, H, 1, 1).expand(B, T, H, HV // H, V).reshape(B, T, HV, V)
-    else:
-        write = torch.sigmoid(x @ built.write_proj.weight.T).reshape(B, T, HV, -1).expand(B, T, HV, V)
-    erase = (2 if options.get("allow_neg_eigval") else 1) * erase.reshape(B, T, H, -1).expand(B, T, H, K)
-
-    o, _ = naive_recurrent_gdn2(q, k, v, g, erase, write, scale=K**-0.5, resets=resets)
-    o = o / torch.sqrt(o.square().mean(-1, keepdim=True) + 1e-5) * built.o_norm.weight
-    gate = x @ built.gate_low_proj.weight.T @ built.gate_proj.weight.T + built.gate_proj.bias
-    gate = gate.reshape(B, T, HV, V)
-    gate = torch.sigmoid(gate) * (1 if options.get("output_gate") == "sigmoid" else gate)
-    return (o * gate).reshape(B, T, HV * V) @ built.o_proj.weight.T
 
 
 @gate_structures
@@ -412,21 +324,23 @@ def test_a_window_at_least_as_long_as_the_sequence_is_full_attention():
 
 
 def test_the_decoder_equals_its_formulas():
-    built = sharpened(model(layer_pattern=("gdn2", "swa"), attn_kv_heads=2).double())
+    norm_eps, theta = 0.03, 100.0
+    options = dict(layer_pattern=("gdn2", "swa"), attn_kv_heads=2, norm_eps=norm_eps, rope_theta=theta)
+    built = sharpened(model(**options).double())
     tokens = torch.randint(50, (2, 12))
     resets = some_resets(2, 60)[:, :12]
 
     def normed(x, norm):
-        return x / torch.sqrt(x.square().mean(-1, keepdim=True) + 1e-5) * norm.weight
+        return x / torch.sqrt(x.square().mean(-1, keepdim=True) + norm_eps) * norm.weight
 
     with torch.no_grad():
         x = built.tok_embeddings.weight[tokens]
         for block in built.layers.values():
             h = normed(x, block.mixer_norm)
             if block.kind == "gdn2":
-                x = x + by_hand(block.mixer, h, resets)
+                x = x + by_hand(block.mixer, h, resets, {"norm_eps": norm_eps})
             else:
-                x = x + softmax_attention(block.mixer, h, 4, 2, SMALL["window"], resets)
+                x = x + softmax_attention(block.mixer, h, 4, 2, SMALL["window"], resets, theta)
             h = normed(x, block.mlp_norm)
             gate = h @ block.mlp.gate_proj.weight.T
             x = x + (gate * torch.sigmoid(gate) * (h @ block.mlp.up_proj.weight.T)) @ block.mlp.down_proj.weight.T
@@ -448,66 +362,7 @@ def test_pipeline_stages_that_lack_modules_compose_to_the_whole():
         assert torch.equal(last(first(tokens, resets), resets), whole(tokens, resets))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_a_hybrid_model_compiles_into_one_graph_with_the_same_logits(dynamic):
-    torch._dynamo.reset()
-    built = model(layer_pattern=("gdn2", "swa"))
-    compiled = torch.compile(built, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for T in (20, 70) if dynamic else (20,):
-        tokens = torch.randint(50, (2, T))
-        resets = torch.rand(2, T) < 0.1
-        torch.testing.assert_close(compiled(tokens, resets), built(tokens, resets), rtol=1e-5, atol=1e-6)
-
-
-# ----------------------------------------------------------------------------------------------------------- refusals
-
-
-@pytest.mark.parametrize(
-    "field, value",
-    [
-        *((name, value) for name in (
-            "vocab_size", "hidden_size", "n_layers", "mlp_size", "num_heads", "head_dim", "attn_heads", "window",
-        ) for value in (0, -1, 1.5, True, None, "8")),
-        ("layer_pattern", ()),
-        ("layer_pattern", ("gdn2", "mamba")),
-        ("erase_gate", "vector"),
-        ("write_gate", None),
-        ("decay", "both"),
-        ("output_gate", "swish"),
-        ("conv_size", 1),
-        ("conv_size", 5),
-        ("num_v_heads", 3),
-        ("num_v_heads", 0),
-        ("num_v_heads", -2),
-        ("expand_v", 0.0),
-        ("expand_v", 0.3),
-        ("expand_v", -1.0),
-        ("norm_eps", 0.0),
-        ("init_std", 0.0),
-        ("mixer_gain", -1.0),
-        ("dt_min", 0.0),
-        ("dt_max", 1e-4),
-        ("attn_heads", 5),
-        ("attn_heads", 32),
-        ("attn_kv_heads", 3),
-        ("attn_kv_heads", -1),
-        ("attn_kv_heads", 0),
-        ("rope_theta", 0.0),
-    ],
-)  # fmt: skip
-def test_arguments_no_model_can_be_built_from_are_refused_by_field_value_and_what_is_allowed(field, value):
-    args = GDN2ModelArgs(**SMALL | {"layer_pattern": ("gdn2", "swa"), field: value})
-    shown = repr(list(value)) if isinstance(value, tuple) else repr(value)
-    for build in (args.validate, lambda: GDN2Model(args)):
-        with pytest.raises(ValueError) as refusal:
-            build()
-        message = str(refusal.value)
-        assert message.startswith((f"{field} is {shown}; it must ", f"{field} is {shown}; times"))
-
-
-def test_settings_of_softmax_layers_are_not_checked_where_there_are_none():
-    GDN2ModelArgs(**SMALL | dict(attn_heads=5)).validate()
-    assert [field.name for field in dataclasses.fields(GDN2ModelArgs)][0] == "vocab_size"
+# -------------------------------------------------------------------------------------------------- a layer of its own
 
 
 def test_a_layer_of_its_own_is_initialised_without_further_calls():

@@ -35,6 +35,7 @@ def checked():
     return {(layout, quantity): rest for layout, quantity, *rest in rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_parameters_optimizer_states_and_each_collective_have_the_formulas_bytes_on_every_rank(checked, layout):
     found = {quantity: rest for (name, quantity), rest in checked.items() if name == layout}
@@ -43,6 +44,7 @@ def test_parameters_optimizer_states_and_each_collective_have_the_formulas_bytes
         assert formula == measured != "0" and ranks == "4 of 4 ranks", quantity
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS)
 def test_what_a_block_saves_for_backward_has_the_formulas_bytes_under_every_checkpointing(checked, block):
     found = {quantity: rest for (name, quantity), rest in checked.items() if name == block}

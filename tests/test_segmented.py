@@ -14,8 +14,21 @@ from gdn2_titan.models import GatedDeltaNet2, GDN2Model, GDN2ModelArgs
 from gdn2_titan.ops import chunk_gdn2, naive_recurrent_gdn2
 from gdn2_titan.ops.gdn2 import chunked
 from gdn2_titan.ops.gdn2.flops import backward_flops, forward_flops
+from gdn2_titan.ops.gdn2.split import number_of_segments
 from gdn2_titan.parallel.activation_checkpoint import SAVED_OPS
-from tests.gdn2_cases import RAW, assert_close, cotangents, golden, leaves, make, op_arguments, run
+from tests.gdn2_cases import (
+    RAW,
+    assert_close,
+    cast,
+    cotangents,
+    golden,
+    leaves,
+    make,
+    op_arguments,
+    random_resets,
+    run,
+    slowly,
+)
 
 OPS = torch.ops.gdn2_titan
 ARGS = GDN2ModelArgs(
@@ -38,6 +51,61 @@ def arguments(inputs, segments):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_the_operator_passes_opcheck(options, dtype):
     torch.library.opcheck(OPS.segmented_gdn2, arguments(make(T=6, K=2, V=3, dtype=dtype, **options), 3))
+
+
+@pytest.mark.parametrize(
+    "T, count",
+    [(1, 2), (63, 3), (96, 3), (200, 2), (1000, 8), *slowly((1, 8), (63, 2), (96, 2), (96, 8), (200, 3), (1000, 3))],
+)
+def test_a_sequence_cut_in_segments_is_the_sequence_in_values_and_all_gradients(T, count):
+    inputs = make(B=2, T=T, H=2, groups=2, K=5, V=3, resets=random_resets(2, T, every=90))
+    grads = cotangents(inputs)
+    got = run(in_segments(count), inputs, grads)
+    assert_close(got, golden(inputs, grads), 1e-10)
+
+
+def test_a_cut_sequence_takes_every_option_and_needs_no_state():
+    inputs = make(B=1, T=300, H=2, K=16, V=16, state=False, **RAW)
+    grads = cotangents(inputs)
+    got = run(in_segments(4), cast(inputs, torch.float32), grads, through=("o",))
+    assert_close(got, golden(inputs, grads, through=("o",)), 1e-5, 1e-6)
+
+
+@pytest.mark.parametrize("T", [300, *slowly(256)])
+def test_a_cut_sequence_compiles_as_one_graph(T):
+    inputs = make(B=2, T=T, H=2, K=8, V=8)
+    grads = cotangents(inputs)
+    function = in_segments(4)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    got, want = run(compiled, inputs, grads), run(function, inputs, grads)
+    for name, x in want.items():
+        torch.testing.assert_close(got[name], x, rtol=0, atol=1e-13)
+
+
+def test_auto_cuts_long_sequences_of_few_heads_and_nothing_on_a_cpu(monkeypatch):
+    sizes = dict(H=16, HV=16, K=128, V=128)
+    assert number_of_segments(B=1, T=131072, **sizes, processors=132) == 2
+    assert number_of_segments(B=1, T=131072, **sizes | dict(H=2, HV=2), processors=132) == 16
+    assert number_of_segments(B=1, T=4096, **sizes | dict(H=2, HV=2), processors=132) == 4
+    assert number_of_segments(B=1, T=1024, **sizes | dict(H=2, HV=2), processors=132) == 1
+    assert number_of_segments(B=8, T=131072, **sizes, processors=132) == 1
+    monkeypatch.setattr("gdn2_titan.ops.gdn2.api.split_gdn2", None)  # not called
+    inputs = make(B=1, T=20000, H=1, K=2, V=2, dtype=torch.float32)
+    chunk_gdn2(**inputs, num_segments="auto")
+
+
+@pytest.mark.parametrize("count", [0, -1, 2.0, True, "many"])
+def test_a_number_of_segments_that_is_none_is_refused(count):
+    with pytest.raises(ValueError, match=r"num_segments is .*; it must be 'auto' or a whole number of at least 1"):
+        chunk_gdn2(**make(T=5), num_segments=count)
+
+
+def test_packed_sequences_are_not_cut_further():
+    inputs = make(T=300, cu=[0, 100, 300])
+    want, _ = naive_recurrent_gdn2(**inputs)
+    got, _ = chunk_gdn2(**inputs, num_segments=4)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    assert leaves(inputs)
 
 
 @pytest.mark.parametrize("T", [6, 130, 131])
@@ -113,6 +181,7 @@ def test_func_grad_and_vmap_of_it_are_the_ordinary_gradients():
     torch.testing.assert_close(several[0], want["v"], rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="inductor needs a C++ compiler")
 def test_a_compiled_graph_is_one_that_the_compiler_caches():
     torch._dynamo.reset()

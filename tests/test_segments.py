@@ -1,60 +1,54 @@
-"""A segment as a map of the state: the operator, segment_summary, and long sequences cut on one device."""
+"""A segment as a map of the state: the operator, and segment_summary."""
 
-import functools
 
 import pytest
 import torch
 from hypothesis import given, settings
 from torch.utils.flop_counter import FlopCounterMode
 
-from gdn2_titan.ops import chunk_gdn2, naive_recurrent_gdn2, segment_summary
+from gdn2_titan.ops import segment_summary
 from gdn2_titan.ops.gdn2.flops import forward_flops
-from gdn2_titan.ops.gdn2.maps import apply, read
-from gdn2_titan.ops.gdn2.split import number_of_segments
 from tests.gdn2_cases import (
     DECAYS,
     RAW,
     assert_close,
+    assert_within_twice,
     cases,
     cast,
     cotangents,
-    errors,
+    examples,
     golden,
-    leaves,
     make,
-    random_resets,
     run,
 )  # fmt: skip
+from tests.segment_cases import applied, read_by_hand, segment_arguments
 
 segment_gdn2 = torch.ops.gdn2_titan.segment_gdn2
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
-def arguments(inputs):
-    """inputs of ``make`` as the operator takes them."""
-    scale = inputs["q"].shape[-1] ** -0.5 if inputs["scale"] is None else inputs["scale"]
-    tensors = [inputs.get(name) for name in ("q", "k", "v", "g", "b", "w", "A_log", "dt_bias", "resets")]
-    options = [inputs[n] for n in ("use_qk_l2norm_in_kernel", "use_gate_in_kernel", "use_sigmoid_in_kernel")]
-    return (*tensors, scale, *options, inputs["erase_scale"])
-
-
 def through_the_map(**inputs):
     """What ``chunk_gdn2`` returns, by the map of the whole sequence."""
     del inputs["output_final_state"]
-    o, P, M, D = segment_gdn2(*arguments(inputs))
+    o, P, M, D = segment_gdn2(*segment_arguments(inputs))
     S = inputs["initial_state"].to(D.dtype)
-    return (o + read(P, S)).to(o.dtype), apply(M, S) + D
+    return (o + read_by_hand(P, S)).to(o.dtype), applied(M, S) + D
 
 
+@examples(12, 50)
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(case=cases(longest=140))
-def test_a_state_sent_through_the_map_is_what_the_definition_says_with_all_gradients(dtype, case):
-    inputs = make(**case | {"cu": None, "state": True}, dtype=dtype)
-    grads = cotangents(inputs)
+def test_a_state_sent_through_the_map_is_what_the_definition_says_with_all_gradients(dtype, count):
     # As in test_gdn2_op: where a gradient is a sum that cancels, rounding is measured by the largest tensor.
     floor = 32 * torch.finfo(dtype).eps
-    assert_close(run(through_the_map, inputs, grads), golden(inputs, grads), BOUNDS[dtype], floor)
+
+    @settings(max_examples=count, deadline=None, derandomize=True)
+    @given(case=cases(longest=140))
+    def check(case):
+        inputs = make(**case | {"cu": None, "state": True}, dtype=dtype)
+        grads = cotangents(inputs)
+        assert_close(run(through_the_map, inputs, grads), golden(inputs, grads), BOUNDS[dtype], floor)
+
+    check()
 
 
 @pytest.mark.parametrize("decay", DECAYS)
@@ -68,20 +62,17 @@ def test_bf16_errs_at_most_twice_what_rounding_the_inputs_alone_does():
     exact = make(B=2, T=200, H=2, groups=2, K=32, V=32, **RAW)
     rounded = cast(exact, torch.bfloat16, only=("q", "k", "v", "g", "b", "w"))
     grads = cotangents(exact)
-    want = golden(exact, grads)
-    alone = errors(golden(rounded, grads), want)
     inputs = cast(rounded, torch.float32, only=("A_log", "dt_bias", "initial_state"))
-    found = errors(run(through_the_map, inputs, grads), want)
-    for name, (error, size) in found.items():
-        # Results come in bf16, which the fp64 definition's do not.
-        assert error <= 2 * alone[name][0] + 2 * size * torch.finfo(torch.bfloat16).eps, name
+    assert_within_twice(
+        run(through_the_map, inputs, grads), golden(exact, grads), golden(rounded, grads), torch.bfloat16
+    )
 
 
 @pytest.mark.parametrize("options", [{}, RAW, dict(resets=[0, 0, 1, 0, 0])], ids=["plain", "raw", "resets"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_the_operator_passes_opcheck(options, dtype):
     inputs = make(T=5, K=2, V=3, groups=2, dtype=dtype, **options)
-    torch.library.opcheck(segment_gdn2, arguments(inputs))
+    torch.library.opcheck(segment_gdn2, segment_arguments(inputs))
 
 
 def test_two_maps_in_a_row_are_the_map_of_both_and_gradients_flow_through_either():
@@ -92,7 +83,7 @@ def test_two_maps_in_a_row_are_the_map_of_both_and_gradients_flow_through_either
         return segment_summary(**{name: x[:, span] for name, x in tensors.items()})
 
     (M1, D1), (M2, D2), whole = part(slice(0, 70)), part(slice(70, None)), part(slice(None))
-    joined = M2 @ M1, apply(M2, D1) + D2
+    joined = M2 @ M1, applied(M2, D1) + D2
     grads = [torch.randn(x.shape, dtype=x.dtype) for x in whole]
     for a, b in zip(joined, whole, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
@@ -105,7 +96,7 @@ def test_after_a_reset_nothing_is_left_of_the_entering_state():
     inputs = make(B=2, T=150, H=2, K=8, V=8, decay="none")
     resets = torch.zeros(2, 150, dtype=torch.bool)
     resets[0, 90] = True
-    _, P, M, _ = segment_gdn2(*arguments(inputs | {"resets": resets}))
+    _, P, M, _ = segment_gdn2(*segment_arguments(inputs | {"resets": resets}))
     assert (M[0] == 0).all() and (P[0, 90:] == 0).all()
     assert (M[1] != 0).any() and (P[0, 89] != 0).any()
 
@@ -113,7 +104,7 @@ def test_after_a_reset_nothing_is_left_of_the_entering_state():
 def test_flops_are_those_of_the_forward_with_k_more_value_columns():
     inputs = make(B=2, T=128, H=2, groups=3, K=8, V=4)
     with FlopCounterMode(display=False) as counter:
-        segment_gdn2(*arguments(inputs))
+        segment_gdn2(*segment_arguments(inputs))
     assert counter.get_total_flops() == forward_flops(2 * 128, 2, 8, 3 * 4 + 8)
 
 
@@ -141,59 +132,3 @@ def test_segment_summary_refuses_what_the_op_refuses():
         segment_summary(k, v, g, b, w[:, :4])
     with pytest.raises(ValueError, match="backend is 'reference'; it must be one of 'auto', 'triton', 'torch'"):
         segment_summary(k, v, g, b, w, backend="reference")
-
-
-# Several segments on one device.
-
-
-@pytest.mark.parametrize("count", [2, 3, 8])
-@pytest.mark.parametrize("T", [1, 63, 96, 200, 1000])
-def test_a_sequence_cut_in_segments_is_the_sequence_in_values_and_all_gradients(T, count):
-    inputs = make(B=2, T=T, H=2, groups=2, K=5, V=3, resets=random_resets(2, T, every=90))
-    grads = cotangents(inputs)
-    got = run(functools.partial(chunk_gdn2, num_segments=count), inputs, grads)
-    assert_close(got, golden(inputs, grads), 1e-10)
-
-
-def test_a_cut_sequence_takes_every_option_and_needs_no_state():
-    inputs = make(B=1, T=300, H=2, K=16, V=16, state=False, **RAW)
-    grads = cotangents(inputs)
-    got = run(functools.partial(chunk_gdn2, num_segments=4), cast(inputs, torch.float32), grads, through=("o",))
-    assert_close(got, golden(inputs, grads, through=("o",)), 1e-5, 1e-6)
-
-
-@pytest.mark.parametrize("T", [256, 300])
-def test_a_cut_sequence_compiles_as_one_graph(T):
-    inputs = make(B=2, T=T, H=2, K=8, V=8)
-    grads = cotangents(inputs)
-    function = functools.partial(chunk_gdn2, num_segments=4)
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    got, want = run(compiled, inputs, grads), run(function, inputs, grads)
-    for name, x in want.items():
-        torch.testing.assert_close(got[name], x, rtol=0, atol=1e-13)
-
-
-def test_auto_cuts_long_sequences_of_few_heads_and_nothing_on_a_cpu(monkeypatch):
-    sizes = dict(H=16, HV=16, K=128, V=128)
-    assert number_of_segments(B=1, T=131072, **sizes, processors=132) == 2
-    assert number_of_segments(B=1, T=131072, **sizes | dict(H=2, HV=2), processors=132) == 16
-    assert number_of_segments(B=1, T=4096, **sizes | dict(H=2, HV=2), processors=132) == 4
-    assert number_of_segments(B=1, T=1024, **sizes | dict(H=2, HV=2), processors=132) == 1
-    assert number_of_segments(B=8, T=131072, **sizes, processors=132) == 1
-    monkeypatch.setattr("gdn2_titan.ops.gdn2.api.split_gdn2", None)  # not called
-    inputs = make(B=1, T=20000, H=1, K=2, V=2, dtype=torch.float32)
-    chunk_gdn2(**inputs, num_segments="auto")
-
-
-@pytest.mark.parametrize("count", [0, -1, 2.0, True, "many"])
-def test_a_number_of_segments_that_is_none_is_refused(count):
-    with pytest.raises(ValueError, match=r"num_segments is .*; it must be 'auto' or a whole number of at least 1"):
-        chunk_gdn2(**make(T=5), num_segments=count)
-
-
-def test_packed_sequences_are_not_cut_further():
-    inputs = make(T=300, cu=[0, 100, 300])
-    want, _ = naive_recurrent_gdn2(**inputs)
-    got, _ = chunk_gdn2(**inputs, num_segments=4)
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
-    assert leaves(inputs)

@@ -33,7 +33,7 @@ from gdn2_titan.study.gates_tokens import Token, tokens_of
 from gdn2_titan.study.gates_trace import trace_gates
 from tests.convert_cases import HYBRID, TOKENIZER, assert_one_sentence, hashes, save_step
 from tests.hf_cases import pair, tokens
-from tests.test_models import sharpened
+from tests.model_cases import sharpened
 
 BOS = 256
 JOB = {"model": {"hf_assets_path": str(TOKENIZER)}}

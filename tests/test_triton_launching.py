@@ -69,14 +69,11 @@ def choices(launches):
     return [(launch.name, launch.candidates, launch.constants) for part in launches for launch in part]
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
-@pytest.mark.parametrize("K, V", [(16, 48), (64, 64), (128, 128), (256, 256)])
-def test_candidates_do_not_depend_on_length_batch_or_number_of_sequences(K, V, dtype, arch, launches_of):
+def test_what_tuning_is_keyed_on_does_not_hold_the_length_the_batch_or_the_number_of_sequences(launches_of):
     batches = [dict(T=1), dict(T=64), dict(T=200), dict(T=5, B=3)]
     packed = [dict(T=1, cu=[0, 1]), dict(T=200, cu=[0, 200]), dict(T=70, cu=[0, 0, 1, 2, 65, 65, 70])]
     for group in (batches, packed):
-        found = [choices(launches_of(make(K=K, V=V, dtype=dtype, **sizes), arch)) for sizes in group]
+        found = [choices(launches_of(make(K=16, V=48, dtype=BF16, **sizes), arch=90)) for sizes in group]
         assert all(other == found[0] for other in found[1:])
 
 

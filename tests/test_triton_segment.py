@@ -6,7 +6,6 @@ from hypothesis import given, settings
 
 pytest.importorskip("triton")
 
-from gdn2_titan.ops.gdn2 import chunked
 from gdn2_titan.ops.triton import launching
 from tests.gdn2_cases import (
     DECAYS,
@@ -16,16 +15,33 @@ from tests.gdn2_cases import (
     assert_norms_close,
     cases,
     cast,
+    examples,
+    in_half,
     leaves,
     make,
     norm_errors,
     on_device,
-    op_arguments,
     random_resets,
+    slowly,
     strided,
 )  # fmt: skip
-from tests.kernel_launches import fenced, narrow, with_other_candidates
-from tests.segment_cases import RESULTS, composed, part, segment, segment_by_definition, without_gradients
+from tests.kernel_launches import (
+    OPCHECKS,
+    fenced,
+    memory_of_nan,
+    narrow,
+    with_other_candidates,
+    without_pytorchs_kernels,
+)
+from tests.segment_cases import (
+    RESULTS,
+    composed,
+    part,
+    segment,
+    segment_arguments,
+    segment_by_definition,
+    without_gradients,
+)
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
@@ -56,15 +72,15 @@ def assert_exact(inputs):
 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_every_strength_of_decay_is_exact_to_rounding(decay):
-    assert_exact(small(T=150, groups=2, V=8, decay=decay))
+    assert_exact(small(T=150 if decay == "weak" else 70, groups=2, K=8, V=8, decay=decay))
 
 
-@pytest.mark.parametrize("T", [1, 32, 33, 63, 64, 65, 200])
+@pytest.mark.parametrize("T", [1, 33, 64, 65, *slowly(32, 63, 200)])
 def test_any_length_is_exact_to_rounding(T):
     assert_exact(small(T=T))
 
 
-@pytest.mark.parametrize("K, V", [(1, 3), (20, 48), (48, 20), (128, 128), (16, 144), (144, 16), (256, 16)])
+@pytest.mark.parametrize("K, V", [(1, 3), (20, 48), (144, 16), *slowly((48, 20), (128, 128), (16, 144), (256, 16))])
 def test_any_head_sizes_are_exact_to_rounding(K, V):
     assert_exact(small(T=66 if K + V < 200 else 34, K=K, V=V))
 
@@ -72,19 +88,19 @@ def test_any_head_sizes_are_exact_to_rounding(K, V):
 OPTIONS = {
     "norm": dict(l2norm=True),
     "raw decay": dict(gate=True),
-    "raw decay, flat bias": dict(gate=True, dt_bias="[H * K]", H=2, T=40),
+    "raw decay, flat bias": dict(gate=True, dt_bias="[H * K]", H=2),
     "raw decay without a bias": dict(gate=True, dt_bias=None),
     "sigmoid": dict(sigmoid=True),
     "sigmoid, doubled": dict(sigmoid=True, erase_scale=2.0),
     "scale": dict(scale=-0.3),
-    "grouped heads, batch": dict(B=2, H=2, groups=3, T=70, V=8),
-    "all raw, grouped heads, batch": dict(B=2, H=2, groups=2, T=70, K=8, **RAW),
+    "grouped heads, batch": dict(B=2, H=2, groups=3, V=8),
+    "all raw, grouped heads, batch": dict(B=2, H=2, groups=2, K=8, **RAW),
 }
 
 
 @pytest.mark.parametrize("case", OPTIONS)
 def test_every_option_is_exact_to_rounding(case):
-    assert_exact(small(**OPTIONS[case]))
+    assert_exact(small(**dict(T=40) | OPTIONS[case]))
 
 
 RESETS = {
@@ -92,14 +108,14 @@ RESETS = {
     "edge of a chunk": [64],
     "middle of a chunk": [32],
     "last token of a chunk": [63],
-    "last token": [149],
-    "several": [40, 41, 100, 128],
+    "last token": [99],
+    "several": [40, 41, 70],
 }
 
 
 @pytest.mark.parametrize("case", RESETS)
 def test_behind_a_reset_nothing_of_the_entering_state_is_left_and_all_else_is_exact_to_rounding(case):
-    inputs = small(T=150, groups=2, resets=[t in RESETS[case] for t in range(150)])
+    inputs = small(T=100, groups=2, K=8, V=8, resets=[t in RESETS[case] for t in range(100)])
     assert_exact(inputs)
     got = run(inputs)
     assert not got["transition"].any()
@@ -110,7 +126,7 @@ def test_a_reset_in_one_sequence_of_a_batch_leaves_the_others_alone():
     assert_exact(small(B=3, T=70, resets=[[t == 0 for t in range(70)], [False] * 70, [t == 69 for t in range(70)]]))
 
 
-@pytest.mark.parametrize("T, resets, unread", [(200, [70], 2), (1100, [1030], 17), (1100, [6, 1030], 1)])
+@pytest.mark.parametrize("T, resets, unread", [(200, [70], 2), *slowly((1100, [1030], 17), (1100, [6, 1030], 1))])
 def test_behind_the_chunk_of_a_reset_the_transition_reads_and_multiplies_nothing(T, resets, unread, monkeypatch):
     """What it must not read is NaN. The resets are searched 1,024 tokens at a time."""
     launch = launching.launch
@@ -138,19 +154,23 @@ def test_a_token_that_forgets_in_every_channel_is_a_reset(decay):
     assert not run(inputs)["transition"].any()
 
 
-@pytest.mark.parametrize("options", [{}, RAW | dict(groups=2, resets=random_resets(1, 150))], ids=["plain", "raw"])
-@pytest.mark.parametrize("at", [64, 70])
+@pytest.mark.parametrize("options", [{}, RAW | dict(groups=2, resets=random_resets(1, 100))], ids=["plain", "raw"])
+@pytest.mark.parametrize("at", [70, *slowly(64)])
 def test_the_maps_of_two_parts_compose_to_that_of_the_whole(at, options):
-    inputs = without_gradients(small(T=150, V=8, **options))
-    first, second = (run(part(inputs, *span)) for span in ((0, at), (at, 150)))
+    inputs = without_gradients(small(T=100, V=8, **options))
+    first, second = (run(part(inputs, *span)) for span in ((0, at), (at, 100)))
     assert_norms_close(composed(first, second), segment_by_definition(inputs), 1e-5)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
-@given(cases(longest=100, heads=2, sizes=(1, 5, 16, 24)))
-def test_the_map_equals_the_definition_for_any_sizes_and_options(case):
-    inputs = make(**case | {"cu": None, "state": False}, dtype=FP32)
-    assert_close(run(inputs), segment_by_definition(inputs), 1e-5, floor=32 * torch.finfo(FP32).eps)
+@examples(4, 16)
+def test_the_map_equals_the_definition_for_any_sizes_and_options(count):
+    @settings(max_examples=count, deadline=None, derandomize=True)
+    @given(cases(longest=100, heads=2, sizes=(1, 5, 16, 24)))
+    def check(case):
+        inputs = make(**case | {"cu": None, "state": False}, dtype=FP32)
+        assert_close(run(inputs), segment_by_definition(inputs), 1e-5, floor=32 * torch.finfo(FP32).eps)
+
+    check()
 
 
 HALF = {
@@ -165,22 +185,22 @@ HALF = {
 @pytest.mark.parametrize(
     "case, dtype, decay_dtype",
     [
-        ("weak", BF16, FP32),
         ("weak", FP16, FP32),
-        ("mixed", BF16, FP32),
-        ("spikes", BF16, FP32),
         ("raw, grouped", BF16, BF16),
-        ("raw, grouped", FP16, FP16),
-        ("raw, resets", BF16, BF16),
+        *slowly(
+            ("weak", BF16, FP32),
+            ("mixed", BF16, FP32),
+            ("spikes", BF16, FP32),
+            ("raw, grouped", FP16, FP16),
+            ("raw, resets", BF16, BF16),
+        ),
     ],
     ids=str,
 )
 def test_half_precision_errs_at_most_twice_what_the_dtype_alone_costs(case, dtype, decay_dtype):
     """What it costs: the error of the PyTorch form, which rounds inputs and outputs and computes in fp32 between."""
     exact_inputs = make(**dict(T=150, H=1, K=64, V=64, state=False) | HALF[case])
-    rounded = cast(exact_inputs, dtype, only=("q", "k", "v", "b", "w"))
-    rounded = cast(rounded, decay_dtype, only=("g",))
-    rounded = cast(rounded, FP32, only=("A_log", "dt_bias"))
+    rounded = in_half(exact_inputs, dtype, decay_dtype)
     want = segment_by_definition(exact_inputs)
     got = run(rounded)
     alone = norm_errors(segment(without_gradients(rounded), "torch"), want)
@@ -194,7 +214,7 @@ def test_half_precision_errs_at_most_twice_what_the_dtype_alone_costs(case, dtyp
 def test_blocks_of_16_channels_are_exact_to_rounding(V, monkeypatch):
     """However few channels a configuration takes at a time: then heads have several programs of either kind."""
     with_other_candidates(monkeypatch, narrow)
-    assert_exact(small(T=66, H=2, K=40, V=V, groups=2, **RAW))
+    assert_exact(small(T=66, K=24, V=V, groups=2, **RAW))
 
 
 def test_no_kernel_writes_outside_its_tensors(monkeypatch):
@@ -204,13 +224,8 @@ def test_no_kernel_writes_outside_its_tensors(monkeypatch):
 
 
 def test_no_result_depends_on_what_fresh_memory_holds():
-    """While algorithms must be deterministic, PyTorch fills it with NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        assert torch.empty(1, device=DEVICE).isnan()
-        assert_exact(small(T=150, K=5, V=3, groups=2, **RAW, resets=[t == 20 for t in range(150)]))
-    finally:
-        torch.use_deterministic_algorithms(False)
+    with memory_of_nan():
+        assert_exact(small(T=140, K=5, V=3, groups=2, **RAW, resets=[t == 20 for t in range(140)]))
 
 
 def test_the_memory_layout_of_inputs_does_not_matter():
@@ -236,15 +251,10 @@ def test_gradients_of_all_inputs_are_exact_to_rounding():
 
 
 def test_the_op_passes_opcheck():
-    q, k, v, g, b, w, A_log, dt_bias, _, _, *rest = op_arguments(
-        on_device(small(T=5, K=3, V=2, **RAW, resets=[0, 1, 0, 0, 1]))
-    )
-    torch.library.opcheck(OPS.segment_gdn2, (q, k, v, g, b, w, A_log, dt_bias, *rest, "triton"))
+    inputs = on_device(small(T=5, K=3, V=2, **RAW, resets=[0, 1, 0, 0, 1]))
+    torch.library.opcheck(OPS.segment_gdn2, (*segment_arguments(inputs), "triton"), test_utils=OPCHECKS)
 
 
 def test_the_kernels_asked_for_run_and_nothing_in_their_place(monkeypatch):
-    def refuse(*args):
-        raise AssertionError("the PyTorch kernels ran in place of Triton's")
-
-    monkeypatch.setattr(chunked, "segment_forward", refuse)
+    without_pytorchs_kernels(monkeypatch)
     run(small(T=3))
