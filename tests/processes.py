@@ -1,5 +1,6 @@
 """Runs a function in several processes over gloo."""
 
+import multiprocessing
 import os
 import sys
 
@@ -7,10 +8,25 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+__all__ = ["end_here", "run", "start"]
+
+# Processes are forked from one that has imported all this, and has run nothing: a rank costs a fork, not ten seconds of
+# imports, and finds nothing of another test. Modules that are not installed are passed over.
+multiprocessing.set_forkserver_preload([
+    "torch._dynamo.testing", "torch._functorch.aot_autograd", "torch._inductor.compile_fx", "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel", "pytest", "gdn2_titan.parallel", "torchao.float8", "torchtitan.train",
+    "gdn2_titan.titan.job_config", "tests.distributed.runs",
+])  # fmt: skip
+
+
+def start(function, world, *arguments):
+    """Calls function(rank, *arguments) in `world` new processes; the first that fails ends all, with its traceback."""
+    mp.start_processes(function, arguments, nprocs=world, start_method="forkserver")
+
 
 def run(function, world, store, *arguments):
-    """Calls function(rank, *arguments) in `world` processes; store is a path that does not exist yet."""
-    mp.spawn(_process, (function, world, str(store), arguments), nprocs=world)
+    """The same, in a process group of gloo; store is a path that does not exist yet."""
+    start(_process, world, function, world, str(store), arguments)
 
 
 def _process(rank, function, world, store, arguments):
@@ -20,9 +36,13 @@ def _process(rank, function, world, store, arguments):
     function(rank, *arguments)
     dist.barrier()  # gloo aborts a process that leaves while the other still talks to it
     dist.destroy_process_group()
-    # A model and its mesh keep the group's threads alive. One that drops the last collective's tensors while Python
-    # shuts down waits for a GIL it never gets, and Python ends it by a forced unwind that std::terminate turns into
-    # SIGABRT. So Python does not shut down here.
+    end_here()
+
+
+def end_here(status=0):
+    """A model and its mesh keep the group's threads alive. One that drops the last collective's tensors while Python
+    shuts down waits for a GIL it never gets, and Python ends it by a forced unwind that std::terminate turns into
+    SIGABRT. So Python does not shut down here."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)
