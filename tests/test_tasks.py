@@ -19,9 +19,9 @@ from gdn2_titan.titan.stdlib import stdlib_documents
 from gdn2_titan.titan.tasks import TASKS, TaskDataset, conditions
 from gdn2_titan.titan.tasks.permutations import ELEMENTS
 from gdn2_titan.titan.validate_config import validate_config
+from tests.config_cases import assert_refused, check, write_toml
 from tests.generations import byte_tokenizer, only_toml
 from tests.test_data import check_resume_everywhere, plain, take
-from tests.test_titan_config import assert_refused, check, write_toml
 
 TOKENIZER = byte_tokenizer()
 
