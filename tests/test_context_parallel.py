@@ -10,10 +10,10 @@ import torch.distributed as dist
 from gdn2_titan.ops import chunk_gdn2, context_parallel_gdn2
 from gdn2_titan.ops.context_parallel.api import begin_gdn2
 from gdn2_titan.ops.context_parallel.shards import LAYOUTS, SequenceShards
+from tests.context_parallel_cases import SEQUENCES, shard
 from tests.gdn2_cases import RAW, cast, cotangents, leaves, make, random_resets, run
 from tests.processes import run as run_processes
 
-SEQUENCES = ("q", "k", "v", "g", "b", "w")
 BOUNDS = {torch.float64: 1e-10, torch.float32: 2e-5}
 
 
@@ -37,15 +37,6 @@ def lasting(options):
     if not inputs["use_sigmoid_in_kernel"] and options.get("decay", "weak") == "weak":
         inputs |= {"g": 0.1 * inputs["g"], "b": 0.03 * inputs["b"]}
     return cast(inputs, torch.float32)
-
-
-def shard(inputs, positions):
-    """This rank's part: leaves that are sequences, or whole."""
-    local = {n: (x[:, positions] if n in SEQUENCES else x).detach().clone() for n, x in leaves(inputs).items()}
-    rest = {n: x for n, x in inputs.items() if n not in local and n != "cu_seqlens"}
-    if inputs["resets"] is not None:
-        rest["resets"] = inputs["resets"][:, positions]
-    return {n: x.requires_grad_() for n, x in local.items()} | rest
 
 
 def gradients(inputs, outputs, weights):

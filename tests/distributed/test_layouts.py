@@ -65,7 +65,7 @@ def test_a_layout_trains_as_one_process(seed, one_process, tmp_path, name):
     assert found.tokens == one_process.tokens[:last]
 
 
-@pytest.mark.parametrize("name", layouts(["pp2", "fsdp2-tp2", "cp2"], ["cp2"] if HAS_TOML else []))
+@pytest.mark.parametrize("name", layouts(["pp2", "fsdp2-tp2", "cp2"], []))
 def test_a_layout_trains_as_one_process_when_blocks_are_compiled(seed, one_process, tmp_path, name):
     world, data_parallel, extra = LAYOUTS[name]
     extra = *extra, SHORT_RUN, "--compile.enable"
