@@ -35,7 +35,9 @@ def write_toml(path, changes):
 
 def check(path, *arguments):
     """The job config, unless it is refused with a torch that has the pipelines of either TorchTitan."""
-    with mock.patch("gdn2_titan.titan.pipeline.RUNS", True):
+    # tyro would read the sources of all sections again, for the texts of --help: half of the time.
+    no_help = mock.patch("tyro._docstrings.get_field_docstring", lambda *_: None)
+    with mock.patch("gdn2_titan.titan.pipeline.RUNS", True), no_help:
         config = parse([f"--job.config_file={path}", *arguments])
         validate(config)
         return config
