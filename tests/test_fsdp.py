@@ -38,8 +38,12 @@ def _same_as_one_process(rank, compiled, reshard, offload=False):
         assert_near(name, parameter.full_tensor(), expected[name])
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled-fullgraph"])
-@pytest.mark.parametrize("reshard", [True, False], ids=["reshard", "keep"])
+@pytest.mark.parametrize(
+    ("compiled", "reshard"),
+    [(False, True), (True, True), pytest.param(False, False, marks=pytest.mark.slow),
+     pytest.param(True, False, marks=pytest.mark.slow)],
+    ids=["reshard-eager", "reshard-compiled-fullgraph", "keep-eager", "keep-compiled-fullgraph"],
+)  # fmt: skip
 def test_two_ranks_start_step_and_differentiate_as_one_process(tmp_path, compiled, reshard):
     run(_same_as_one_process, WORLD, tmp_path / "store", compiled, reshard)
 
