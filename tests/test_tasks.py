@@ -17,10 +17,10 @@ from gdn2_titan.titan.job_config import JobConfig, validate
 from gdn2_titan.titan.stdlib import stdlib_documents
 from gdn2_titan.titan.tasks import TASKS, conditions
 from gdn2_titan.titan.tasks.needle import FIRST, SECOND
+from tests.config_cases import assert_refused, check, write_toml
 from tests.data_cases import TOKENIZER, check_ranks_may_change, check_resume_everywhere, plain, take
 from tests.generations import only_toml
 from tests.task_cases import READERS, RECALL, VALIDATED, dataset, fields_of
-from tests.test_titan_config import assert_refused, check, write_toml
 
 CASES = {
     "mqar": ("mqar", 128, {}),
