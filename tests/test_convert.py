@@ -69,7 +69,7 @@ def test_tensors_come_out_and_in_bit_for_bit(tmp_path, args):
 
 @pytest.mark.parametrize(
     ("world", "tensor_parallel"),
-    [(2, 1), pytest.param(2, 2, marks=pytest.mark.slow), pytest.param(4, 2, marks=pytest.mark.slow)],
+    [(4, 2), pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(2, 2, marks=pytest.mark.slow)],
 )
 def test_what_several_processes_saved_comes_out_and_in_bit_for_bit(tmp_path, world, tensor_parallel):
     run(save_sharded, world, tmp_path / "store", tmp_path, world, tensor_parallel, HYBRID)

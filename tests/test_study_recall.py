@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from gdn2_titan.study.results import Row, capacity, csv_text
 from gdn2_titan.study.tables import accuracy_table, capacity_table, separation_table
 from gdn2_titan.study.toml_text import toml_text
 from gdn2_titan.study.train_cell import LOG, RESULT
+from tests import processes  # noqa: F401  says what is imported there
 from tests.generations import HAS_TOML
 from tests.study_cases import CELLS, study
 from tests.training import ROOT
@@ -158,6 +160,8 @@ def _start(out, jobs):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("study") / "out"
+    # The one that the ranks of other tests are forked from: who starts it first says what it imports.
+    forkserver.ensure_running()
     study(out, 2)
     return out
 
