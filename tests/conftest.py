@@ -24,6 +24,12 @@ def pytest_addoption(parser):
     parser.addoption("--versions", metavar="FILE", help="=FILE: write what works with the installed TorchTitan")
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Of a folder, other files are not even imported; None leaves the choice to pytest."""
+    other = collection_path.suffix == ".py" and not concerns_titan(collection_path)
+    return (config.getoption("--only-titan") and other) or None
+
+
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--only-titan"):
         config.hook.pytest_deselected(items=[item for item in items if not concerns_titan(item.path)])

@@ -3,6 +3,19 @@
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.gdn2_cases import leaves
+
+SEQUENCES = ("q", "k", "v", "g", "b", "w")
+
+
+def shard(inputs, positions):
+    """This rank's part: leaves that are sequences, or whole."""
+    local = {n: (x[:, positions] if n in SEQUENCES else x).detach().clone() for n, x in leaves(inputs).items()}
+    rest = {n: x for n, x in inputs.items() if n not in local and n != "cu_seqlens"}
+    if inputs["resets"] is not None:
+        rest["resets"] = inputs["resets"][:, positions]
+    return {n: x.requires_grad_() for n, x in local.items()} | rest
+
 
 def part(x, shards, dim=1):
     """The tokens of x [B, T, ...] that the rank has, in the order in which it has them."""

@@ -1,6 +1,7 @@
 """Checkpoints for the tests of gdn2_titan.convert."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import torch
@@ -71,6 +72,18 @@ def convert(capsys, *arguments):
     capsys.readouterr()
     status = main([str(argument) for argument in arguments])
     return status, capsys.readouterr().err
+
+
+def assert_one_sentence(capsys, main, arguments, sentence):
+    """A command answers what is wrong by one sentence, which ends stderr, and prints nothing else."""
+    try:
+        status = main([str(argument) for argument in arguments])
+    except SystemExit as exit:
+        status = exit.code
+    printed = capsys.readouterr()
+    assert status in (1, 2) and not printed.out
+    assert re.fullmatch(rf".*rror: {sentence}", printed.err.strip().splitlines()[-1]), printed.err
+    assert "Traceback" not in printed.err
 
 
 def hashes(folder):

@@ -8,6 +8,7 @@ from tests.model_cases import SMALL, sharpened
 
 RECURRENT, WINDOWED, HYBRID = ("gdn2",), ("gdn2", "swa"), ("gdn2", "swa", "attention")
 VOCABULARY = SMALL["vocab_size"]
+GREEDY = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
 
 
 def config(**changes):
@@ -39,6 +40,18 @@ def left_padded(lengths, seed=0):
     for row, length in enumerate(lengths):
         mask[row, : total - length] = 0
     return ids, mask, [ids[row, total - length :] for row, length in enumerate(lengths)]
+
+
+def assert_equal(actual, expected):
+    """In all that fp32 can tell of a logit."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def assert_greedy(ours, text, generated):
+    """The tokens that follow a text [T] are those that a model without a cache says after all before each of them."""
+    said = ours(torch.cat((text, generated))[None])[0, len(text) - 1 : -1].argmax(-1)
+    assert torch.equal(generated, said)
 
 
 def storages(cache):

@@ -8,14 +8,14 @@ beside this file, with the losses and gradient norms of the steps after it.
 import dataclasses
 import importlib.metadata
 import json
-import subprocess
 import sys
 import tarfile
 import tempfile
 from pathlib import Path
 
 from gdn2_titan.models import flavors
-from tests.training import GRAD_NORM, LOSS, ROOT, environment, scalars
+from gdn2_titan.titan.generation import HAS_TOML
+from tests.training import GRAD_NORM, LOSS, ROOT, launch, scalars
 
 __all__ = ["AFTER", "CURVES", "archive", "continued", "curves"]
 
@@ -35,12 +35,9 @@ def archive(version):
 
 def continued(folder):
     """Trains in a process of its own, from the checkpoint in a folder if it has one; returns what it printed."""
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.recorded_checkpoint", "train", str(folder)],
-        env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-4000:]
-    return run.stdout
+    code, printed = launch(1, "tests.recorded_checkpoint", folder, "train", str(folder))
+    assert code == 0, printed[-4000:]
+    return printed
 
 
 def curves(folder):
@@ -50,9 +47,15 @@ def curves(folder):
 
 
 def _train(folder):
-    # Before the plug, which hands TorchTitan 0.2.2 the flavors when it is imported.
     flavors["tiny"] = dataclasses.replace(flavors["recall"], **TINY)
     from gdn2_titan.titan.job_config import build, parse
+
+    if HAS_TOML:  # which has the flavors of when the plug was imported
+        from torchtitan.protocols.train_spec import get_train_spec
+
+        from gdn2_titan.titan.v02.model_args import titan_flavors
+
+        get_train_spec("gdn2").model_args["tiny"] = titan_flavors()["tiny"]
 
     job_config = parse([
         f"--job.config_file={ROOT / 'train_configs' / 'recall' / 'mqar.toml'}", f"--job.dump_folder={folder}",

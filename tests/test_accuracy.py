@@ -10,10 +10,10 @@ pytest.importorskip("torchtitan")
 from torchtitan.components.loss import cross_entropy_loss
 
 from gdn2_titan.titan.job_config import JobConfig
-from gdn2_titan.titan.validation import Accuracy
+from gdn2_titan.titan.tasks import TASKS
+from tests.config_cases import check, write_toml
 from tests.generations import HAS_TOML, loss_of, validator_of
-from tests.test_tasks import TASKS, VALIDATED, read_mqar
-from tests.test_titan_config import check, write_toml
+from tests.task_cases import VALIDATED, read_mqar
 
 IGNORED = -100
 

@@ -22,7 +22,7 @@ from gdn2_titan.parallel import (
     apply_memory_budget,
     sum_gradients,
 )
-from tests import test_fsdp
+from tests import fsdp_cases
 from tests.compile_cases import assert_same, batch, build, gradients, loss, step
 from tests.processes import run
 
@@ -211,33 +211,33 @@ def test_a_memory_budget_outside_0_to_1_is_refused():
 
 def _same_as_one_process(rank):
     """Checkpointing by op, compiled for any length, sharded: the gradients of one process, the mixer run once."""
-    single = test_fsdp.build("cpu")
+    single = fsdp_cases.build("cpu")
     torch.manual_seed(0)
     single.init_weights()
-    sharded, counter = test_fsdp.build(), CompileCounterWithBackend("aot_eager")
+    sharded, counter = fsdp_cases.build(), CompileCounterWithBackend("aot_eager")
     apply_activation_checkpoint(sharded, "op")
     apply_compile(sharded, counter, dynamic=True)
-    mesh = init_device_mesh("cpu", (test_fsdp.WORLD,))
+    mesh = init_device_mesh("cpu", (fsdp_cases.WORLD,))
     apply_fsdp(sharded, mesh, torch.float32, torch.float32)
     sum_gradients(sharded)
     sharded.to_empty(device="cpu")
     torch.manual_seed(0)
     sharded.init_weights()
-    tokens, resets = test_fsdp.batch()
+    tokens, resets = fsdp_cases.batch()
     calls = counted(setattr)  # in this process, which ends with the test
     for length in (20, 40):
         short, ends = tokens[:, : length + 1], resets[:, :length]
         for model in (single, sharded):
             model.zero_grad()
-        test_fsdp.loss(single, short, ends).backward()
+        fsdp_cases.loss(single, short, ends).backward()
         calls.update(mixer=0, convolution=0)
-        test_fsdp.loss(sharded, short[rank : rank + 1], ends[rank : rank + 1]).backward()
+        fsdp_cases.loss(sharded, short[rank : rank + 1], ends[rank : rank + 1]).backward()
         assert calls == {"mixer": 1, "convolution": 6}, calls
         assert counter.frame_count == 2  # a GDN-2 block and a sliding-window block
         expected, found = gradients(single), gradients(sharded)
         assert set(found) == set(expected)
         for name, gradient in found.items():
-            test_fsdp.assert_near(name, gradient.full_tensor(), expected[name])
+            fsdp_cases.assert_near(name, gradient.full_tensor(), expected[name])
 
 
 @pytest.fixture
@@ -249,7 +249,7 @@ def one_rank():
 
 
 def test_selective_checkpointing_in_compiled_blocks_on_two_ranks_gives_one_processs_gradients(tmp_path):
-    run(_same_as_one_process, test_fsdp.WORLD, tmp_path / "store")
+    run(_same_as_one_process, fsdp_cases.WORLD, tmp_path / "store")
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from gdn2_titan.ops import chunk_gdn2, context_parallel_gdn2
 from gdn2_titan.ops.context_parallel.api import begin_gdn2
 from gdn2_titan.ops.context_parallel.shards import LAYOUTS, SequenceShards
+from tests.context_parallel_cases import SEQUENCES, shard
 from tests.gdn2_cases import RAW, cast, cotangents, leaves, make, random_resets, run
 from tests.processes import run as run_processes
 
-SEQUENCES = ("q", "k", "v", "g", "b", "w")
 BOUNDS = {torch.float64: 1e-10, torch.float32: 2e-5}
 
 
@@ -37,15 +37,6 @@ def lasting(options):
     if not inputs["use_sigmoid_in_kernel"] and options.get("decay", "weak") == "weak":
         inputs |= {"g": 0.1 * inputs["g"], "b": 0.03 * inputs["b"]}
     return cast(inputs, torch.float32)
-
-
-def shard(inputs, positions):
-    """This rank's part: leaves that are sequences, or whole."""
-    local = {n: (x[:, positions] if n in SEQUENCES else x).detach().clone() for n, x in leaves(inputs).items()}
-    rest = {n: x for n, x in inputs.items() if n not in local and n != "cu_seqlens"}
-    if inputs["resets"] is not None:
-        rest["resets"] = inputs["resets"][:, positions]
-    return {n: x.requires_grad_() for n, x in local.items()} | rest
 
 
 def gradients(inputs, outputs, weights):
@@ -124,7 +115,7 @@ def _compare_all(rank, size):
                 raise AssertionError(f"{layout}, {exchange}, {label}, {dtype}: {error}") from error
 
 
-@pytest.mark.parametrize("size", [2, 3, 4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [3, 4, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 8))])
 def test_ranks_that_share_sequences_compute_what_one_computes(size, tmp_path):
     run_processes(_compare_all, size, tmp_path / "store", size)
 
@@ -164,13 +155,21 @@ def _compare_bf16(rank):
         assert ours.abs().max() <= 2 * theirs.abs().max() + rounding, name
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiles_as_one_graph_that_serves_other_lengths(backend, tmp_path):
-    run_processes(_compile, 2, tmp_path / "store", backend)
+@pytest.mark.parametrize(
+    ("backend", "ways"),
+    [
+        ("aot_eager", [("head_tail", "gather")]),
+        pytest.param("aot_eager", [("contiguous", "scan")], marks=pytest.mark.slow),
+        pytest.param("inductor", [("head_tail", "gather"), ("contiguous", "scan")], marks=pytest.mark.slow),
+    ],
+    ids=["gather", "scan", "inductor"],
+)
+def test_compiles_as_one_graph_that_serves_other_lengths(backend, ways, tmp_path):
+    run_processes(_compile, 2, tmp_path / "store", backend, ways)
 
 
-def _compile(rank, backend):
-    for layout, exchange in (("contiguous", "scan"), ("head_tail", "gather")):
+def _compile(rank, backend, ways):
+    for layout, exchange in ways:
         torch._dynamo.reset()
         shards = SequenceShards.of(dist.group.WORLD, layout)
         projection = torch.randn(10, 12, dtype=torch.float64, requires_grad=True)

@@ -104,7 +104,7 @@ def _equals_one_process(rank, world):
                 torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12, msg=lambda text: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_outputs_and_gradients_equal_one_process_full_windowed_and_within_documents(tmp_path, world):
     run(_equals_one_process, world, tmp_path / "store", world)
 

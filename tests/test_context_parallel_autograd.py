@@ -9,9 +9,9 @@ import torch.distributed as dist
 from gdn2_titan.ops import chunk_gdn2, context_parallel_gdn2
 from gdn2_titan.ops.context_parallel import handoff
 from gdn2_titan.ops.context_parallel.shards import SequenceShards
+from tests.context_parallel_cases import SEQUENCES, shard
 from tests.gdn2_cases import leaves, make
 from tests.processes import run as run_processes
-from tests.test_context_parallel import SEQUENCES, shard
 
 DEADLINE = datetime.timedelta(seconds=60)  # of a message: a rank that waits for one for ever fails
 

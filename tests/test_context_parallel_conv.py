@@ -75,7 +75,7 @@ def _short_segments(rank, world):
             assert_equals_one_process(shards, B, size, 4, resets_at(offsets, B, size * shards.per_rank * world, size))
 
 
-@pytest.mark.parametrize("world", [2, 8])
+@pytest.mark.parametrize("world", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_segments_shorter_than_the_window_get_tokens_of_several_predecessors(tmp_path, world):
     run(_short_segments, world, tmp_path / "store", world)
 

@@ -90,7 +90,7 @@ def _equals_one_process(rank, world):
     assert_equal(sharded, single, batch(1, 4 * world, True))  # two tokens to a segment
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_logits_and_gradients_of_a_hybrid_equal_one_process(tmp_path, world):
     run(_equals_one_process, world, tmp_path / "store", world)
 
@@ -162,9 +162,9 @@ def _compiled(rank, args, layout, backend, shapes, options):
 @pytest.mark.parametrize(
     "layout, shapes, options",
     [
-        ("head_tail", ((2, 96, True), (3, 64, True)), {}),
+        pytest.param("head_tail", ((2, 96, True), (3, 64, True)), {}, marks=pytest.mark.slow),
         ("contiguous", ((2, 96, True), (3, 64, True)), {"dynamic": True}),
-        ("head_tail", ((2, 96, False),), {"whole": True}),
+        pytest.param("head_tail", ((2, 96, False),), {"whole": True}, marks=pytest.mark.slow),
     ],
     ids=["other shapes later", "any shape", "whole"],
 )
@@ -172,6 +172,7 @@ def test_blocks_and_the_model_compile_without_a_graph_break(tmp_path, layout, sh
     run(_compiled, 2, tmp_path / "store", ARGS, layout, "aot_eager", shapes, options)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(no_compiler, reason="inductor needs a C++ compiler")
 def test_through_inductor_they_give_eagers_numbers(tmp_path):
     # Of what is exchanged, rank 0 receives nothing of the halo: the compiler must not leave the call out there.

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from gdn2_titan.convert.checkpoint_info import find_info
 from gdn2_titan.convert.commands import from_hf, to_hf
-from gdn2_titan.convert.mapping import from_hf_name, to_hf_name
+from gdn2_titan.convert.names import from_hf_name, to_hf_name
+from gdn2_titan.convert.record import find_record
+from gdn2_titan.convert.safetensors_files import write_safetensors
 from gdn2_titan.models import GDN2ModelArgs
 from tests.convert_cases import (
     HYBRID,
@@ -65,7 +68,10 @@ def test_tensors_come_out_and_in_bit_for_bit(tmp_path, args):
     assert hashes(step) == before
 
 
-@pytest.mark.parametrize(("world", "tensor_parallel"), [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2)])
+@pytest.mark.parametrize(
+    ("world", "tensor_parallel"),
+    [(4, 2), pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(2, 2, marks=pytest.mark.slow)],
+)
 def test_what_several_processes_saved_comes_out_and_in_bit_for_bit(tmp_path, world, tensor_parallel):
     run(save_sharded, world, tmp_path / "store", tmp_path, world, tensor_parallel, HYBRID)
     expected = torch.load(tmp_path / "whole.pt", weights_only=True)
@@ -90,6 +96,16 @@ def test_the_folder_has_config_tokenizer_and_card(tmp_path):
         assert (tmp_path / "hf" / name).read_bytes() == (TOKENIZER / name).read_bytes()
     card = (tmp_path / "hf" / "README.md").read_text()
     assert "Step: 7" in card and '"lr": 0.123' in card
+
+
+def test_a_hugging_face_folder_goes_out_again_with_its_step_and_the_tokenizer_that_is_named(tmp_path, capsys):
+    to_hf(save_step(tmp_path / "run" / "step-7", weights(HYBRID), HYBRID), tmp_path / "step-7")
+    assert not (tmp_path / "step-7" / "tokenizer.json").exists()
+    assert convert(capsys, "to-hf", tmp_path / "step-7", tmp_path / "hf", "--tokenizer", TOKENIZER) == (0, "")
+    assert (tmp_path / "hf" / "tokenizer.json").read_bytes() == (TOKENIZER / "tokenizer.json").read_bytes()
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == 257
+    assert "Step: 7" in (tmp_path / "hf" / "README.md").read_text()
+    assert_equal(load_safetensors(tmp_path / "hf"), load_safetensors(tmp_path / "step-7"))
 
 
 def test_of_a_runs_folder_the_latest_complete_step_is_taken(tmp_path):
@@ -122,6 +138,14 @@ def test_shards_keep_to_the_size_that_was_asked_for(tmp_path, capsys):
     for name, file in index["weight_map"].items():
         sizes[file] = sizes.get(file, 0) + tensors[name].nbytes
     assert max(sizes.values()) <= 40_000 and index["metadata"]["total_size"] == sum(sizes.values())
+
+
+@pytest.mark.parametrize(("size", "counts"), [(300, [3, 3, 1]), (299, [2, 2, 2, 1]), (99, [1] * 7), (700, [7])])
+def test_a_shard_is_filled_to_the_last_byte_and_no_further(tmp_path, size, counts):
+    tensors = {f"t{i}": torch.full((25,), float(i)) for i in range(7)}
+    write_safetensors(tmp_path, tensors, tensors.__getitem__, size)
+    assert [len(load_file(file)) for file in sorted(tmp_path.glob("*.safetensors"))] == counts
+    assert_equal(load_safetensors(tmp_path), tensors)
 
 
 def test_to_torch_is_one_file_of_plain_tensors(tmp_path, capsys):
@@ -162,6 +186,7 @@ def _peak(command, small, large, tmp_path):
     return int(done.stdout.split()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads a process's peak memory from /proc")
 def test_memory_stays_below_two_largest_tensors_and_a_shard(tmp_path):
     args = GDN2ModelArgs(

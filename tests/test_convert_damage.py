@@ -277,7 +277,9 @@ getattr(commands, sys.argv[1])(sys.argv[2], sys.argv[3])
 """
 
 
-@pytest.mark.parametrize("command", ["to_hf", "from_hf", "to_torch"])
+@pytest.mark.parametrize(
+    "command", ["to_hf", *(pytest.param(c, marks=pytest.mark.slow) for c in ("from_hf", "to_torch"))]
+)
 def test_a_process_killed_in_the_middle_leaves_no_out_and_a_second_try_works(tmp_path, step, folder, command):
     source, out = (folder if command == "from_hf" else step), tmp_path / "out"
     before = hashes(source)

@@ -85,6 +85,11 @@ def test_an_fla_checkpoint_comes_in_and_out_bit_for_bit(tmp_path, capsys):
     expected |= {"gate_low_proj": "g_proj.0", "gate_proj": "g_proj.1", "q_proj": "q_proj", "o_norm": "o_norm"}
     for here, there in expected.items():
         assert torch.equal(found[f"layers.0.mixer.{here}.weight"], theirs[f"model.layers.0.attn.{there}.weight"])
+    block = {"mixer_norm": "attn_norm", "mlp_norm": "mlp_norm"} | {
+        f"mlp.{p}_proj": f"mlp.{p}_proj" for p in ("gate", "up")
+    }
+    for here, there in block.items():
+        assert torch.equal(found[f"layers.0.{here}.weight"], theirs[f"model.layers.0.{there}.weight"])
     conv = theirs["model.layers.0.attn.v_conv1d.weight"]
     assert torch.equal(found["layers.0.mixer.v_conv1d.weight"], conv[:, 0])
     assert torch.equal(found["layers.0.mixer.decay.dt_bias"][1], theirs["model.layers.0.attn.dt_bias"][16:])

@@ -1,8 +1,6 @@
 """Text from its source to batches: order, packing, resets, ranks, workers and exact resume."""
 
-import dataclasses
 import json
-from types import SimpleNamespace
 
 import datasets
 import pyarrow as pa
@@ -14,21 +12,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("torchtitan")
-import torch.distributed.checkpoint as dcp
-
 from gdn2_titan.titan import corpus
 from gdn2_titan.titan.corpus import check_source, load_source
 from gdn2_titan.titan.dataloader import build_dataloader, build_validation_dataloader
 from gdn2_titan.titan.errors import ConfigError
-from gdn2_titan.titan.job_config import JobConfig
-from gdn2_titan.titan.packing import PackedText, epoch_order
+from gdn2_titan.titan.packing import PackedText
 from gdn2_titan.titan.stdlib import is_held_out, stdlib_documents
+from tests.data_cases import (
+    TEXTS,
+    TOKENIZER,
+    T,
+    batches,
+    check_ranks_may_change,
+    check_resume_everywhere,
+    config,
+    memory,
+    pack,
+    plain,
+    shuffled,
+    stream,
+    take,
+)
 from tests.generations import byte_tokenizer
-
-TOKENIZER = byte_tokenizer()
-# Lengths chosen so that with T = 8 documents end inside, at the end of, and one token beyond a window.
-TEXTS = ["", "abcdef", "x", "ten-bytes!", "é", "0123456789" * 7, "yz", "quite a long one, longer than others", "last"]
-T = 8
 
 
 @pytest.fixture(autouse=True)
@@ -36,45 +41,6 @@ def no_network_and_nothing_written_outside_tmp(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
     # load_dataset counts loads, of local files too, with a request: seconds each where names do not resolve.
     monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
-
-
-def plain(items):
-    """Examples as lists, which compare with ==."""
-    return [({k: v.tolist() for k, v in inputs.items()}, labels.tolist()) for inputs, labels in items]
-
-
-def take(iterable, count):
-    return [item for _, item in zip(range(count), iterable)]
-
-
-def pack(texts, seq_len):
-    """The oracle: one long list of tokens, cut by hand."""
-    tokens, first = [], []
-    for text in filter(None, texts):
-        ids = [256, *text.encode(), 257]
-        tokens += ids
-        first += [True] + [False] * (len(ids) - 1)
-    return [
-        ({"input": tokens[i : i + seq_len], "resets": first[i : i + seq_len]}, tokens[i + 1 : i + seq_len + 1])
-        for i in range(0, len(tokens) - seq_len, seq_len)
-    ]
-
-
-def shuffled(texts, epochs=1, seed=0):
-    return [texts[i] for epoch in range(epochs) for i in epoch_order(len(texts), seed, epoch)]
-
-
-def memory(texts=TEXTS):
-    return Dataset.from_dict({"text": texts})
-
-
-def stream(tmp_path, texts=TEXTS, files=1):
-    """Stands in for a repository on the network: the same class, read from local shards."""
-    paths = []
-    for n in range(files):
-        paths.append(tmp_path / f"shard{n}.jsonl")
-        paths[-1].write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[n::files]))
-    return load_dataset("json", data_files=[str(path) for path in paths], split="train", streaming=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- packing
@@ -164,36 +130,11 @@ def test_streaming_splits_documents_between_ranks(tmp_path):
             assert plain(packed) == pack(TEXTS[r::ranks], 2)
 
 
-def config(section="training", *, workers=0, batch=2, seq_len=T, resets=True, dataset="files", path=None, **data):
-    data = {
-        "text_column": "text",
-        "hf_subset": None,
-        "hf_split": "train",
-        "hf_validation_split": "validation",
-        "shuffle_seed": 0,
-    } | data
-    settings = SimpleNamespace(
-        dataset=dataset,
-        dataset_path=path,
-        local_batch_size=batch,
-        seq_len=seq_len,
-        dataloader=dataclasses.replace(JobConfig().training.dataloader, num_workers=workers),
-    )
-    return SimpleNamespace(
-        **{section: settings}, data=SimpleNamespace(**data), gdn2=SimpleNamespace(document_resets=resets)
-    )
-
-
 @pytest.fixture
 def corpus_file(tmp_path):
     path = tmp_path / "corpus.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     return str(path)
-
-
-def batches(windows, size):
-    columns = [windows[i : i + size] for i in range(0, len(windows) - size + 1, size)]
-    return [({k: [w[0][k] for w in c] for k in c[0][0]}, [w[1] for w in c]) for c in columns]
 
 
 @pytest.mark.parametrize("workers", [0, 2, 3])
@@ -222,22 +163,6 @@ def test_streaming_workers_lose_and_repeat_nothing_and_surplus_workers_end(tmp_p
 
 
 # ----------------------------------------------------------------------------------------------------------- resume
-
-
-def check_resume_everywhere(build, count):
-    """A fresh object, given the state at any position, yields what the uninterrupted one yielded from there."""
-    whole, states = [], []
-    running = build()
-    iterator = iter(running)
-    for _ in range(count):
-        states.append(running.state_dict())
-        whole += plain(take(iterator, 1))
-    iterator = None
-    for position, state in enumerate(states):
-        resumed = build()
-        resumed.load_state_dict(state)
-        assert plain(take(resumed, len(whole) - position)) == whole[position:], f"resumed at {position}"
-    return states
 
 
 @pytest.mark.parametrize("infinite", [False, True])
@@ -310,21 +235,10 @@ def test_resume_of_a_streaming_loader_is_exact(workers, tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_written_by_two_ranks_continues_on_one_and_on_three(corpus_file, tmp_path):
-    def loaders(ranks):
-        return [build_dataloader(ranks, rank, TOKENIZER, config(path=corpus_file, batch=1)) for rank in range(ranks)]
-
-    def windows(running, count):
-        return [window for step in zip(*(plain(take(loader, count)) for loader in running)) for window in step]
-
-    whole = windows(loaders(1), 24)
-    before = loaders(2)
-    assert windows(before, 3) == whole[:6]
-    dcp.save({"dataloader": before[1]}, checkpoint_id=tmp_path / "checkpoint")
-    for ranks in (1, 2, 3):
-        after = loaders(ranks)
-        for loader in after:
-            dcp.load({"dataloader": loader}, checkpoint_id=tmp_path / "checkpoint")
-        assert windows(after, 18 // ranks) == whole[6:]
+    settings = config(path=corpus_file, batch=1)
+    check_ranks_may_change(
+        lambda ranks, rank: build_dataloader(ranks, rank, TOKENIZER, settings), plain, tmp_path / "checkpoint"
+    )
 
 
 def test_a_state_of_other_documents_is_refused():

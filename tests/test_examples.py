@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("torchtitan")
 
 from tests.generations import HAS_TOML, only_functions, only_toml
-from tests.training import GRAD_NORM, LOSS, ROOT, environment, launcher, scalars
+from tests.training import GRAD_NORM, LOSS, ROOT, environment, launch, scalars
 
 PAGE = (ROOT / "docs" / "forks.md").read_text()
 
@@ -40,13 +40,13 @@ LAYOUTS = {
 }
 
 
-def launch(processes, folder, *arguments):
+def train(processes, folder, *arguments):
     """As the page says it; returns {step: loss} and {step: gradient norm}."""
-    run = subprocess.run(
-        [*launcher(processes), "torchtitan.train", f"{FOLDER}={folder}", *SHORT, *arguments],
-        env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600,
+    folder.mkdir(exist_ok=True)
+    code, printed = launch(
+        processes, "torchtitan.train", folder, f"{FOLDER}={folder}", *SHORT, *arguments, cwd=ROOT
     )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-4000:]
+    assert code == 0, printed[-4000:]
     return scalars(folder, LOSS), scalars(folder, GRAD_NORM)
 
 
@@ -65,20 +65,20 @@ def llama3(tmp_path_factory):
     """The losses and gradient norms of one process, and how to begin where it began."""
     folder = tmp_path_factory.mktemp("llama3")
     seed = ["--checkpoint.enable", "--checkpoint.create_seed_checkpoint"]
-    launch(1, folder / "seed", *LLAMA3, *seed)
+    train(1, folder / "seed", *LLAMA3, *seed)
     windows = range(64)
     # TorchTitan 0.3's loader gives each rank an unbroken part of the documents.
     halves = [w for i in range(0, 32, 2) for w in (i, i + 1, i + 32, i + 33)]
     _write_documents(folder / "split.jsonl", windows)
     _write_documents(folder / "whole.jsonl", windows if HAS_TOML else halves)
 
-    def train(processes, name, *arguments):
+    def begin(processes, name, *arguments):
         documents = folder / ("whole.jsonl" if processes == 1 or "TP" in name else "split.jsonl")
         start = ["--checkpoint.enable", f"--checkpoint.initial_load_path={folder / 'seed' / 'checkpoint' / 'step-0'}"]
         data = [*SAME[:-1], f"{SAME[-1]}={documents}"]
-        return launch(processes, folder / name, *LLAMA3, "--training.steps=8", *start, *data, *arguments)
+        return train(processes, folder / name, *LLAMA3, "--training.steps=8", *start, *data, *arguments)
 
-    return train, train(1, "one", "--training.local_batch_size=4")
+    return begin, begin(1, "one", "--training.local_batch_size=4")
 
 
 def test_llama3_with_gdn2_in_every_second_layer_learns(llama3):
@@ -89,9 +89,9 @@ def test_llama3_with_gdn2_in_every_second_layer_learns(llama3):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_llama3_with_gdn2_has_the_losses_of_one_process(llama3, layout):
-    train, (losses, norms) = llama3
+    begin, (losses, norms) = llama3
     processes, arguments = LAYOUTS[layout]
-    found_losses, found_norms = train(processes, layout.replace(" ", ""), *arguments)
+    found_losses, found_norms = begin(processes, layout.replace(" ", ""), *arguments)
     assert found_losses == pytest.approx(losses, rel=1e-5)
     assert found_norms == pytest.approx(norms, rel=1e-4)
 
@@ -174,7 +174,7 @@ FORKS = (
 
 @pytest.mark.parametrize("fork", FORKS)
 def test_a_fork_trains_the_model(fork, tmp_path):
-    losses, _ = launch(1, tmp_path, *FORKS[fork], "--training.steps=4", "--training.local_batch_size=2")
+    losses, _ = train(1, tmp_path, *FORKS[fork], "--training.steps=4", "--training.local_batch_size=2")
     assert len(losses) == 4 and all(map(math.isfinite, losses.values()))
     assert losses[4] < losses[1]
 

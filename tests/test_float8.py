@@ -168,7 +168,10 @@ def test_a_model_in_low_precision_is_near_the_exact_one_but_not_it(recipe):
         assert 1e-3 < distance(gradient, expected[name]) < 0.5, name
 
 
-@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise_with_gw_hp", "mxfp8_rceil"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["tensorwise", *(pytest.param(name, marks=pytest.mark.slow) for name in ("rowwise_with_gw_hp", "mxfp8_rceil"))],
+)
 def test_a_converted_block_compiles_into_one_graph_with_the_same_gradients(recipe):
     torch._dynamo.reset()
     model = build()
@@ -228,7 +231,11 @@ def _as_one_process(rank, precompute, compiled):
 
 @pytest.mark.parametrize(
     ("precompute", "compiled"),
-    [(False, False), (True, False), (True, True)],
+    [
+        pytest.param(False, False, marks=pytest.mark.slow),
+        (True, False),
+        pytest.param(True, True, marks=pytest.mark.slow),
+    ],
     ids=["dynamic", "precomputed", "compiled"],
 )
 def test_two_ranks_that_gather_in_float8_step_as_one_process_that_accumulates(tmp_path, precompute, compiled):

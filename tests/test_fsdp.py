@@ -5,37 +5,10 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from gdn2_titan.models import GDN2Model, GDN2ModelArgs, layer
+from gdn2_titan.models import layer
 from gdn2_titan.parallel import apply_compile, apply_fsdp, shard_decays, sum_gradients
+from tests.fsdp_cases import WORLD, assert_near, batch, build, loss
 from tests.processes import run
-
-ARGS = GDN2ModelArgs(
-    vocab_size=50, hidden_size=32, n_layers=2, mlp_size=64, num_heads=2, head_dim=16, attn_heads=2, window=8,
-    layer_pattern=("gdn2", "swa"),
-)  # fmt: skip
-WORLD = 2
-
-
-def build(device="meta"):
-    with torch.device(device):
-        return GDN2Model(ARGS)
-
-
-def batch():
-    tokens = torch.randint(0, 50, (WORLD, 41), generator=torch.Generator().manual_seed(1))
-    resets = torch.zeros(WORLD, 40, dtype=torch.bool)
-    resets[:, 17] = True
-    return tokens, resets
-
-
-def loss(model, tokens, resets):
-    logits = model(tokens[:, :-1], resets)
-    return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
-
-
-def assert_near(name, found, expected):
-    error = (found - expected).abs().max() / expected.abs().max()
-    assert error < 1e-4, f"{name} is off by {error:.1e}"
 
 
 def _same_as_one_process(rank, compiled, reshard, offload=False):
@@ -65,8 +38,12 @@ def _same_as_one_process(rank, compiled, reshard, offload=False):
         assert_near(name, parameter.full_tensor(), expected[name])
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled-fullgraph"])
-@pytest.mark.parametrize("reshard", [True, False], ids=["reshard", "keep"])
+@pytest.mark.parametrize(
+    ("compiled", "reshard"),
+    [(False, True), (True, True), pytest.param(False, False, marks=pytest.mark.slow),
+     pytest.param(True, False, marks=pytest.mark.slow)],
+    ids=["reshard-eager", "reshard-compiled-fullgraph", "keep-eager", "keep-compiled-fullgraph"],
+)  # fmt: skip
 def test_two_ranks_start_step_and_differentiate_as_one_process(tmp_path, compiled, reshard):
     run(_same_as_one_process, WORLD, tmp_path / "store", compiled, reshard)
 

@@ -3,7 +3,6 @@
 import dataclasses
 import re
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -13,7 +12,7 @@ from gdn2_titan import generate
 from gdn2_titan.convert.__main__ import main as convert
 from gdn2_titan.convert.hf import GDN2Decoder
 from gdn2_titan.models import GDN2Model
-from tests.convert_cases import HYBRID, TOKENIZER, save_step
+from tests.convert_cases import HYBRID, TOKENIZER, assert_one_sentence, save_step
 from tests.model_cases import sharpened
 
 BOS, EOS, SPACE = 256, 257, 32
@@ -142,14 +141,6 @@ def test_decays_stay_in_fp32_where_the_rest_is_bf16(run, monkeypatch, capsys):
         assert dtype == (torch.float32 if name.endswith(("A_log", "dt_bias")) else torch.bfloat16), name
 
 
-def test_the_command_prints_the_text_to_stdout_and_the_rate_to_stderr(run, decoder):
-    command = [sys.executable, "-m", "gdn2_titan.generate", "--model", run / "hf", "--prompt", "import", "--greedy"]
-    done = subprocess.run([*command, "--max-tokens", "9"], capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.decode() == greedy(decoder, "import", 9) + "\n"
-    assert b"tokens/s" in done.stderr
-
-
 WRONG = {
     "--model nowhere": r"nowhere is not there; it must be a folder with a checkpoint",
     "--model HF --greedy --seed 1": r"--greedy and --seed are both given; it must be one of them",
@@ -175,14 +166,8 @@ def test_wrong_input_is_answered_by_one_sentence(line, run, decoder, tmp_path, c
     weights = (tmp_path / "cut" / "model.safetensors").read_bytes()
     (tmp_path / "cut" / "model.safetensors").write_bytes(weights[:-100])
     places = {"HF": run / "hf", "EMPTY": tmp_path / "empty", "NONE": tmp_path / "none", "CUT": tmp_path / "cut"}
-    try:
-        status = generate.main([*(str(places.get(word, word)) for word in line.split()), "--prompt", "x"])
-    except SystemExit as exit:
-        status = exit.code
-    printed = capsys.readouterr()
-    assert status in (1, 2) and not printed.out
-    assert re.fullmatch(rf".*rror: {WRONG[line]}", printed.err.strip().splitlines()[-1]), printed.err
-    assert "Traceback" not in printed.err
+    arguments = [*(places.get(word, word) for word in line.split()), "--prompt", "x"]
+    assert_one_sentence(capsys, generate.main, arguments, WRONG[line])
 
 
 def test_a_tokenizer_with_more_symbols_than_the_model_is_refused(tmp_path, capsys):

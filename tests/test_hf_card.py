@@ -50,9 +50,19 @@ def test_the_lines_of_a_card_load_the_folder(tmp_path, capsys, monkeypatch, toke
         assert names["tokenizer"]("ab")["input_ids"] == expected("ab")["input_ids"]
 
 
-def test_the_lines_of_a_card_with_code_load_the_folder_without_this_package_and_without_a_question(tmp_path, capsys):
+def with_code(tmp_path, capsys):
     code = snippet(written(tmp_path, capsys, tokenizer=TOKENIZER, options=["--with-code"]))
     assert "gdn2_titan" not in code and code.count("trust_remote_code=True") == 2
+    return code
+
+
+def test_the_lines_of_a_card_with_code_name_transformers_alone(tmp_path, capsys):
+    assert "import AutoModelForCausalLM" in with_code(tmp_path, capsys)
+
+
+@pytest.mark.slow
+def test_the_lines_of_a_card_with_code_load_the_folder_without_this_package_and_without_a_question(tmp_path, capsys):
+    code = with_code(tmp_path, capsys)
     ends = [
         'assert type(model).__module__.startswith("transformers_modules.")',
         'batch = tokenizer(["ab", "c"], return_tensors="pt", padding=True, padding_side="left")',

@@ -16,10 +16,10 @@ from gdn2_titan.convert.hf import save_code
 from gdn2_titan.convert.hf.code import flattened
 from gdn2_titan.models import GDN2Model, GDN2ModelArgs
 from tests.convert_cases import save_step
-from tests.hf_cases import left_padded, pair
+from tests.hf_cases import GREEDY, left_padded, pair
 from tests.model_cases import SMALL
 
-GENERATE = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+GENERATE = GREEDY | dict(max_new_tokens=20)
 
 ALONE = """
 import sys
@@ -43,33 +43,51 @@ assert not hasattr(torch.ops.gdn2_titan, "chunk_gdn2")
 """
 
 
-def run_alone(tmp_path, folder, again):
+def run_alone(folder, again):
     """What a process finds that has torch and transformers, the folder, and nothing of this package."""
+    here = folder.parent
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
-    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-c", ALONE, folder, again, tmp_path / "given.pt", tmp_path / "found.pt"]
-    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    environment |= {"HF_HOME": str(here / "home"), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-c", ALONE, folder, again, here / "given.pt", here / "found.pt"]
+    run = subprocess.run(command, env=environment, cwd=here, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-4000:]
-    return torch.load(tmp_path / "found.pt")
+    return torch.load(here / "found.pt")
 
 
-def test_a_model_saved_with_its_code_needs_torch_and_transformers_alone(tmp_path):
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """(folder of what a process alone has saved again, what it found, what one with this package holds of it)."""
+    here = tmp_path_factory.mktemp("alone")
     theirs, ours = pair()
     ids, mask, rows = left_padded([20, 7])
-    torch.save({"ids": ids, "mask": mask, "options": GENERATE}, tmp_path / "given.pt")
-    theirs.save_pretrained(tmp_path / "model")
-    save_code(tmp_path / "model")
+    torch.save({"ids": ids, "mask": mask, "options": GENERATE}, here / "given.pt")
+    theirs.save_pretrained(here / "model")
+    save_code(here / "model")
     expected = theirs.generate(ids, attention_mask=mask, **GENERATE)
     theirs(ids, attention_mask=mask, labels=ids).loss.backward()
-    # Then once more from what that process has saved again.
-    for folder, again in (("model", "again"), ("again", "third")):
-        found = run_alone(tmp_path, tmp_path / folder, tmp_path / again)
-        for row, text in enumerate(rows):
-            logits = ours(text[None])[0]
-            torch.testing.assert_close(found["logits"][row, -len(text) :], logits, rtol=0, atol=1e-5)
-        assert torch.equal(found["generated"], expected)
-        for name, p in theirs.named_parameters():
-            torch.testing.assert_close(found["gradients"][name], p.grad, rtol=1e-4, atol=1e-6, msg=name)
+    gradients = {name: p.grad for name, p in theirs.named_parameters()}
+    logits = [ours(text[None])[0].detach() for text in rows]
+    return here / "again", run_alone(here / "model", here / "again"), (logits, expected, gradients)
+
+
+def assert_the_same(found, expected):
+    logits, generated, gradients = expected
+    for row, of_row in enumerate(logits):
+        torch.testing.assert_close(found["logits"][row, -len(of_row) :], of_row, rtol=0, atol=1e-5)
+    assert torch.equal(found["generated"], generated)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found["gradients"][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_model_saved_with_its_code_needs_torch_and_transformers_alone(alone):
+    _, found, expected = alone
+    assert_the_same(found, expected)
+
+
+@pytest.mark.slow
+def test_so_does_what_such_a_process_has_saved_again(alone):
+    again, _, expected = alone
+    assert_the_same(run_alone(again, again.parent / "third"), expected)
 
 
 def test_two_copies_of_the_code_and_the_package_live_in_one_process(tmp_path, monkeypatch):
@@ -110,14 +128,12 @@ def test_the_code_is_flat_parses_and_names_no_other_module_of_this_package(tmp_p
     theirs, _ = pair()
     theirs.save_pretrained(tmp_path)
     save_code(tmp_path)
+    heads = ("QuestionAnswering", "SequenceClassification", "TokenClassification")
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
-        "AutoConfig": "configuration_gdn2.GDN2Config",
-        "AutoModel": "modeling_gdn2.GDN2Decoder",
+        "AutoConfig": "configuration_gdn2.GDN2Config", "AutoModel": "modeling_gdn2.GDN2Decoder",
         "AutoModelForCausalLM": "modeling_gdn2.GDN2ForCausalLM",
-        "AutoModelForQuestionAnswering": "classification_gdn2.GDN2ForQuestionAnswering",
-        "AutoModelForSequenceClassification": "classification_gdn2.GDN2ForSequenceClassification",
-        "AutoModelForTokenClassification": "classification_gdn2.GDN2ForTokenClassification",
-    }
+        **{f"AutoModelFor{head}": f"classification_gdn2.GDN2For{head}" for head in heads},
+    }  # fmt: skip
     files = {path.stem: ast.parse(path.read_text()) for path in tmp_path.glob("*.py")}
     assert {"configuration_gdn2", "modeling_gdn2", "gdn2_ops_gdn2_chunked", "gdn2_models_layer"} <= set(files)
     assert not any("triton" in name for name in files)

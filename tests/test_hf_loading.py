@@ -13,10 +13,10 @@ from gdn2_titan.convert.hf import GDN2Config, GDN2ForCausalLM
 from gdn2_titan.convert.mapping import to_hf_name
 from gdn2_titan.models import GatedDeltaNet2, GDN2Model
 from gdn2_titan.models.decoder import Block
-from tests.hf_cases import HYBRID, config, left_padded, pair
+from tests.hf_cases import GREEDY, HYBRID, config, left_padded, pair
 from tests.model_cases import GATES, gate_structures
 
-GREEDY = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+EIGHT = GREEDY | dict(max_new_tokens=8)
 
 
 def assert_same_weights(actual, expected):
@@ -54,6 +54,7 @@ def test_a_new_model_has_exactly_the_weights_of_gdn2_model_under_the_same_seed(s
     expected = {to_hf_name(name): p for name, p in ours.state_dict().items()}
     for name, p in theirs.state_dict().items():
         assert torch.equal(p, expected[name]), name
+    assert not any(module.statistics.any() for module in theirs.modules() if isinstance(module, GatedDeltaNet2))
 
 
 def test_a_seed_gives_the_model_that_it_has_always_given():
@@ -158,8 +159,9 @@ def test_for_a_tensor_that_a_file_lacks_it_is_drawn_as_gdn2_model_draws_it_and_n
     weights = theirs.state_dict()
     theirs.save_pretrained(tmp_path, state_dict={k: v for k, v in weights.items() if k != lost})
     torch.manual_seed(5)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     after = torch.get_rng_state()
+    assert set(report["missing_keys"]) == {lost}
     torch.manual_seed(5)
     expected = torch.empty_like(weights[lost])
     draws({"init_std": 0.3})[lost](expected)
@@ -201,8 +203,8 @@ def assert_near(quantized, theirs, bound=0.1):
     ids, mask, _ = left_padded([33, 7])
     actual, expected = (model(ids, attention_mask=mask).logits[mask.bool()] for model in (quantized, theirs))
     assert 0 < (actual - expected).norm() < bound * expected.norm()
-    generated = quantized.generate(ids, attention_mask=mask, **GREEDY)
-    again = quantized.generate(ids, attention_mask=mask, use_cache=False, **GREEDY)
+    generated = quantized.generate(ids, attention_mask=mask, **EIGHT)
+    again = quantized.generate(ids, attention_mask=mask, use_cache=False, **EIGHT)
     assert generated.shape == (2, 41) and torch.equal(generated, again)
 
 

@@ -4,8 +4,6 @@ The oracle of every comparison is GDN2Model on whole rows without padding, which
 """
 
 import copy
-import dataclasses
-import math
 
 import pytest
 import torch
@@ -13,18 +11,23 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from gdn2_titan.convert.hf import GDN2Cache, GDN2Config, GDN2ForCausalLM
-from gdn2_titan.convert.mapping import to_hf_name
-from gdn2_titan.models import GatedDeltaNet2, GDN2Model, GDN2ModelArgs, flavors
-from tests.hf_cases import HYBRID, RECURRENT, WINDOWED, config, left_padded, pair, storages, tokens
+from gdn2_titan.models import GDN2ModelArgs
+from tests.hf_cases import (
+    GREEDY,
+    HYBRID,
+    RECURRENT,
+    WINDOWED,
+    assert_equal,
+    assert_greedy,
+    config,
+    left_padded,
+    pair,
+    storages,
+    tokens,
+)
 from tests.model_cases import GATES, gate_structures
 
 patterns = pytest.mark.parametrize("pattern", [RECURRENT, WINDOWED, HYBRID], ids="+".join)
-GREEDY = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
-
-
-def assert_equal(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
-
 
 # ------------------------------------------------------------------------------------------------------------ forward
 
@@ -58,27 +61,6 @@ def test_embeddings_in_place_of_ids_and_the_last_logits_only():
     assert_equal(outputs.logits, ours(ids)[:, -3:])
     assert len(outputs.hidden_states) == 4
     assert_equal(ours.lm_head(outputs.hidden_states[-1]), ours(ids))
-
-
-@patterns
-@pytest.mark.parametrize("use_cache", [False, True], ids=["without cache", "with cache"])
-@torch.no_grad()
-def test_padding_on_the_left_changes_no_logit_of_the_text(pattern, use_cache):
-    theirs, ours = (model.double() for model in pair(layer_pattern=pattern))
-    ids, mask, rows = left_padded([70, 1, 33, 69])
-    logits = theirs(ids, attention_mask=mask, use_cache=use_cache).logits
-    for row, text in enumerate(rows):
-        assert_equal(logits[row, -len(text) :], ours(text[None])[0])
-
-
-@torch.no_grad()
-def test_padding_on_the_right_changes_no_logit_of_the_text_where_nothing_follows():
-    theirs, ours = pair()
-    ids, mask = tokens(2, 20), torch.ones(2, 20, dtype=torch.long)
-    mask[1, 12:] = 0
-    logits = theirs(ids, attention_mask=mask, use_cache=False).logits
-    assert_equal(logits[0], ours(ids[:1])[0])
-    assert_equal(logits[1, :12], ours(ids[1:, :12])[0])
 
 
 def test_checkpointed_gradients_are_the_gradients():
@@ -160,34 +142,28 @@ def test_the_cache_of_windowed_layers_is_bounded_by_the_window():
 # ------------------------------------------------------------------------------------------------------------ generate
 
 
-@torch.no_grad()
-def greedy(ours, text, count):
-    """By computing everything again for every token."""
-    for _ in range(count):
-        text = torch.cat((text, ours(text[None])[0, -1:].argmax(-1)))
-    return text[-count:]
-
-
 @pytest.mark.parametrize("pattern", [RECURRENT, HYBRID], ids="+".join)
 def test_300_greedy_tokens_from_the_cache_are_those_of_full_recomputation(pattern):
     theirs, ours = pair(layer_pattern=pattern)
     ids, mask, rows = left_padded([17, 1, 12, 5])
-    expected = torch.stack([greedy(ours, text, 300) for text in rows])
-    assert min(len(row.unique()) for row in expected) > 5  # no row has run into one token that any state would give
     options = dict(attention_mask=mask, max_new_tokens=300, **GREEDY)
-    assert torch.equal(theirs.generate(ids, **options)[:, 17:], expected)
-    assert torch.equal(theirs.generate(ids, prefill_chunk_size=4, **options)[:, 17:], expected)
+    found = theirs.generate(ids, **options)
+    assert min(len(row[17:].unique()) for row in found) > 5  # no row has run into one token that any state would give
+    for row, text in zip(found, rows, strict=True):
+        assert_greedy(ours, text, row[17:])
+    options["max_new_tokens"] = 20
+    assert torch.equal(theirs.generate(ids, prefill_chunk_size=4, **options), found[:, :37])
 
 
 @patterns
 def test_beams_from_the_cache_are_those_of_full_recomputation(pattern):
     theirs, _ = pair(layer_pattern=pattern)
     ids, mask, _ = left_padded([11, 3, 8, 5])
-    options = dict(attention_mask=mask, max_new_tokens=40, num_beams=4, num_return_sequences=2, **GREEDY)
+    options = dict(attention_mask=mask, max_new_tokens=15, num_beams=4, num_return_sequences=2, **GREEDY)
     again = theirs.generate(ids, use_cache=False, **options)
     assert torch.equal(theirs.generate(ids, **options), again)
     assert not torch.equal(
-        again[::2, 11:], theirs.generate(ids, attention_mask=mask, max_new_tokens=40, **GREEDY)[:, 11:]
+        again[::2, 11:], theirs.generate(ids, attention_mask=mask, max_new_tokens=15, **GREEDY)[:, 11:]
     )
 
 
@@ -198,7 +174,8 @@ def test_generation_continues_from_a_returned_cache():
     first = theirs.generate(text, attention_mask=torch.ones_like(text), return_dict_in_generate=True, **options)
     mask = torch.ones_like(first.sequences)
     more = theirs.generate(first.sequences, attention_mask=mask, past_key_values=first.past_key_values, **options)
-    assert torch.equal(more[0, 9:], greedy(ours, text[0], 40))
+    assert more.shape == (1, 49)
+    assert_greedy(ours, text[0], more[0, 9:])
 
 
 @torch.no_grad()
@@ -264,39 +241,6 @@ def test_decays_stay_in_fp32_in_a_model_loaded_in_bf16(tmp_path):
     assert generated.shape == again.shape == (2, 14)
 
 
-def test_a_new_model_starts_as_gdn2_model_does():
-    torch.manual_seed(0)
-    theirs = GDN2ForCausalLM(GDN2Config(**dataclasses.asdict(flavors["debug_hybrid"])))
-    ours = GDN2Model(flavors["debug_hybrid"])
-    ours.init_weights()
-    expected = {to_hf_name(name): p for name, p in ours.named_parameters()}
-    for name, p in theirs.named_parameters():
-        if p.numel() < 1000:
-            assert expected[name].min() * p.min() >= 0 and abs(p.mean() - expected[name].mean()) < 1.5, name
-        else:
-            assert abs(p.std() / expected[name].std() - 1) < 0.1, name
-    assert not any(module.statistics.any() for module in theirs.modules() if isinstance(module, GatedDeltaNet2))
-
-
-@pytest.mark.parametrize("lost", ["model.layers.0.mixer.decay.A_log", "model.layers.1.mixer.o_proj.weight"])
-def test_a_tensor_that_a_file_lacks_starts_as_the_layer_does_and_the_others_stay(tmp_path, lost):
-    theirs, _ = pair()
-    weights = theirs.state_dict()
-    theirs.save_pretrained(tmp_path, state_dict={k: v for k, v in weights.items() if k != lost})
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-        assert set(report["missing_keys"]) == {lost}
-        for name, tensor in loaded.state_dict().items():
-            if name != lost:
-                assert torch.equal(tensor, weights[name]), name
-            elif name.endswith("A_log"):
-                assert 0.999 < tensor.exp().min() and tensor.exp().max() < 16.001
-                assert not torch.equal(tensor, weights[name])
-            else:
-                assert tensor.std() == pytest.approx(0.02 / math.sqrt(6), rel=0.2)
-
-
 def test_layers_on_disk_give_the_same_logits_and_tokens(tmp_path):
     theirs, ours = pair()
     theirs.save_pretrained(tmp_path / "model")
@@ -308,7 +252,7 @@ def test_layers_on_disk_give_the_same_logits_and_tokens(tmp_path):
     assert loaded.model.layers[0].mixer.decay.A_log.is_meta
     ids = tokens(1, 20)
     assert_equal(loaded(ids).logits, ours(ids))
-    assert torch.equal(loaded.generate(ids, max_new_tokens=8, **GREEDY)[0, 20:], greedy(ours, ids[0], 8))
+    assert_greedy(ours, ids[0], loaded.generate(ids, max_new_tokens=8, **GREEDY)[0, 20:])
     assert loaded.model.layers[0].mixer.decay.A_log.is_meta  # put aside again
 
 
@@ -316,28 +260,8 @@ def test_layers_on_disk_give_the_same_logits_and_tokens(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "fields, message",
-    [
-        (dict(tie_word_embeddings=True), "tie_word_embeddings is True"),
-        (dict(window=0), "window is 0"),
-        (dict(layer_pattern=["mamba"]), r"layer_pattern is \['mamba'\]"),
-    ],
-)
-def test_a_config_that_no_model_can_be_built_from_is_refused(fields, message):
-    with pytest.raises(ValueError, match=message):
-        GDN2Config(**fields)
-
-
-def ones(*shape):
-    return torch.ones(shape, dtype=torch.long)
-
-
-@pytest.mark.parametrize(
     "inputs, error, message",
     [
-        (dict(attention_mask=ones(2, 5)), ValueError, r"attention_mask has shape \[2, 5\]; it must be \[batch, 4\]"),
-        (dict(attention_mask=ones(2, 1, 4, 4)), ValueError, "attention_mask has shape"),
-        (dict(position_ids=ones(2, 4)), ValueError, "position_ids has 1 in row 0; it must be 0"),
         (dict(past_key_values=DynamicCache()), TypeError, "past_key_values is a DynamicCache"),
         (dict(inputs_embeds=torch.zeros(2, 4, 32)), ValueError, "both of input_ids and inputs_embeds"),
         (dict(input_ids=None), ValueError, "neither of input_ids and inputs_embeds"),

@@ -16,9 +16,9 @@ from transformers import (
 
 from gdn2_titan.convert.hf import GDN2Config, GDN2ForSequenceClassification
 from gdn2_titan.models import GDN2ModelArgs
-from tests.hf_cases import HYBRID, RECURRENT, config, left_padded, pair, tokens
+from tests.hf_cases import GREEDY, HYBRID, RECURRENT, config, left_padded, pair, tokens
 
-GREEDY = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+EIGHT = GREEDY | dict(max_new_tokens=8)
 OTHER_NAMES = {
     "num_hidden_layers": ("n_layers", 5),
     "intermediate_size": ("mlp_size", 40),
@@ -85,6 +85,8 @@ WRONG = [
     (dict(expand_v=1.3), r"expand_v is 1\.3; times head_dim = 128"),
     (dict(expand_v=0), "expand_v is 0"),
     (dict(tie_word_embeddings=True), "tie_word_embeddings is True; it must be false"),
+    (dict(layer_pattern=["swa"], window=0), "window is 0"),
+    (dict(layer_pattern=["mamba"]), r"layer_pattern is \['mamba'\]"),
     (dict(num_heads=0), "num_heads is 0; it must be a whole number"),
     (dict(num_heads=True), "num_heads is True; it must be a whole number"),
     (dict(num_hidden_layers="3"), "n_layers is '3'; it must be a whole number"),
@@ -151,7 +153,7 @@ def test_embeddings_start_a_generation_as_their_ids_do(pattern, options):
     theirs, _ = pair(layer_pattern=pattern)
     ids, mask, _ = left_padded([9, 4, 1])
     embeddings = theirs.get_input_embeddings()(ids)
-    options = dict(attention_mask=mask, **options, **GREEDY)
+    options = dict(attention_mask=mask, **options, **EIGHT)
     expected = theirs.generate(ids, **options)
     assert torch.equal(theirs.generate(inputs_embeds=embeddings, **options), expected[:, 9:])
     assert torch.equal(theirs.generate(ids, inputs_embeds=embeddings, **options), expected)
@@ -161,19 +163,19 @@ def test_ids_follow_embeddings_in_one_cache():
     theirs, _ = pair()
     ids, more = tokens(2, 9), tokens(2, 4, seed=1)
     first = theirs.generate(
-        inputs_embeds=theirs.get_input_embeddings()(ids), return_dict_in_generate=True, **GREEDY
+        inputs_embeds=theirs.get_input_embeddings()(ids), return_dict_in_generate=True, **EIGHT
     )
     turn = torch.cat((first.sequences[:, -1:], more), 1)
     mask = torch.ones(2, 9 + 8 + 4, dtype=torch.long)
-    continued = theirs.generate(turn, attention_mask=mask, past_key_values=first.past_key_values, **GREEDY)
-    whole = theirs.generate(torch.cat((ids, first.sequences, more), 1), **GREEDY)
+    continued = theirs.generate(turn, attention_mask=mask, past_key_values=first.past_key_values, **EIGHT)
+    whole = theirs.generate(torch.cat((ids, first.sequences, more), 1), **EIGHT)
     assert torch.equal(continued[:, -8:], whole[:, -8:])
 
 
 def test_embeddings_in_pieces_are_refused():
     theirs, _ = pair()
     with pytest.raises(ValueError, match="prefill_chunk_size is 2; it must be left out where inputs_embeds is given"):
-        theirs.generate(inputs_embeds=torch.zeros(1, 5, 32), prefill_chunk_size=2, **GREEDY)
+        theirs.generate(inputs_embeds=torch.zeros(1, 5, 32), prefill_chunk_size=2, **EIGHT)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -184,7 +186,7 @@ def test_virtual_tokens_of_peft_train_and_generate():
     tuned(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
     prompt = tuned.prompt_encoder["default"].embedding.weight
     assert prompt.grad.abs().sum() > 0 and theirs.lm_head.weight.grad is None
-    generated = tuned.eval().generate(input_ids=ids, attention_mask=torch.ones_like(ids), **GREEDY)[:, 6:]
+    generated = tuned.eval().generate(input_ids=ids, attention_mask=torch.ones_like(ids), **EIGHT)[:, 6:]
     ours.tok_embeddings, embed = None, ours.tok_embeddings
     text, expected = torch.cat((prompt.expand(2, -1, -1), embed(ids)), 1), []
     for _ in range(8):

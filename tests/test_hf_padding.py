@@ -16,12 +16,11 @@ from hypothesis import strategies as st
 from transformers import DataCollatorWithFlattening
 
 from gdn2_titan.convert.hf import GDN2Cache
-from tests.hf_cases import RECURRENT, WINDOWED, pair, tokens
+from tests.hf_cases import GREEDY, RECURRENT, WINDOWED, assert_equal, assert_greedy, pair, tokens
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "padding.md"
 FULL = ("gdn2", "attention")
 patterns = pytest.mark.parametrize("pattern", [RECURRENT, WINDOWED, FULL], ids="+".join)
-GREEDY = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
 TESTED = set()
 
 
@@ -49,10 +48,6 @@ def models(pattern=WINDOWED, **changes):
             if name.endswith("A_log"):
                 p.data.fill_(-3.0)
     return theirs.double(), ours.double()
-
-
-def assert_equal(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
 def mask_of(*rows):
@@ -388,13 +383,6 @@ def test_loss_and_gradients_of_documents_collated_by_transformers_are_those_of_e
 # ----------------------------------------------------------------------------------------------------------- generate
 
 
-@torch.no_grad()
-def greedy(ours, text, count):
-    for _ in range(count):
-        text = torch.cat((text, ours(text[None])[0, -1:].argmax(-1)))
-    return text[-count:]
-
-
 PROMPTS = {"left": ("000111", "111111", "000001"), "right": ("111000", "111111", "100000"), "both": ("011100",) * 3}
 
 
@@ -406,7 +394,7 @@ def test_generation_goes_on_from_the_text_of_each_row_wherever_its_padding_is(wh
     ids, mask = tokens(3, 6), mask_of(*PROMPTS[where])
     found = theirs.generate(ids, attention_mask=mask, max_new_tokens=5, **options, **GREEDY)[:, 6:]
     for text, row, generated in zip(mask.bool(), ids, found, strict=True):
-        assert torch.equal(generated, greedy(ours, row[text], 5))
+        assert_greedy(ours, row[text], generated)
 
 
 @row("`generate` with padding")
@@ -420,7 +408,7 @@ def test_a_second_turn_of_unequal_lengths_goes_on_from_a_returned_cache():
     options = dict(attention_mask=mask, past_key_values=first.past_key_values, max_new_tokens=3, **GREEDY)
     found = theirs.generate(ids, **options)[:, -3:]
     for row, text in enumerate(mask.bool()):
-        assert torch.equal(found[row], greedy(ours, ids[row, text], 3))
+        assert_greedy(ours, ids[row, text], found[row])
 
 
 @row("`generate` with padding")
@@ -439,7 +427,7 @@ def test_generation_goes_on_with_the_last_document_that_position_ids_tell():
     for chunk in (None, 4, 5):  # where a piece ends within a document, and where one begins
         places = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]])
         found = theirs.generate(ids, position_ids=places, prefill_chunk_size=chunk, **options)
-        assert torch.equal(found[0, 9:], greedy(ours, ids[0, 5:], 4))
+        assert_greedy(ours, ids[0, 5:], found[0, 9:])
 
 
 @row("`generate` with any other word")

@@ -17,7 +17,8 @@ from gdn2_titan.titan.corpus import check_source, load_source
 from gdn2_titan.titan.dataloader import build_dataloader, for_trainer
 from gdn2_titan.titan.errors import ConfigError
 from gdn2_titan.titan.tokens import check_tokenizer
-from tests.test_data import TOKENIZER, config, stream
+from gdn2_titan.titan.toml_check import read_toml
+from tests.data_cases import TOKENIZER, config, stream
 
 
 @pytest.fixture(autouse=True)

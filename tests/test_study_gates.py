@@ -29,8 +29,9 @@ from gdn2_titan.study import gates, gates_figures
 from gdn2_titan.study.__main__ import main
 from gdn2_titan.study.gates import Token, tokens_of
 from gdn2_titan.study.gates_page import write_page
-from gdn2_titan.study.gates_trace import follow_memory, trace_gates
-from tests.convert_cases import HYBRID, TOKENIZER, hashes, save_step
+from gdn2_titan.study.gates_tokens import Token, tokens_of
+from gdn2_titan.study.gates_trace import trace_gates
+from tests.convert_cases import HYBRID, TOKENIZER, assert_one_sentence, hashes, save_step
 from tests.hf_cases import pair, tokens
 from tests.model_cases import sharpened
 
@@ -406,17 +407,22 @@ def test_both_kinds_of_folder_and_as_many_tokens_as_asked_for(folder, tmp_path, 
     assert pages[0]["chosen"] == {"layer": 0, "head": 0}
 
 
-def test_channels_are_those_of_the_first_gdn2_layer_where_none_is_named(folder, tmp_path):
+def test_channels_and_folder_are_the_first_gdn2_layers_and_gates_where_none_is_named(
+    folder, tmp_path, monkeypatch, capsys
+):
     args = dataclasses.replace(HYBRID, layer_pattern=("swa", "gdn2", "gdn2"), n_layers=3, num_v_heads=None)
     save_step(tmp_path / "checkpoint" / "step-1", GDN2Model(args).state_dict(), args, JOB)
-    arguments = ["--model", tmp_path / "checkpoint", "--text", folder / "text", "--out", tmp_path / "out"]
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--model", tmp_path / "checkpoint", "--text", folder / "text", "--dtype", "bfloat16"]
     assert study(*arguments, "--tokens", 3) == 0
-    content = Page((tmp_path / "out" / "gates.html").read_text(encoding="utf-8")).content()
+    assert capsys.readouterr().out == "Wrote gates\n"
+    content = Page((tmp_path / "gates" / "gates.html").read_text(encoding="utf-8")).content()
     assert content["chosen"] == {"layer": 1, "head": 0}
     assert [layer["layer"] for layer in content["layers"]] == [1, 2]
 
 
-def test_the_command_says_what_it_wrote_and_takes_its_default_name(folder, tmp_path):
+@pytest.mark.slow
+def test_the_command_is_the_module(folder, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-m", "gdn2_titan.study", "gates", "--model", folder / "hf", "--text", folder / "text"]
     command += ["--tokens", "5", "--dtype", "bfloat16"]
@@ -494,14 +500,7 @@ def test_wrong_input_is_answered_by_one_sentence_and_nothing_is_written(line, wr
     words = [placed(word) for word in line.split()]
     arguments = [*(str(x) for pair in right.items() for x in pair), *words]  # the last one counts
     before = hashes(folder / "hf")
-    try:
-        status = study(*arguments)
-    except SystemExit as exit:
-        status = exit.code
-    printed = capsys.readouterr()
-    assert status in (1, 2) and not printed.out
-    assert re.fullmatch(rf".*rror: {WRONG[line]}", printed.err.strip().splitlines()[-1]), printed.err
-    assert "Traceback" not in printed.err
+    assert_one_sentence(capsys, main, ["gates", *arguments], WRONG[line])
     assert not list(tmp_path.iterdir()) and hashes(folder / "hf") == before
 
 
@@ -533,6 +532,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_process_killed_in_the_middle_leaves_no_folder_and_a_second_try_works(folder, tmp_path):
     out = tmp_path / "out"
     arguments = ["gates", "--model", folder / "hf", "--text", folder / "text", "--out", out, "--tokens", 5]

@@ -90,7 +90,7 @@ def _equals_one_process(rank, world):
                 assert memory[name] == param.numel() // world, name
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_loss_and_gradients_equal_one_process_for_every_gate_structure(tmp_path, world):
     run(_equals_one_process, world, tmp_path / "store", world)
 
@@ -156,7 +156,7 @@ def _compiled(rank, fsdp):
     assert_same_gradients(single, sharded, 1e-4)
 
 
-@pytest.mark.parametrize("fsdp", [False, True], ids=["tp", "fsdp-tp"])
+@pytest.mark.parametrize("fsdp", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["tp", "fsdp-tp"])
 def test_blocks_compile_without_a_graph_break_and_combine_with_fsdp(tmp_path, fsdp):
     run(_compiled, 4 if fsdp else 2, tmp_path / "store", fsdp)
 
@@ -211,7 +211,10 @@ def _in_float8(rank, recipe, moves_float8):
     assert models["sharded"][0] == pytest.approx(models["single"][0], rel=1e-3)
 
 
-@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["tensorwise", *(pytest.param(name, marks=pytest.mark.slow) for name in ("rowwise", "rowwise_with_gw_hp"))],
+)
 def test_float8_layers_give_what_one_process_gives_in_float8(tmp_path, recipe):
     run(_in_float8, 2, tmp_path / "store", recipe, False)
 

@@ -3,7 +3,6 @@
 import math
 import subprocess
 import sys
-from unittest import mock
 
 import datasets
 import pytest
@@ -13,52 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from gdn2_titan.models import GDN2Model, flavors
 from gdn2_titan.titan.byte_tokenizer import BYTE_TOKENIZER_DIR
 from gdn2_titan.titan.errors import ConfigError
-from gdn2_titan.titan.job_config import parse, validate
-from gdn2_titan.titan.parallelize import layout_of
+from tests.config_cases import assert_refused, check, write_toml
 from tests.generations import StockParallelism, loader_of, model_config, only_toml, optimizers_of
-from tests.training import ROOT, SHORT, command, environment
-
-BASE = {
-    "job": {"custom_config_module": "gdn2_titan.titan.job_config"},
-    "model": {"flavor": "debug_hybrid"},
-    "training": {"dataset": "stdlib"},
-}
-
-
-def write_toml(path, changes):
-    sections = {name: dict(fields) for name, fields in BASE.items()}
-    for field, value in changes.items():
-        section, _, name = field.rpartition(".")
-        sections.setdefault(section, {})[name] = value
-
-    def literal(value):
-        return {True: "true", False: "false"}.get(value) if isinstance(value, bool) else repr(value).replace("'", '"')
-
-    text = "\n".join(
-        f"[{section}]\n" + "\n".join(f"{name} = {literal(value)}" for name, value in fields.items())
-        for section, fields in sections.items()
-    )
-    path.write_text(text)
-    return str(path)
-
-
-def check(path, *arguments):
-    """The job config, unless it is refused with a torch that has the pipelines of either TorchTitan."""
-    with mock.patch("gdn2_titan.titan.pipeline.RUNS", True):
-        config = parse([f"--job.config_file={path}", *arguments])
-        validate(config)
-        return config
-
-
-def assert_refused(path, parts):
-    """In one sentence, with all these parts."""
-    with pytest.raises(ConfigError) as refusal:
-        check(path)
-    message = str(refusal.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message
-
+from tests.training import ROOT, SHORT, environment, train
 
 REFUSALS = [
     ({"model.flavor": "2B"}, ["model.flavor", "'2B'", "debug_hybrid", "1.3B_hybrid"]),
@@ -247,20 +203,13 @@ def test_every_shipped_config_fits(config, monkeypatch, tmp_path):
     check(str(config))
 
 
-@pytest.mark.slow
-def test_a_wrong_toml_ends_a_native_launch_with_the_sentence_before_any_step(tmp_path):
-    for changes, sentence in (
-        ({"gdn2.windw": 12}, "Config error: gdn2.windw = 12: no such field; did you mean 'window'? allowed are: "),
-        ({"gdn2.window": 0}, "Config error: gdn2.window is 0; it must be a whole number of at least 1\n"),
-    ):
-        path = write_toml(tmp_path / "x.toml", changes)
-        run = subprocess.run(
-            command(1, tmp_path, *SHORT, config=path), env=environment(), cwd=tmp_path, capture_output=True, text=True,
-        )  # fmt: skip
-        assert run.returncode != 0
-        assert sentence in run.stderr
-        assert "Traceback" not in run.stderr
-        assert "step:" not in run.stdout + run.stderr
+def test_a_wrong_toml_ends_a_launch_with_the_sentence_before_any_step(tmp_path):
+    path = write_toml(tmp_path / "x.toml", {"gdn2.windw": 12})
+    with pytest.raises(AssertionError) as launched:
+        train(1, tmp_path, *SHORT, config=path)
+    printed = str(launched.value)
+    assert "\nConfig error: gdn2.windw = 12: no such field; did you mean 'window'? allowed are: " in printed
+    assert "Traceback" not in printed and "step:" not in printed
 
 
 @pytest.mark.slow

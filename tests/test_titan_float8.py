@@ -14,8 +14,8 @@ from gdn2_titan.parallel.float8 import FLOAT8_RECIPES
 from gdn2_titan.titan import float8 as titan_float8
 from gdn2_titan.titan.errors import ConfigError
 from gdn2_titan.titan.float8 import check_float8
+from tests.config_cases import check, write_toml
 from tests.generations import convert, dimensions, only_toml
-from tests.test_titan_config import check, write_toml
 from tests.training import LOSS, SHORT, scalars, train
 
 FLOAT8, MX = "quantize.linear.float8", "quantize.linear.mx"

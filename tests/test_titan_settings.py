@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 import os
-import subprocess
 import sys
 import typing
 
@@ -17,10 +16,11 @@ from gdn2_titan.titan.checks.command_line import check_arguments, check_table
 from gdn2_titan.titan.checks.ranges import ANY, ELSEWHERE, IGNORED, RANGES
 from gdn2_titan.titan.errors import ConfigError
 from gdn2_titan.titan.job_config import JobConfig, parse, validate
-from gdn2_titan.titan.torchtitan_version import IS_V02 as HAS_TOML
+from gdn2_titan.titan.setting_ranges import ANY, ELSEWHERE, IGNORED, RANGES
+from gdn2_titan.titan.toml_check import check_table
+from tests.config_cases import check, write_toml
 from tests.generations import only_functions, only_toml
-from tests.test_titan_config import check, write_toml
-from tests.training import ROOT, SHORT, command, environment
+from tests.training import DEBUG_HYBRID, ROOT, SHORT, launch
 
 NAN, INF = math.nan, math.inf
 NO_COUNT, NO_SIZE, NO_SHARE = [0, -1], [-1], [-0.1, 1.5, NAN, INF]
@@ -465,15 +465,15 @@ def test_a_folder_for_checkpoints_that_is_empty_hides_none_to_begin_with(one_pro
 # --- launches
 
 
-def _launch(arguments, folder):
-    run = subprocess.run(arguments, env=environment(), cwd=folder, capture_output=True, text=True)
-    said = [line for line in run.stderr.splitlines() if line.startswith("Config error: ")]
-    assert run.returncode and len(said) == 1, run.stderr[-2000:]
-    assert "Traceback" not in run.stderr and "step:" not in run.stdout + run.stderr
+def _refusal(module, folder, *arguments):
+    """What a launch says that is refused before TorchTitan builds anything."""
+    code, printed = launch(1, module, folder, *arguments)
+    said = [line for line in printed.splitlines() if line.startswith("Config error: ")]
+    assert code and len(said) == 1, printed[-2000:]
+    assert "Traceback" not in printed and "step:" not in printed
     return said[0].removeprefix("Config error: ")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "sentence"),
     [
@@ -481,12 +481,13 @@ def _launch(arguments, folder):
         ("--training.dataset_path=a.txt", "training.dataset_path = 'a.txt' would be ignored"),
     ],
 )
-def test_a_native_launch_ends_with_the_sentence_before_torchtitan_builds_anything(option, sentence, tmp_path):
-    assert _launch(command(1, tmp_path, *SHORT, option), tmp_path).startswith(sentence)
+def test_a_launch_ends_with_the_sentence_before_torchtitan_builds_anything(option, sentence, tmp_path):
+    module = "torchtitan.train" if HAS_TOML else "gdn2_titan.titan.train"
+    start = f"--job.config_file={DEBUG_HYBRID}", f"--job.dump_folder={tmp_path}"
+    assert _refusal(module, tmp_path, *start, *SHORT, option).startswith(sentence)
 
 
 @only_functions
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "sentence"),
     [
@@ -495,8 +496,8 @@ def test_a_native_launch_ends_with_the_sentence_before_torchtitan_builds_anythin
     ],
 )
 def test_a_launch_of_a_config_function_is_refused_in_the_names_of_its_config(option, sentence, tmp_path):
-    line = [sys.executable, "-m", "torchtitan.train", "--module", "gdn2_titan.titan", "--config", "gdn2_debug"]
-    assert _launch([*line, f"--dump_folder={tmp_path}", *option], tmp_path).startswith(sentence)
+    start = "--module", "gdn2_titan.titan", "--config", "gdn2_debug", f"--dump_folder={tmp_path}"
+    assert _refusal("torchtitan.train", tmp_path, *start, *option).startswith(sentence)
 
 
 @only_functions

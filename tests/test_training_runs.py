@@ -2,7 +2,6 @@
 
 import math
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -12,9 +11,7 @@ import pytest
 from gdn2_titan.titan.byte_tokenizer import BYTE_TOKENIZER_DIR
 from tests.distributed import runs
 from tests.generations import only_functions, only_toml
-from tests.training import GRAD_NORM, LOSS, ROOT, SHORT, command, environment, scalars, tags, train
-
-pytestmark = pytest.mark.slow
+from tests.training import LOSS, ROOT, SHORT, environment, scalars, tags, train
 
 
 def test_the_loss_falls_from_ln_vocabulary_on_the_standard_librarys_source(tmp_path):
@@ -33,32 +30,22 @@ def test_the_loss_falls_from_ln_vocabulary_on_the_standard_librarys_source(tmp_p
 
 
 def test_a_run_killed_at_a_random_step_continues_bit_for_bit(tmp_path):
-    steps, checkpointing = 24, ["--checkpoint.enable", "--checkpoint.interval=5"]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    whole.mkdir()
-    killed.mkdir()
-    arguments = [*SHORT, *checkpointing, f"--training.steps={steps}"]
-    train(1, whole, *arguments)
+    steps, interval, blocks = 12, 4, 4
+    runs.write_documents(tmp_path / "documents.jsonl")
 
-    fatal = random.randint(6, steps - 2)
-    with subprocess.Popen(
-        command(1, killed, *arguments), env=environment(), cwd=killed,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    ) as run:  # fmt: skip
-        for line in run.stdout:
-            found = re.search(r"step:\D*?(\d+)\D", re.sub(r"\x1b\[[\d;]*m", "", line))
-            if found and int(found.group(1)) >= fatal:
-                run.send_signal(signal.SIGKILL)
-                break
-    assert run.wait() == -signal.SIGKILL, f"was to be killed at step {fatal}"
-    log = train(1, killed, *arguments)
-    resumed = int(re.search(r"Training starts at step (\d+)", log).group(1))
-    assert 1 < resumed <= fatal + 1
+    def run(folder):
+        extra = f"--training.steps={steps}", f"--checkpoint.interval={interval}", "--validation.no-enable"
+        return runs.arguments("debug_hybrid", folder, tmp_path / "documents.jsonl", *extra, batch=1)
 
-    for tag in (LOSS, GRAD_NORM):
-        expected = scalars(whole, tag)
-        assert set(expected) == set(range(1, steps + 1))
-        assert scalars(killed, tag) == expected, f"killed at step {fatal}, resumed at {resumed}"
+    [whole] = runs.train(1, tmp_path / "of_whole", run(tmp_path / "whole"))
+    fatal = random.randint(interval + 1, steps - 1)
+    killed = run(tmp_path / "killed")
+    codes = runs.train_until_a_rank_dies(1, tmp_path / "of_killed", killed, 0, (fatal - 1) * blocks + 2)
+    assert codes == [-signal.SIGKILL], f"was to be killed at step {fatal}"
+    [continued] = runs.train(1, tmp_path / "of_killed", killed)
+    resumed = (fatal - 1) // interval * interval
+    assert continued.training == whole.training[resumed:], f"killed at step {fatal}, resumed at {resumed}"
+    assert continued.tokens == whole.tokens[resumed:]
 
 
 def test_a_finished_run_continues_when_asked_for_more_steps(tmp_path):
@@ -68,47 +55,18 @@ def test_a_finished_run_continues_when_asked_for_more_steps(tmp_path):
     assert set(scalars(tmp_path, LOSS)) == set(range(1, 9))
 
 
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory):
-    """Losses of one process with batches of 4 sequences."""
-    folder = tmp_path_factory.mktemp("one")
-    train(1, folder, *SHORT, "--training.steps=12", "--training.local_batch_size=4")
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("processes", "extra"),
-    [
-        (2, []),
-        (1, ["--training.global_batch_size=4"]),
-        (2, ["--training.local_batch_size=1", "--training.global_batch_size=4", "--activation_checkpoint.mode=full"]),
-        (2, ["--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op",
-             "--parallelism.fsdp_reshard_after_forward=always"]),
-        (4, ["--training.local_batch_size=1", "--parallelism.data_parallel_replicate_degree=2"]),
-        (2, ["--compile.enable", "--compile.backend=aot_eager", "--activation_checkpoint.mode=selective",
-             "--activation_checkpoint.selective_ac_option=op"]),
-    ],
-    ids=["fsdp", "accumulation", "fsdp-accumulation-full-ac", "fsdp-op-ac-reshard", "hsdp", "fsdp-op-ac-compiled"],
-)  # fmt: skip
-def test_the_same_global_batches_give_one_processs_loss_curve(one_process, tmp_path, processes, extra):
-    train(processes, tmp_path, *SHORT, "--training.steps=12", *extra)
-    for tag, tolerance in ((LOSS, 1e-5), (GRAD_NORM, 1e-4)):
-        expected, found = scalars(one_process, tag), scalars(tmp_path, tag)
-        assert set(found) == set(range(1, 13))
-        for step, value in found.items():
-            assert value == pytest.approx(expected[step], rel=tolerance), (tag, step)
-
-
 @pytest.mark.parametrize(
     ("line", "changes"),
     [
         ("python -m gdn2_titan.titan.train --job.config_file train_configs/debug_hybrid.toml", SHORT),
         pytest.param(
-            "-m torchtitan.train --job.config_file train_configs/debug_hybrid.toml", SHORT, marks=only_toml
+            "-m torchtitan.train --job.config_file train_configs/debug_hybrid.toml", SHORT,
+            marks=[only_toml, pytest.mark.slow],
         ),
         pytest.param(
             "-m torchtitan.train --module gdn2_titan.titan --config gdn2_debug_hybrid",
-            ["--training.seq_len=64", "--metrics.log_freq=1", "--validator.no-enable"], marks=only_functions,
+            ["--training.seq_len=64", "--metrics.log_freq=1", "--validator.no-enable"],
+            marks=[only_functions, pytest.mark.slow],
         ),
     ],
     ids=["of this package", "of 0.2.2", "of 0.3"],
@@ -135,6 +93,7 @@ NARROW = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["debug", "debug_hybrid", "150M", "1.3B", "1.3B_hybrid"])
 def test_every_shipped_config_that_is_no_task_trains_a_step(name, tmp_path):
     [curves] = runs.train(1, tmp_path / "out", [

@@ -1,13 +1,20 @@
-"""Helpers for tests that start TorchTitan as a user would, in processes of their own."""
+"""Training by TorchTitan from its entry point, in processes of its own."""
 
+import multiprocessing
+import multiprocessing.connection
 import os
-import subprocess
+import runpy
 import sys
+import time
+import traceback
+import warnings
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchtitan.config import ConfigManager
 
-from gdn2_titan.titan.torchtitan_version import IS_V02 as HAS_TOML
+from gdn2_titan.titan.generation import HAS_TOML
+from tests.processes import become_rank, end_here, store_of_launch
 
 ROOT = Path(__file__).resolve().parents[1]
 DEBUG_HYBRID = ROOT / "train_configs" / "debug_hybrid.toml"
@@ -19,34 +26,70 @@ SHORT = [
 ]  # fmt: skip
 
 
-def launcher(processes):
-    """A command that starts a module in so many processes, without this package's script."""
-    if processes == 1:
-        return [sys.executable, "-m"]
-    run = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-    return [*run, "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "-m"]
-
-
-def command(processes, folder, *arguments, config=DEBUG_HYBRID):
-    """The native launch; where TorchTitan reads no TOML files, by our own module."""
-    module = "torchtitan.train" if HAS_TOML else "gdn2_titan.titan.train"
-    return [*launcher(processes), module, f"--job.config_file={config}", f"--job.dump_folder={folder}", *arguments]
-
-
 def environment():
     single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return os.environ | single | {"PYTHONPATH": path, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
 
 
+def launch(processes, module, folder, *arguments, cwd=None):
+    """``python -m module arguments`` in so many ranks, forked from a process that has imported TorchTitan.
+
+    Returns (exit code, what rank 0 printed). Prints go to a file in a folder.
+    """
+    store, address = store_of_launch()
+    ranks = [
+        multiprocessing.get_context("forkserver").Process(
+            target=_main, args=(rank, processes, address, module, arguments, str(folder), str(cwd or folder))
+        )
+        for rank in range(processes)
+    ]
+    for rank in ranks:
+        rank.start()
+    sentinels = {rank.sentinel: rank for rank in ranks}
+    while sentinels:  # the first that fails ends the others
+        for ended in multiprocessing.connection.wait(sentinels):
+            if sentinels.pop(ended).exitcode:
+                for rank in ranks:
+                    rank.kill()
+    del store
+    for rank in ranks:
+        rank.join()
+    printed = [(Path(folder) / f"printed-{rank}.txt").read_text() for rank in range(processes)]
+    code = next((rank.exitcode for rank in ranks if rank.exitcode), 0)
+    return code, printed[0] if not code else "\n".join(printed)
+
+
+def _main(rank, world, address, module, arguments, folder, cwd):
+    become_rank(rank, world, address)
+    printed = os.open(f"{folder}/printed-{rank}.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(printed, 1)
+    os.dup2(printed, 2)
+    os.chdir(cwd)
+    sys.argv = [module, *arguments]
+    if HAS_TOML:
+        ConfigManager.parse_args.__defaults__ = (list(arguments),)  # which were sys.argv's when it was imported
+    warnings.simplefilter("ignore")
+    time.sleep = lambda seconds: None  # rank 0 gives the others two seconds
+    try:
+        runpy.run_module(module, run_name="__main__")
+    except SystemExit as exit:
+        if exit.code:
+            print(exit.code, file=sys.stderr)
+            end_here(1)
+    except BaseException:
+        traceback.print_exc()
+        end_here(1)
+    end_here()
+
+
 def train(processes, folder, *arguments, config=DEBUG_HYBRID):
-    """Run to the end; returns what it printed."""
-    run = subprocess.run(
-        command(processes, folder, *arguments, config=config),
-        env=environment(), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-4000:]
-    return run.stdout
+    """Trains to the end; returns what it printed."""
+    module = "torchtitan.train" if HAS_TOML else "gdn2_titan.titan.train"
+    start = f"--job.config_file={config}", f"--job.dump_folder={folder}"
+    code, printed = launch(processes, module, folder, *start, *arguments)
+    assert code == 0, printed[-4000:]
+    return printed
 
 
 def scalars(folder, tag):

@@ -10,28 +10,28 @@ __all__ = ["BEGIN", "END", "FEATURES", "installed", "read_table", "write_column"
 BEGIN = "<!-- versions: written by ./run_tests.sh --versions=docs/torchtitan.md -->"
 END = "<!-- end of versions -->"
 
-LAYOUTS, RUNS, CONFIG = "distributed/test_layouts.py", "test_training_runs.py", "test_titan_config.py"
-GENERATIONS, RECORDED, CONVERT = "test_titan_generations.py", "distributed/test_recorded.py", "test_convert_titan.py"
-TRAINS, SAME_CURVE = "test_a_layout_trains_as_one_process", "test_the_same_global_batches"
+LAYOUTS, OPTIONS, RECORDED = (f"distributed/test_{name}.py" for name in ("layouts", "options", "recorded"))
+RUNS, CONFIG, GENERATIONS = "test_training_runs.py", "test_titan_config.py", "test_titan_generations.py"
+CONVERT, RECALL = "test_convert_titan.py", "distributed/test_recall.py"
+TRAINS, AS_ONE = "test_a_layout_trains_as_one_process", "test_an_option_trains_as_one_plain_process"
 TASKS = "^(copying|mqar|needle|overwrite|parity|permutations|selective_erase)$"
 # Feature: tests, by file, by how the name begins and by what its parameters say.
 FEATURES = {
-    "FSDP2": [(LAYOUTS, TRAINS, r"\bfsdp"), (RUNS, SAME_CURVE, "fsdp")],
-    "HSDP": [(LAYOUTS, TRAINS, "hsdp"), (RUNS, SAME_CURVE, "hsdp")],
+    "FSDP2": [(LAYOUTS, TRAINS, r"\bfsdp"), (OPTIONS, AS_ONE, "fsdp")],
+    "HSDP": [(LAYOUTS, TRAINS, "hsdp")],
     "tensor and sequence parallelism": [(LAYOUTS, TRAINS, r"\btp\d")],
     "context parallelism, head-tail": [(LAYOUTS, TRAINS, r"\bcp\d(?!-contiguous)"), ("test_titan_context.py", "test_")],
     "context parallelism, one segment a rank": [(LAYOUTS, TRAINS, "contiguous")],
     "pipeline parallelism (1F1B, interleaved)": [(LAYOUTS, TRAINS, r"\bpp\d")],
     "torch.compile of each block": [
-        (LAYOUTS, "test_a_layout_trains_as_one_process_when_blocks_are_compiled"), (RUNS, SAME_CURVE, "compiled"),
-        (RECORDED, "test_", "inductor"),
+        (LAYOUTS, "test_a_layout_trains_as_one_process_when_blocks_are_compiled"),
+        (OPTIONS, AS_ONE, "compiled|inductor"),
     ],
     "activation checkpointing": [
-        ("test_activation_checkpoint.py", "test_torchtitans_settings"), (RUNS, SAME_CURVE, r"\bac\b"),
-        (RECORDED, "test_", "checkpointed|memory budget"),
+        ("test_activation_checkpoint.py", "test_torchtitans_settings"), (OPTIONS, AS_ONE, "checkpointed|memory budget"),
     ],
     "float8 and MXFP8, emulated": [("test_titan_float8.py", "test_"), (RECORDED, "test_", "float8|mxfp8")],
-    "losses and gradient norms of 0.2.2": [(GENERATIONS, "test_ten_steps"), (RECORDED, "test_")],
+    "losses and gradient norms of 0.2.2": [(RECORDED, "test_"), (RECALL, "test_its_accuracies")],
     "checkpoint and resume, after SIGKILL and under another layout": [
         (RUNS, "test_a_run_killed"), (RUNS, "test_a_finished_run"), (LAYOUTS, "test_a_checkpoint_continues"),
         (LAYOUTS, "test_a_rank_that_dies"),
@@ -41,8 +41,8 @@ FEATURES = {
     "validation": [("test_accuracy.py", "test_"), (RUNS, "test_the_loss_falls"), ("test_perplexity.py", "test_")],
     "gate telemetry": [(RUNS, "test_the_loss_falls"), (LAYOUTS, TRAINS)],
     "recall tasks": [
-        ("test_tasks.py", "test_"), ("distributed/test_recall.py", "test_"), ("test_study_recall.py", "test_"),
-        (GENERATIONS, "test_a_recall_task"), (RECORDED, "test_", TASKS),
+        ("test_tasks.py", "test_"), (RECALL, "test_"), ("test_study_recall.py", "test_"),
+        (RECORDED, "test_", TASKS),
     ],
     "every file in train_configs starts": [
         (CONFIG, "test_every_shipped_config"), (RUNS, "test_every_shipped_config"), (RECORDED, "test_", TASKS),

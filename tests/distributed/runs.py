@@ -7,22 +7,17 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from gdn2_titan.models.decoder import SwiGLU
 from gdn2_titan.titan.pipeline import RUNS
-from gdn2_titan.titan.torchtitan_version import IS_V02 as HAS_TOML
+from tests.processes import become_rank, end_here, start, store_of_launch
 from tests.training import GRAD_NORM, LOSS, ROOT, SHORT
-
-# The processes are forked from one that has imported all this: eight times less work than importing it in each.
-multiprocessing.set_forkserver_preload(["torchtitan.train", "gdn2_titan.titan.job_config", "tests.distributed.runs"])
 
 # Four heads of everything, so that four ranks can share them; decays slow enough that states cross chunks.
 SMALL = [
@@ -46,12 +41,43 @@ def arguments(config, folder, documents, *extra, batch=GLOBAL_BATCH):
     ]  # fmt: skip
 
 
+# The same rates in runs of three and of ten steps.
+STEPS = ("--lr_scheduler.total_steps=10", "--validation.freq=3", "--gdn2.statistics_freq=3")
+SHORT_RUN, WHOLE_RUN = "--training.steps=3", "--training.steps=10"
+
+
+def run_from(seed, folder, data_parallel, *extra, batch=None):
+    """Arguments of a run from the seed checkpoint, of a batch for one of so many data-parallel ranks."""
+    return arguments(
+        "debug_hybrid", folder / "run", seed / "documents.jsonl",
+        f"--checkpoint.initial_load_path={seed / 'checkpoint' / 'step-0'}",
+        "--checkpoint.no-initial_load_model_only", *STEPS, *extra, batch=batch or GLOBAL_BATCH // data_parallel,
+    )  # fmt: skip
+
+
+def assert_same(found, expected, first_step=1, last_step=10):
+    """Of the steps from the first to the last. Both runs validate at 1, 3, 6 and 9."""
+    steps = range(first_step, last_step + 1)
+    for step, now, then in zip(steps, found.training, expected.training[first_step - 1 : last_step], strict=True):
+        for name, a, b in zip(("loss", "gradient norm"), now, then, strict=True):
+            assert a == pytest.approx(b, rel=1e-5), f"{name} of step {step}"
+    validated = zip((1, 3, 6, 9), expected.validation, strict=True)
+    assert found.validation == pytest.approx([x for step, x in validated if first_step <= step <= last_step], rel=1e-5)
+    assert set(found.statistics) == set(expected.statistics)
+    for (mean, _), worst in zip(found.training, found.worst, strict=True):
+        assert worst >= mean * (1 - 1e-6)  # the greatest of what the mean is of
+
+
 without_pipelines = pytest.mark.skipif(not RUNS, reason="TorchTitan 0.3 refuses pipelines on a torch before 2.14")
 
 
-def layouts(names):
-    """Names of layouts as parameters of a test; those with pipelines are skipped where none runs."""
-    return [pytest.param(name, marks=without_pipelines if "pp" in name else ()) for name in names]
+def layouts(names, quick):
+    """Names of layouts as parameters of a test: slow but for those that are quick; those with pipelines are skipped
+    where none runs."""
+    return [
+        pytest.param(name, marks=[without_pipelines] * ("pp" in name) + [pytest.mark.slow] * (name not in quick))
+        for name in names
+    ]
 
 
 def write_documents(path):
@@ -75,7 +101,9 @@ class Curves(NamedTuple):
 def train(world, folder, *runs):
     """Run after run in the same ``world`` processes; returns the Curves of each."""
     folder.mkdir(parents=True, exist_ok=True)
-    mp.start_processes(_process, (world, _free_port(), str(folder), runs), nprocs=world, start_method="forkserver")
+    store, address = store_of_launch()
+    start(_process, world, world, address, str(folder), runs)
+    del store
     return [_read(folder, world, i) for i in range(len(runs))]
 
 
@@ -84,7 +112,8 @@ def train_until_a_rank_dies(world, folder, run, victim, block):
 
     Returns all exit codes; None of a rank that still runs two minutes after the victim's death, and is then killed."""
     context = multiprocessing.get_context("forkserver")
-    common = world, _free_port(), str(folder), (run,)
+    store, address = store_of_launch()
+    common = world, address, str(folder), (run,)
     ranks = [
         context.Process(target=_process, args=(rank, *common, block if rank == victim else None))
         for rank in range(world)
@@ -97,13 +126,8 @@ def train_until_a_rank_dies(world, folder, run, victim, block):
         process.join(120)
         codes.append(process.exitcode)
         process.kill()
+    del store
     return codes
-
-
-def _free_port():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
 
 
 def _read(folder, world, run):
@@ -115,10 +139,8 @@ def _read(folder, world, run):
     return with_loss[0]
 
 
-def _process(rank, world, port, folder, runs, fatal_block=None):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="localhost",
-                      MASTER_PORT=str(port))  # fmt: skip
-    torch.set_num_threads(1)
+def _process(rank, world, address, folder, runs, fatal_block=None):
+    become_rank(rank, world, address)
     if fatal_block is not None:
         _die_in(fatal_block)
     for i, run in enumerate(runs):
@@ -126,7 +148,7 @@ def _process(rank, world, port, folder, runs, fatal_block=None):
         (Path(folder) / f"{i}-{rank}.json").write_text(json.dumps(curves))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-    os._exit(0)  # as in tests.processes
+    end_here()
 
 
 def _die_in(fatal_block):

@@ -7,8 +7,6 @@ from tests.training import ROOT
 
 from .runs import layouts, train, without_pipelines
 
-pytestmark = pytest.mark.slow
-
 GLOBAL_BATCH = 4
 TP2 = ("--parallelism.tensor_parallel_degree=2",)
 LAYOUTS = {  # processes, data parallel degree, overrides
@@ -21,6 +19,8 @@ LAYOUTS = {  # processes, data parallel degree, overrides
     "pp2": (2, 1, ("--parallelism.pipeline_parallel_degree=2",)),
     "compiled": (1, 1, ("--compile.enable", "--compile.backend=aot_eager")),
 }  # fmt: skip
+
+QUICK = ["tp2", "fsdp2-cp2"] if HAS_TOML else ["fsdp2-cp2"]
 
 
 def run(folder, batch=GLOBAL_BATCH, *extra):
@@ -54,6 +54,17 @@ def one_process(seed, tmp_path_factory):
     return curves
 
 
+# Of 0.2.2 at steps 1, 10 and 20: right answers of 32 to one pair and of 96 to three, right sequences of 32 with three.
+RECORDED = [(7, 9, 0), (18, 50, 1), (32, 62, 3)]
+
+
+def test_its_accuracies_are_those_of_0_2_2(one_process):
+    names = [("accuracy/pairs=1", 32), ("accuracy/pairs=3", 96), ("exact/pairs=3", 32)]
+    found = [[said[f"validation_metrics/{name},length=32"] * of for name, of in names] for said in one_process.recall]
+    # Another CPU may say otherwise where two values are as good as equal.
+    assert found == [pytest.approx(right, abs=2.01) for right in RECORDED]
+
+
 def test_the_task_tells_right_from_wrong_for_the_comparison(one_process):
     *_, last = one_process.recall
     assert set(last) == {
@@ -67,7 +78,7 @@ def test_the_task_tells_right_from_wrong_for_the_comparison(one_process):
     assert single[0] == single[1]
 
 
-@pytest.mark.parametrize("name", layouts(LAYOUTS))
+@pytest.mark.parametrize("name", layouts(LAYOUTS, QUICK))
 def test_a_layout_has_the_losses_and_the_accuracy_of_one_process(seed, one_process, tmp_path, name):
     if name == "tp2-whole-logits" and not HAS_TOML:
         pytest.skip("TorchTitan 0.3 has no parallelism.disable_loss_parallel")
@@ -85,6 +96,7 @@ def assert_same(found, expected):
             assert value == pytest.approx(then[tag], rel=1e-4 if "loss" in tag else 1e-12), tag
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(HAS_TOML, reason="TorchTitan 0.2.2 refuses such tasks and lengths in a pipeline")
 @without_pipelines
 def test_a_pipeline_learns_sequences_of_various_answers_and_validates_on_longer_ones(seed, tmp_path):
