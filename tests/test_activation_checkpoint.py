@@ -133,6 +133,11 @@ def test_by_op_the_backward_of_a_block_runs_no_product_no_attention_and_no_mixer
     assert again == {costly[0], *mixers}, "full checkpointing would have run them"
 
 
+def test_of_every_two_blocks_the_second_is_wrapped():
+    changed = checkpointed(build("gdn2", repeats=4), ("full", 2))
+    assert [type(block).__name__ for block in changed.layers.values()] == ["Block", "CheckpointWrapper"] * 2
+
+
 def test_the_plans_can_be_imported_before_anything_else_of_the_package():
     subprocess.run([sys.executable, "-c", "import gdn2_titan.parallel"], check=True)
 

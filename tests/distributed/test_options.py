@@ -6,6 +6,7 @@ from .runs import SHORT_RUN, assert_same, run_from, train
 
 BY_OP = ("--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op")
 ACCUMULATION = ("--training.global_batch_size=4", "--validation.steps=4")
+RESHARD = "--parallelism.fsdp_reshard_after_forward=always"
 INDUCTOR = ("--compile.enable", "--compile.backend=inductor")
 slow = pytest.mark.slow
 OPTIONS = [
@@ -15,8 +16,8 @@ OPTIONS = [
         2, 1, (*ACCUMULATION, "--activation_checkpoint.mode=full"),
         id="fsdp-accumulation-whole blocks checkpointed", marks=slow,
     ),
-    pytest.param(2, 2, (*BY_OP, "--parallelism.fsdp_reshard_after_forward=always"), id="fsdp-reshard", marks=slow),
-    pytest.param(2, 2, (*BY_OP, "--compile.enable"), id="fsdp-compiled-operations checkpointed"),
+    pytest.param(2, 2, (*BY_OP, RESHARD), id="fsdp-operations checkpointed-reshard"),
+    pytest.param(2, 2, (*BY_OP, "--compile.enable"), id="fsdp-operations checkpointed-compiled", marks=slow),
     pytest.param(1, 4, ("--activation_checkpoint.mode=selective",), id="every second block checkpointed", marks=slow),
     pytest.param(1, 4, INDUCTOR, id="inductor", marks=slow),
     pytest.param(1, 4, (*INDUCTOR, "--activation_checkpoint.mode=memory_budget"), id="memory budget", marks=slow),
