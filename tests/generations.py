@@ -10,9 +10,9 @@ from torchtitan.distributed import ParallelDims
 
 from gdn2_titan.titan.byte_tokenizer import BYTE_TOKENIZER_DIR
 from gdn2_titan.titan.settings import Settings
-from gdn2_titan.titan.torchtitan_version import IS_V02 as HAS_TOML
+from gdn2_titan.titan.torchtitan_version import IS_V02
 
-if HAS_TOML:
+if IS_V02:
     from torchtitan.config.job_config import Parallelism as StockParallelism
     from torchtitan.distributed.context_parallel import prepare_context_parallel_input
     from torchtitan.protocols.model_converter import build_model_converters
@@ -29,7 +29,7 @@ else:
     from gdn2_titan.titan.v03.trainer import fill
 
 __all__ = [
-    "HAS_TOML",
+    "IS_V02",
     "StockParallelism",
     "byte_tokenizer",
     "convert",
@@ -46,8 +46,8 @@ __all__ = [
     "validator_of",
 ]
 
-only_toml = pytest.mark.skipif(not HAS_TOML, reason="about TorchTitan 0.2.2's job config and registration")
-only_functions = pytest.mark.skipif(HAS_TOML, reason="about TorchTitan 0.3's config functions")
+only_toml = pytest.mark.skipif(not IS_V02, reason="about TorchTitan 0.2.2's job config and registration")
+only_functions = pytest.mark.skipif(IS_V02, reason="about TorchTitan 0.3's config functions")
 
 
 def byte_tokenizer(path=BYTE_TOKENIZER_DIR):
@@ -56,7 +56,7 @@ def byte_tokenizer(path=BYTE_TOKENIZER_DIR):
 
 def dimensions(world):
     """ParallelDims of FSDP alone. Makes no mesh."""
-    rest = {"etp": 1} if HAS_TOML else {"spmd_backend": "partial_dtensor"}
+    rest = {"etp": 1} if IS_V02 else {"spmd_backend": "partial_dtensor"}
     return ParallelDims(dp_replicate=1, dp_shard=world, cp=1, tp=1, pp=1, ep=1, world_size=world, **rest)
 
 
@@ -69,7 +69,7 @@ def _parts(job_config):
 
 def model_config(job_config):
     """(model args, the object that TorchTitan asks for parameters and FLOPs) of a job config."""
-    if HAS_TOML:
+    if IS_V02:
         args = copy.deepcopy(get_train_spec("gdn2").model_args[job_config.model.flavor])
         args.update_from_config(job_config)
         return args, args
@@ -80,14 +80,14 @@ def model_config(job_config):
 
 def optimizers_of(model, job_config):
     """TorchTitan's container of a model's optimizers."""
-    if HAS_TOML:
+    if IS_V02:
         return get_train_spec("gdn2").build_optimizers_fn([model], job_config.optimizer, None)
     return trainer_config(job_config).optimizer.build(model_parts=[model])
 
 
 def schedule_of(optimizers, job_config):
     """TorchTitan's container of the schedules of a container of optimizers."""
-    if HAS_TOML:
+    if IS_V02:
         build = get_train_spec("gdn2").build_lr_schedulers_fn
         return build(optimizers, job_config.lr_scheduler, job_config.training.steps)
     settings = trainer_config(job_config).lr_scheduler
@@ -96,7 +96,7 @@ def schedule_of(optimizers, job_config):
 
 def loader_of(job_config):
     """The loader of training batches in one process, with the tokenizer that the job config names."""
-    if HAS_TOML:
+    if IS_V02:
         spec = get_train_spec("gdn2")
         tokenizer = spec.build_tokenizer_fn(job_config)
         return spec.build_dataloader_fn(dp_world_size=1, dp_rank=0, tokenizer=tokenizer, job_config=job_config)
@@ -106,7 +106,7 @@ def loader_of(job_config):
 
 def loss_of(job_config, dims):
     """The loss: called with (logits, labels) it gives a number, or a tuple that begins with it."""
-    if HAS_TOML:
+    if IS_V02:
         return generation_loss.build_loss(job_config, dims)
     config = _parts(job_config)
     return config.loss.build(compile_config=config.compile)
@@ -119,7 +119,7 @@ def validator_of(job_config, dims, metrics_processor):
         "loss_fn": loss_of(job_config, dims), "validation_context": contextlib.nullcontext,
         "metrics_processor": metrics_processor,
     }  # fmt: skip
-    if HAS_TOML:
+    if IS_V02:
         autocast = {"maybe_enable_amp": contextlib.nullcontext()}
         return get_train_spec("gdn2").build_validator_fn(job_config=job_config, **common, **autocast)
     config = _parts(job_config)
@@ -128,7 +128,7 @@ def validator_of(job_config, dims, metrics_processor):
 
 def parallelized(model, dims, job_config):
     """The model with everything applied to it that the job config asks for."""
-    if HAS_TOML:
+    if IS_V02:
         return parallelize(model, dims, job_config)
     config = _parts(job_config)
     model.config = config.model_spec.model
@@ -139,7 +139,7 @@ def parallelized(model, dims, job_config):
 
 def convert(model, job_config, dims):
     """Let TorchTitan convert the linear layers of a model as model.converters says."""
-    if HAS_TOML:
+    if IS_V02:
         build_model_converters(job_config, dims).convert(model)
         return
     for converter in generation_parallelize.converters_of(job_config, dims):
@@ -148,7 +148,7 @@ def convert(model, job_config, dims):
 
 def dealt_out(tokens, labels, resets, mesh, balancer):
     """(tokens, labels, resets or None) of this rank of a context-parallel mesh."""
-    if HAS_TOML:
+    if IS_V02:
         extra = {"attention_masks": resets}
         tokens, labels, extra = prepare_context_parallel_input(
             tokens, labels, extra, mesh, torch.device("cpu"), balancer

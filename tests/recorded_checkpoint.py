@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from gdn2_titan.models import flavors
-from gdn2_titan.titan.generation import HAS_TOML
+from gdn2_titan.titan.torchtitan_version import IS_V02
 from tests.training import GRAD_NORM, LOSS, ROOT, launch, scalars
 
 __all__ = ["AFTER", "CURVES", "archive", "continued", "curves"]
@@ -50,10 +50,10 @@ def _train(folder):
     flavors["tiny"] = dataclasses.replace(flavors["recall"], **TINY)
     from gdn2_titan.titan.job_config import build, parse
 
-    if HAS_TOML:  # which has the flavors of when the plug was imported
+    if IS_V02:  # which has the flavors of when the plug was imported
         from torchtitan.protocols.train_spec import get_train_spec
 
-        from gdn2_titan.titan.v02.model_args import titan_flavors
+        from gdn2_titan.titan.v02.components import titan_flavors
 
         get_train_spec("gdn2").model_args["tiny"] = titan_flavors()["tiny"]
 

@@ -3,7 +3,7 @@
 import dataclasses
 
 from gdn2_titan.titan.tasks import TASKS, TaskDataset
-from gdn2_titan.titan.tasks.permutations import ELEMENTS
+from gdn2_titan.titan.tasks.state_tracking import ELEMENTS
 from tests.data_cases import TOKENIZER
 
 __all__ = ["READERS", "RECALL", "VALIDATED", "dataset", "fields_of", "read_mqar"]

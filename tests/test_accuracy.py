@@ -12,7 +12,7 @@ from torchtitan.components.loss import cross_entropy_loss
 from gdn2_titan.titan.job_config import JobConfig
 from gdn2_titan.titan.tasks import TASKS
 from tests.config_cases import check, write_toml
-from tests.generations import HAS_TOML, loss_of, validator_of
+from tests.generations import IS_V02, loss_of, validator_of
 from tests.task_cases import VALIDATED, read_mqar
 
 IGNORED = -100
@@ -59,7 +59,7 @@ def test_a_watched_loss_is_the_loss_and_shows_what_it_was_given_only_while_it_is
 
     def is_the_loss():
         found = loss(logits, labels)
-        return (found if HAS_TOML else found[0]) == cross_entropy_loss(logits, labels)
+        return (found if IS_V02 else found[0]) == cross_entropy_loss(logits, labels)
 
     assert is_the_loss()
     loss.watcher = lambda *given: seen.append(given)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gdn2_titan.convert import aside, commands, companions, dcp, safetensors_files
+from gdn2_titan.convert import atomic, commands, dcp, hf_folder, safetensors_files
 from tests.convert_cases import HYBRID, convert, hashes, load_safetensors, save_step, weights
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -249,7 +249,7 @@ def test_a_disk_that_is_full_when_the_files_are_flushed(tmp_path, capsys, monkey
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(aside.os, "fsync", full)
+    monkeypatch.setattr(atomic.os, "fsync", full)
     assert_refused(capsys, step, tmp_path / "out", "No space left")
 
 
@@ -258,21 +258,21 @@ def test_a_disk_with_no_room_for_the_tokenizer(tmp_path, capsys, monkeypatch, st
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     (folder / "tokenizer.json").write_text('{"added_tokens": []}')
-    monkeypatch.setattr(companions.shutil, "copyfile", full)
+    monkeypatch.setattr(hf_folder.shutil, "copyfile", full)
     assert_refused(capsys, step, tmp_path / "out", "No space left", flags=("--tokenizer", folder))
 
 
 KILLED = """
 import os, signal, sys
-from gdn2_titan.convert import commands, layout
-read, count = layout.Renamed.read, 0
+from gdn2_titan.convert import commands, mapping
+read, count = mapping.Renamed.read, 0
 def dying(self, name):
     global count
     count += 1
     if count > 5:
         os.kill(os.getpid(), signal.SIGKILL)
     return read(self, name)
-layout.Renamed.read = dying
+mapping.Renamed.read = dying
 getattr(commands, sys.argv[1])(sys.argv[2], sys.argv[3])
 """
 

@@ -15,13 +15,13 @@ import torch
 
 pytest.importorskip("torchtitan")
 
-from tests.generations import HAS_TOML, only_functions, only_toml
+from tests.generations import IS_V02, only_functions, only_toml
 from tests.training import GRAD_NORM, LOSS, ROOT, environment, launch, scalars
 
 PAGE = (ROOT / "docs" / "forks.md").read_text()
 
 # What a command says, in the words of the generation that is installed.
-if HAS_TOML:
+if IS_V02:
     LLAMA3 = ["--job.config_file=examples/llama3_gdn2/debug.toml"]
     FOLDER, NO_VALIDATION = "--job.dump_folder", []
     SAME = ["--optimizer.eps=1e-4", "--training.dataset=files", "--training.dataset_path"]
@@ -70,7 +70,7 @@ def llama3(tmp_path_factory):
     # TorchTitan 0.3's loader gives each rank an unbroken part of the documents.
     halves = [w for i in range(0, 32, 2) for w in (i, i + 1, i + 32, i + 33)]
     _write_documents(folder / "split.jsonl", windows)
-    _write_documents(folder / "whole.jsonl", windows if HAS_TOML else halves)
+    _write_documents(folder / "whole.jsonl", windows if IS_V02 else halves)
 
     def begin(processes, name, *arguments):
         documents = folder / ("whole.jsonl" if processes == 1 or "TP" in name else "split.jsonl")
@@ -100,7 +100,7 @@ def test_llama3_with_gdn2_has_the_losses_of_one_process(llama3, layout):
 def _block():
     """A GDN-2 layer of the example, and what it is called with for resets [1, T] beside x."""
     torch.manual_seed(0)
-    if HAS_TOML:
+    if IS_V02:
         from torchtitan.models.llama3 import TransformerModelArgs
 
         from examples.llama3_gdn2.v02 import GDN2Block
@@ -152,7 +152,7 @@ def test_resets_of_the_loader_reach_the_gdn2_layers_of_llama3():
 def test_llama3_with_gdn2_refuses_context_parallelism_in_one_sentence():
     settings = SimpleNamespace(context_parallel_degree=2, spmd_backend="partial_dtensor")
     with pytest.raises(SystemExit, match="parallelism.context_parallel_degree is 2; with llama3_gdn2 it must be 1"):
-        if HAS_TOML:
+        if IS_V02:
             from examples.llama3_gdn2.v02 import parallelize
 
             parallelize(None, None, SimpleNamespace(parallelism=settings))
@@ -167,7 +167,7 @@ FORKS = (
         "registered": ["--job.config_file=examples/fork/registered.toml"],
         "job config": ["--job.config_file=examples/fork/job_config.toml"],
     }
-    if HAS_TOML
+    if IS_V02
     else {"config function": ["--module=examples.fork", "--config=gdn2_of_the_fork"]}
 )
 

@@ -19,14 +19,11 @@ from gdn2_titan.convert.errors import ConvertError
 from gdn2_titan.models import GDN2Model, flavors
 from gdn2_titan.models.flops import state_bytes
 from gdn2_titan.study.__main__ import main
-from gdn2_titan.study.cells import grid
-from gdn2_titan.study.mixers import MIXERS, matched, model_args, parameters
-from gdn2_titan.study.results import Row, capacity, csv_text
-from gdn2_titan.study.tables import accuracy_table, capacity_table, separation_table
-from gdn2_titan.study.toml_text import toml_text
-from gdn2_titan.study.train_cell import LOG, RESULT
+from gdn2_titan.study.cells import MIXERS, grid, matched, model_args, parameters, toml_text
+from gdn2_titan.study.results import Row, accuracy_table, capacity, capacity_table, csv_text, separation_table
+from gdn2_titan.study.training import LOG, RESULT
 from tests import processes  # noqa: F401  says what is imported there
-from tests.generations import HAS_TOML
+from tests.generations import IS_V02
 from tests.study_cases import CELLS, study
 from tests.training import ROOT
 
@@ -146,7 +143,7 @@ def test_csv_has_every_row_and_reads_back():
 # ---- trainings
 
 # TorchTitan 0.3 trains them too, where there is more time.
-trains = pytest.mark.slow if not HAS_TOML else lambda test: test
+trains = pytest.mark.slow if not IS_V02 else lambda test: test
 
 
 def _start(out, jobs):

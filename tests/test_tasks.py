@@ -10,7 +10,7 @@ import pytest
 import torch
 
 pytest.importorskip("torchtitan")
-from gdn2_titan.titan import sections
+from gdn2_titan.titan import settings as sections
 from gdn2_titan.titan.dataloader import build_dataloader, build_task_dataloader
 from gdn2_titan.titan.errors import ConfigError
 from gdn2_titan.titan.job_config import JobConfig, validate

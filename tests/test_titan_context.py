@@ -9,12 +9,12 @@ from gdn2_titan.ops.context_parallel.shards import SequenceShards
 from gdn2_titan.titan.job_config import JobConfig
 from gdn2_titan.titan.parallelize import layout_of
 
-from .generations import HAS_TOML, dealt_out
+from .generations import IS_V02, dealt_out
 from .processes import run
 
 
 def _dealt_out(rank, with_resets):
-    if HAS_TOML:
+    if IS_V02:
         from gdn2_titan.titan import register
 
         register()  # again: what was dealt out once must not be dealt out again

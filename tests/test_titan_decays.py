@@ -11,11 +11,11 @@ pytest.importorskip("torchtitan")
 
 from gdn2_titan.models import GDN2Model, flavors
 from gdn2_titan.titan.checkpoint import GDN2StateDictAdapter, exact_decays
-from gdn2_titan.titan.torchtitan_version import IS_V02 as HAS_TOML
+from gdn2_titan.titan.torchtitan_version import IS_V02
 from tests.convert_cases import load_safetensors
 from tests.training import SHORT, train
 
-if HAS_TOML:
+if IS_V02:
     from torchtitan.components.checkpoint import MODEL
     from torchtitan.components.checkpoint import CheckpointManager as Manager
 

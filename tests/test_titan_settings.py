@@ -16,8 +16,6 @@ from gdn2_titan.titan.checks.command_line import check_arguments, check_table
 from gdn2_titan.titan.checks.ranges import ANY, ELSEWHERE, IGNORED, RANGES
 from gdn2_titan.titan.errors import ConfigError
 from gdn2_titan.titan.job_config import JobConfig, parse, validate
-from gdn2_titan.titan.setting_ranges import ANY, ELSEWHERE, IGNORED, RANGES
-from gdn2_titan.titan.toml_check import check_table
 from tests.config_cases import check, write_toml
 from tests.generations import only_functions, only_toml
 from tests.training import DEBUG_HYBRID, ROOT, SHORT, launch
@@ -209,7 +207,7 @@ def leaves(cls, prefix=""):
 @functools.cache
 def config_class():
     """What a TOML file is checked against."""
-    if not HAS_TOML:
+    if not IS_V02:
         return JobConfig
     from torchtitan.config import ConfigManager
     from torchtitan.config import JobConfig as StockJobConfig
@@ -234,7 +232,7 @@ def test_every_field_of_every_section_has_its_values_checked_or_a_reason_why_any
         assert field in tables or field.startswith(OURS), f"{field} is in no table of setting_ranges.py"
         if field not in free and not field.startswith(OURS):
             assert field in WRONG or field in SWITCHES, f"{field} has no case here that shows how it is refused"
-    assert not HAS_TOML or set(tables) == {field for field in LEAVES if not field.startswith(OURS)}
+    assert not IS_V02 or set(tables) == {field for field in LEAVES if not field.startswith(OURS)}
 
 
 def test_what_is_ignored_is_ignored_at_its_default():
@@ -482,7 +480,7 @@ def _refusal(module, folder, *arguments):
     ],
 )
 def test_a_launch_ends_with_the_sentence_before_torchtitan_builds_anything(option, sentence, tmp_path):
-    module = "torchtitan.train" if HAS_TOML else "gdn2_titan.titan.train"
+    module = "torchtitan.train" if IS_V02 else "gdn2_titan.titan.train"
     start = f"--job.config_file={DEBUG_HYBRID}", f"--job.dump_folder={tmp_path}"
     assert _refusal(module, tmp_path, *start, *SHORT, option).startswith(sentence)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchtitan.config import ConfigManager
 
-from gdn2_titan.titan.generation import HAS_TOML
+from gdn2_titan.titan.torchtitan_version import IS_V02
 from tests.processes import become_rank, end_here, store_of_launch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,7 +67,7 @@ def _main(rank, world, address, module, arguments, folder, cwd):
     os.dup2(printed, 2)
     os.chdir(cwd)
     sys.argv = [module, *arguments]
-    if HAS_TOML:
+    if IS_V02:
         ConfigManager.parse_args.__defaults__ = (list(arguments),)  # which were sys.argv's when it was imported
     warnings.simplefilter("ignore")
     time.sleep = lambda seconds: None  # rank 0 gives the others two seconds
@@ -85,7 +85,7 @@ def _main(rank, world, address, module, arguments, folder, cwd):
 
 def train(processes, folder, *arguments, config=DEBUG_HYBRID):
     """Trains to the end; returns what it printed."""
-    module = "torchtitan.train" if HAS_TOML else "gdn2_titan.titan.train"
+    module = "torchtitan.train" if IS_V02 else "gdn2_titan.titan.train"
     start = f"--job.config_file={config}", f"--job.dump_folder={folder}"
     code, printed = launch(processes, module, folder, *start, *arguments)
     assert code == 0, printed[-4000:]

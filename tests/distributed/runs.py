@@ -167,7 +167,7 @@ def _train_once(run):
 
     from gdn2_titan.titan.job_config import build, parse  # settles the device; under 0.2.2 registers the model
 
-    generation = importlib.import_module(f"gdn2_titan.titan.{'v02' if HAS_TOML else 'v03'}.components")
+    generation = importlib.import_module(f"gdn2_titan.titan.{'v02' if IS_V02 else 'v03'}.components")
     curves = Curves([], [], [], [], [], [])
 
     class Recorder(BaseLogger):

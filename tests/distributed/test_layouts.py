@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from gdn2_titan.titan.generation import HAS_TOML
+from gdn2_titan.titan.torchtitan_version import IS_V02
 from gdn2_titan.titan.pipeline import RUNS
 
 from .runs import (
@@ -53,10 +53,10 @@ LAYOUTS = {  # processes, data parallel degree, overrides
 LARGEST = "fsdp2-tp2-pp2" if RUNS else "fsdp2-cp4"
 ONE_OF_EACH_KIND = ["hsdp2x2", "fsdp2-tp2", "tp2-pp2", "cp2-contiguous", "fsdp2-cp4", "fsdp2-tp2-pp2"]
 # Every kind of parallelism in some.
-QUICK = ["hsdp2-cp2", "fsdp2-tp2", "pp2", "cp2-contiguous"] if HAS_TOML else ["fsdp2-tp2", "cp2-contiguous"]
+QUICK = ["hsdp2-cp2", "fsdp2-tp2", "pp2", "cp2-contiguous"] if IS_V02 else ["fsdp2-tp2", "cp2-contiguous"]
 
 
-@pytest.mark.parametrize("name", layouts(LAYOUTS if HAS_TOML else ONE_OF_EACH_KIND, QUICK))
+@pytest.mark.parametrize("name", layouts(LAYOUTS if IS_V02 else ONE_OF_EACH_KIND, QUICK))
 def test_a_layout_trains_as_one_process(seed, one_process, tmp_path, name):
     world, data_parallel, extra = LAYOUTS[name]
     steps, last = (WHOLE_RUN, 10) if name == LARGEST else (SHORT_RUN, 3)

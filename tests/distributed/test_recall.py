@@ -2,7 +2,7 @@
 
 import pytest
 
-from gdn2_titan.titan.torchtitan_version import IS_V02 as HAS_TOML
+from gdn2_titan.titan.torchtitan_version import IS_V02
 from tests.training import ROOT
 
 from .runs import layouts, train, without_pipelines
@@ -20,7 +20,7 @@ LAYOUTS = {  # processes, data parallel degree, overrides
     "compiled": (1, 1, ("--compile.enable", "--compile.backend=aot_eager")),
 }  # fmt: skip
 
-QUICK = ["tp2", "fsdp2-cp2"] if HAS_TOML else ["fsdp2-cp2"]
+QUICK = ["tp2", "fsdp2-cp2"] if IS_V02 else ["fsdp2-cp2"]
 
 
 def run(folder, batch=GLOBAL_BATCH, *extra):
@@ -81,7 +81,7 @@ def test_the_task_tells_right_from_wrong_for_the_comparison(one_process):
 
 @pytest.mark.parametrize("name", layouts(LAYOUTS, QUICK))
 def test_a_layout_has_the_losses_and_the_accuracy_of_one_process(seed, one_process, tmp_path, name):
-    if name == "tp2-whole-logits" and not HAS_TOML:
+    if name == "tp2-whole-logits" and not IS_V02:
         pytest.skip("TorchTitan 0.3 has no parallelism.disable_loss_parallel")
     world, data_parallel, extra = LAYOUTS[name]
     [found] = train(world, tmp_path / "out", run(tmp_path, GLOBAL_BATCH // data_parallel, *seed, *extra))
@@ -98,7 +98,7 @@ def assert_same(found, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(HAS_TOML, reason="TorchTitan 0.2.2 refuses such tasks and lengths in a pipeline")
+@pytest.mark.skipif(IS_V02, reason="TorchTitan 0.2.2 refuses such tasks and lengths in a pipeline")
 @without_pipelines
 def test_a_pipeline_learns_sequences_of_various_answers_and_validates_on_longer_ones(seed, tmp_path):
     extra = *seed, "--task.pairs", "1", "3", "--task.validation_lengths", "64"
