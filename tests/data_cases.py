@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import torch.distributed.checkpoint as dcp
 from datasets import Dataset, load_dataset
 
-from gdn2_titan.titan.packing import epoch_order
 from gdn2_titan.titan.job_config import JobConfig
+from gdn2_titan.titan.packing import epoch_order
 from tests.generations import byte_tokenizer
 
 __all__ = [

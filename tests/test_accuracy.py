@@ -11,6 +11,7 @@ from torchtitan.components.loss import cross_entropy_loss
 
 from gdn2_titan.titan.job_config import JobConfig
 from gdn2_titan.titan.tasks import TASKS
+from gdn2_titan.titan.validation import Accuracy
 from tests.config_cases import check, write_toml
 from tests.generations import IS_V02, loss_of, validator_of
 from tests.task_cases import VALIDATED, read_mqar

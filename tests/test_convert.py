@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from gdn2_titan.convert.checkpoint_info import find_info
 from gdn2_titan.convert.commands import from_hf, to_hf
 from gdn2_titan.convert.mapping import from_hf_name, to_hf_name
-from gdn2_titan.convert.checkpoint_info import find_info
 from gdn2_titan.convert.safetensors_files import write_safetensors
 from gdn2_titan.models import GDN2ModelArgs
 from tests.convert_cases import (

@@ -16,7 +16,7 @@ from gdn2_titan.titan import corpus
 from gdn2_titan.titan.corpus import check_source, load_source
 from gdn2_titan.titan.dataloader import build_dataloader, build_validation_dataloader
 from gdn2_titan.titan.errors import ConfigError
-from gdn2_titan.titan.packing import PackedText
+from gdn2_titan.titan.packing import PackedText, epoch_order
 from gdn2_titan.titan.stdlib import is_held_out, stdlib_documents
 from tests.data_cases import (
     TEXTS,

@@ -17,7 +17,6 @@ from gdn2_titan.titan.corpus import check_source, load_source
 from gdn2_titan.titan.dataloader import build_dataloader, for_trainer
 from gdn2_titan.titan.errors import ConfigError
 from gdn2_titan.titan.tokens import check_tokenizer
-from gdn2_titan.convert.toml_table import read_toml
 from tests.data_cases import TOKENIZER, config, stream
 
 

@@ -29,8 +29,7 @@ from gdn2_titan.study import gates, gates_figures
 from gdn2_titan.study.__main__ import main
 from gdn2_titan.study.gates import Token, tokens_of
 from gdn2_titan.study.gates_page import write_page
-from gdn2_titan.study.gates import Token, tokens_of
-from gdn2_titan.study.gates_trace import trace_gates
+from gdn2_titan.study.gates_trace import follow_memory, trace_gates
 from tests.convert_cases import HYBRID, TOKENIZER, assert_one_sentence, hashes, save_step
 from tests.hf_cases import pair, tokens
 from tests.model_cases import sharpened

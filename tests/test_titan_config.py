@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gdn2_titan.models import GDN2Model, flavors
 from gdn2_titan.titan.byte_tokenizer import BYTE_TOKENIZER_DIR
 from gdn2_titan.titan.errors import ConfigError
+from gdn2_titan.titan.parallelize import layout_of
 from tests.config_cases import assert_refused, check, write_toml
 from tests.generations import StockParallelism, loader_of, model_config, only_toml, optimizers_of
 from tests.training import ROOT, SHORT, environment, train

@@ -16,6 +16,7 @@ from gdn2_titan.titan.checks.command_line import check_arguments, check_table
 from gdn2_titan.titan.checks.ranges import ANY, ELSEWHERE, IGNORED, RANGES
 from gdn2_titan.titan.errors import ConfigError
 from gdn2_titan.titan.job_config import JobConfig, parse, validate
+from gdn2_titan.titan.torchtitan_version import IS_V02
 from tests.config_cases import check, write_toml
 from tests.generations import only_functions, only_toml
 from tests.training import DEBUG_HYBRID, ROOT, SHORT, launch

@@ -16,6 +16,7 @@ import torch
 
 from gdn2_titan.models.decoder import SwiGLU
 from gdn2_titan.titan.pipeline import RUNS
+from gdn2_titan.titan.torchtitan_version import IS_V02
 from tests.processes import become_rank, end_here, start, store_of_launch
 from tests.training import GRAD_NORM, LOSS, ROOT, SHORT
 

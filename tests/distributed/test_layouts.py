@@ -8,8 +8,8 @@ import signal
 
 import pytest
 
-from gdn2_titan.titan.torchtitan_version import IS_V02
 from gdn2_titan.titan.pipeline import RUNS
+from gdn2_titan.titan.torchtitan_version import IS_V02
 
 from .runs import (
     SHORT_RUN,
