@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gdn2_titan.ops.context_parallel.exchange_tokens import gather_sequence
+from gdn2_titan.ops.context_parallel.tokens import gather_sequence
 
 from .args import GDN2ModelArgs
 from .attention import Attention, rotary_angles
