@@ -19,8 +19,8 @@ from tables import DOCS, fill, table
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gdn2_titan.ops import context_parallel_gdn2
-from gdn2_titan.ops.context_parallel.exchange_cost import received
-from gdn2_titan.ops.context_parallel.shards import LAYOUTS
+from gdn2_titan.ops.context_parallel.exchange import received
+from gdn2_titan.ops.context_parallel.layout import LAYOUTS
 
 __all__ = ["flash_linear_attention", "markdown", "rows"]
 

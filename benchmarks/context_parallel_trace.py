@@ -20,7 +20,8 @@ from processes import run
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from gdn2_titan.ops.context_parallel.api import begin_gdn2
-from gdn2_titan.ops.context_parallel.shards import SequenceShards
+from gdn2_titan.ops.context_parallel.layout import SequenceShards
+from gdn2_titan.ops.gdn2.arguments import GDN2Inputs, GDN2Options
 
 __all__ = ["between"]
 
@@ -30,10 +31,10 @@ B, T, H, K, D = 1, 256, 16, 128, 1024  # T: of a rank
 
 
 def _step(inputs, x, weight, shards, exchange):
-    raw = {"use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True, "A_log": torch.zeros(H)}
-    handoff = begin_gdn2(*inputs, shards, exchange=exchange, use_sigmoid_in_kernel=True, **raw)
+    options = GDN2Options(None, l2norm=True, gate=True, sigmoid=True)
+    finish = begin_gdn2(GDN2Inputs(*inputs, torch.zeros(H)), options, shards, exchange=exchange)
     gate = F.linear(x, weight)
-    o, _ = handoff.finish()
+    o, _ = finish()
     return (o.flatten(2) * gate.sigmoid()).sum()
 
 

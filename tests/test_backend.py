@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from gdn2_titan.models import GatedDeltaNet2, GDN2Model, GDN2ModelArgs, masks
 from gdn2_titan.models.layer import ShortConvolution
 from gdn2_titan.ops import causal_conv1d, chunk_gdn2, dispatch, recurrent_gdn2, recurrent_gdn2_
-from gdn2_titan.ops.context_parallel.shards import SequenceShards
+from gdn2_titan.ops.context_parallel.layout import SequenceShards
 from gdn2_titan.ops.gdn2 import chunked, split
 from gdn2_titan.ops.gdn2.triton import chunk, recurrent
 from gdn2_titan.ops.short_conv.triton import launches as triton_conv

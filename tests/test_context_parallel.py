@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 from gdn2_titan.ops import chunk_gdn2, context_parallel_gdn2
 from gdn2_titan.ops.context_parallel.api import begin_gdn2
-from gdn2_titan.ops.context_parallel.shards import LAYOUTS, SequenceShards
+from gdn2_titan.ops.context_parallel.layout import LAYOUTS, SequenceShards
+from gdn2_titan.ops.gdn2.arguments import GDN2Inputs, GDN2Options
 from tests.context_parallel_cases import SEQUENCES, shard
 from tests.gdn2_cases import RAW, cast, cotangents, leaves, make, random_resets, run
 from tests.processes import run as run_processes
@@ -37,6 +38,15 @@ def lasting(options):
     if not inputs["use_sigmoid_in_kernel"] and options.get("decay", "weak") == "weak":
         inputs |= {"g": 0.1 * inputs["g"], "b": 0.03 * inputs["b"]}
     return cast(inputs, torch.float32)
+
+
+def begin(shards, output_final_state=False, exchange="auto", **arguments):
+    """``begin_gdn2`` with the arguments of ``chunk_gdn2``."""
+    inputs = GDN2Inputs(**{name: arguments.get(name) for name in GDN2Inputs._fields})
+    names = "use_qk_l2norm_in_kernel", "use_gate_in_kernel", "use_sigmoid_in_kernel"
+    flags = [arguments.get(name, False) for name in names]
+    rest = arguments.get("erase_scale", 1.0), arguments.get("backend", "auto")
+    return begin_gdn2(inputs, GDN2Options(arguments.get("scale"), *flags, *rest), shards, output_final_state, exchange)
 
 
 def gradients(inputs, outputs, weights):
@@ -175,9 +185,9 @@ def _compile(rank, backend, ways):
         projection = torch.randn(10, 12, dtype=torch.float64, requires_grad=True)
 
         def step(inputs, x, shards=shards, exchange=exchange, projection=projection):
-            under_way = begin_gdn2(**inputs, shards=shards, exchange=exchange, output_final_state=True)
+            finish = begin(**inputs, shards=shards, exchange=exchange, output_final_state=True)
             gate = (x @ projection).sigmoid()
-            o, state = under_way.finish()
+            o, state = finish()
             return o.flatten(2) * gate, state
 
         compiled = torch.compile(step, fullgraph=True, backend=backend)
@@ -279,9 +289,9 @@ def test_refusals_name_the_argument_what_came_and_what_is_wanted():
         ({"backend": "reference"}, "backend is 'reference'; it must be one of 'auto', 'triton', 'torch'"),
     ):
         with pytest.raises(ValueError, match=sentence):
-            begin_gdn2(**inputs | changes, shards=shards)
+            begin(**inputs | changes, shards=shards)
     with pytest.raises(ValueError, match="exchange is 'scan'; with 6 ranks it must be 'gather' or 'auto'"):
-        begin_gdn2(**inputs, shards=shards_without_a_group(0, 6), exchange="scan")
+        begin(**inputs, shards=shards_without_a_group(0, 6), exchange="scan")
     with pytest.raises(ValueError, match="layout is 'zigzag'; it must be one of 'contiguous', 'head_tail'"):
         SequenceShards.of(mock.Mock(), "zigzag")
 

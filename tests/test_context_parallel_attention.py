@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import create_mask, flex_attention
 from gdn2_titan.models import attention
 from gdn2_titan.models.attention import Attention, rotary_angles
 from gdn2_titan.models.masks import _block_mask_of_rows, _context_rows, attention_mask, context_mask, reach
-from gdn2_titan.ops.context_parallel.shards import LAYOUTS, SequenceShards
+from gdn2_titan.ops.context_parallel.layout import LAYOUTS, SequenceShards
 from tests.context_parallel_cases import Received, part, summed
 from tests.model_cases import some_resets, visible_by_hand
 from tests.processes import run

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from gdn2_titan.ops import chunk_gdn2, context_parallel_gdn2
-from gdn2_titan.ops.context_parallel import handoff
-from gdn2_titan.ops.context_parallel.shards import SequenceShards
+from gdn2_titan.ops.context_parallel import exchange as exchanges
+from gdn2_titan.ops.context_parallel.layout import SequenceShards
 from tests.context_parallel_cases import SEQUENCES, shard
 from tests.gdn2_cases import leaves, make
 from tests.processes import run as run_processes
@@ -44,9 +44,9 @@ class Late:
 def _flight(rank):
     inputs, local, positions = inputs_and_part(rank)
     want = torch.autograd.grad(chunk_gdn2(**inputs)[0].square().sum(), list(leaves(inputs).values()))
-    forms = dict(handoff.FORMS)
+    forms = dict(exchanges.FORMS)
     for exchange, form in forms.items():
-        handoff.FORMS[exchange] = Late(form)
+        exchanges.FORMS[exchange] = Late(form)
         with torch.autograd.set_detect_anomaly(True):  # raises where a gradient between two nodes is NaN
             o, _ = context_parallel_gdn2(**local, group=dist.group.WORLD, exchange=exchange)
             loss = o.square().sum()
@@ -74,7 +74,7 @@ def _losses(rank, compiled):
     names = ("the state alone", "no token") if compiled else LOSSES
     for name in names:
         of_second = LOSSES[name]
-        for exchange in ("scan",) if compiled else handoff.FORMS:
+        for exchange in ("scan",) if compiled else exchanges.FORMS:
             torch._dynamo.reset()
             inputs, local, positions = inputs_and_part(rank)
 

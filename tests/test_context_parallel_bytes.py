@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gdn2_titan.ops.context_parallel.exchange_cost import choose
-from gdn2_titan.ops.context_parallel.shards import LAYOUTS, SequenceShards
+from gdn2_titan.ops.context_parallel.exchange import choose
+from gdn2_titan.ops.context_parallel.layout import LAYOUTS, SequenceShards
 
 COUNTER = Path(__file__).parents[1] / "benchmarks" / "context_parallel_bytes.py"
 FORMS = ("gather", "scan")

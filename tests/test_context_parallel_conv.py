@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from gdn2_titan.ops import causal_conv1d, context_parallel_conv1d
-from gdn2_titan.ops.context_parallel.shards import LAYOUTS, SequenceShards
+from gdn2_titan.ops.context_parallel.layout import LAYOUTS, SequenceShards
 from tests import conv_cases
 from tests.context_parallel_cases import Received, part, summed
 from tests.processes import run

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from gdn2_titan.models import GDN2Model, GDN2ModelArgs
 from gdn2_titan.models.rows import Rows
-from gdn2_titan.ops.context_parallel.shards import LAYOUTS
+from gdn2_titan.ops.context_parallel.layout import LAYOUTS
 from gdn2_titan.parallel import (
     apply_compile,
     apply_context_parallel,

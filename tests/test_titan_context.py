@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from gdn2_titan.ops.context_parallel.shards import SequenceShards
+from gdn2_titan.ops.context_parallel.layout import SequenceShards
 from gdn2_titan.titan.job_config import JobConfig
 from gdn2_titan.titan.parallelize import layout_of
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from gdn2_titan.ops.context_parallel.exchange_tokens import gather_sequence, preceding
+from gdn2_titan.ops.context_parallel.tokens import gather_sequence, preceding
 
 from .checks import check_attention, check_count
 from .init import fill_

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from gdn2_titan.ops.context_parallel.exchange_tokens import gather_sequence
+from gdn2_titan.ops.context_parallel.tokens import gather_sequence
 
 from .args import GDN2ModelArgs
 from .attention import Attention, AttentionState, rotary_angles

@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from gdn2_titan.ops import causal_conv1d, chunk_gdn2, recurrent_gdn2
 from gdn2_titan.ops.context_parallel.api import begin_gdn2
-from gdn2_titan.ops.context_parallel.halo import halos
+from gdn2_titan.ops.context_parallel.tokens import halos
+from gdn2_titan.ops.gdn2.arguments import GDN2Inputs, GDN2Options
 from gdn2_titan.ops.gdn2.gates import log_decay
 from gdn2_titan.ops.gdn2.split import check_num_segments
 
@@ -228,9 +229,11 @@ class GatedDeltaNet2(nn.Module):
                 o, memory = chunk_gdn2(*inputs, **options, num_segments=self.num_segments)
             gate = self.gate_proj(self.gate_low_proj(x))
         else:
-            begun = begin_gdn2(*inputs, self.shards, **options)
+            inputs = GDN2Inputs(*inputs, A_log, options["dt_bias"], resets=resets)
+            settings = GDN2Options(None, True, True, True, self.erase_scale, self.backend)
+            finish = begin_gdn2(inputs, settings, self.shards, options["output_final_state"])
             gate = self.gate_proj(self.gate_low_proj(x))  # while what the ranks know of their segments is under way
-            o, memory = begun.finish()
+            o, memory = finish()
         if self.record_statistics:
             self._record(g, erase, write, A_log, dt_bias, memory)
         o = self.o_norm(o) * self.output_gate(gate.unflatten(-1, (-1, V)))

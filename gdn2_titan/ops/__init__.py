@@ -26,7 +26,7 @@ def __getattr__(name: str) -> object:
 
         return context_parallel_gdn2
     if name == "context_parallel_conv1d":
-        from .context_parallel.halo import context_parallel_conv1d
+        from .context_parallel.tokens import context_parallel_conv1d
 
         return context_parallel_conv1d
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

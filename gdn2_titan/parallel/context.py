@@ -3,7 +3,7 @@
 from torch.distributed.device_mesh import DeviceMesh
 
 from gdn2_titan.ops.checks import check_choice
-from gdn2_titan.ops.context_parallel.shards import LAYOUTS, SequenceShards
+from gdn2_titan.ops.context_parallel.layout import LAYOUTS, SequenceShards
 
 __all__ = ["apply_context_parallel", "check_context_parallel"]
 

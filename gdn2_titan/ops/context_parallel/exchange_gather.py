@@ -7,8 +7,10 @@ Shapes: M [S, B, H, K, K], D [S, B, HV, K, V] of a rank's S segments, S first.
 """
 
 import torch
+from torch import Tensor
 
 from ..gdn2.maps import apply, apply_transposed
+from .layout import SequenceShards
 
 __all__ = ["kept", "pending_back", "receive", "receive_back", "send", "send_back"]
 
@@ -20,7 +22,7 @@ def _order(shards):
     return [*range(0, 2 * shards.size, 2), *range(2 * shards.size - 1, 0, -2)]
 
 
-def kept(shards):
+def kept(shards: SequenceShards) -> int:
     """How many transitions ``receive`` keeps for backward."""
     return shards.size * shards.per_rank
 
@@ -34,12 +36,14 @@ def _wait(tensors):
     return [torch.ops._c10d_functional.wait_tensor(x) for x in tensors]
 
 
-def send(M, D, shards, final):
+def send(M: Tensor, D: Tensor, shards: SequenceShards, final: bool) -> list[Tensor]:
     """Begin. final: whether the state after the whole sequence will be asked for."""
     return _gather([M, D], shards)
 
 
-def receive(pending, M, D, shards, final):
+def receive(
+    pending: list[Tensor], M: Tensor, D: Tensor, shards: SequenceShards, final: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """The states that this rank's segments are entered with [S, B, HV, K, V], the one after the whole sequence or
     None, and the transitions to keep [kept, B, H, K, K]."""
     M, D = _wait(pending)
@@ -54,17 +58,17 @@ def receive(pending, M, D, shards, final):
     return torch.stack(entering), state if final else None, M
 
 
-def pending_back(shape, shards):
+def pending_back(shape: torch.Size, shards: SequenceShards) -> tuple[int, ...]:
     """The shape of what ``send_back`` begins to receive, for dD of this shape."""
     return (shards.size * shape[0], *shape[1:])
 
 
-def send_back(dD, shards):
+def send_back(dD: Tensor, shards: SequenceShards) -> Tensor:
     """Begin. dD [S, B, HV, K, V]: the gradient of each entering state that this rank's own outputs give."""
     return _gather([dD], shards)[0]
 
 
-def receive_back(pending, dD, kept, shards):
+def receive_back(pending: Tensor, dD: Tensor, kept: Tensor, shards: SequenceShards) -> Tensor:
     """The gradients of the states that this rank's segments leave [S, B, HV, K, V]."""
     (dD,) = _wait([pending])
     order, mine = _order(shards), shards.segments

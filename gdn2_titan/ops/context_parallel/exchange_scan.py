@@ -18,11 +18,27 @@ Shapes as in ``exchange_gather``; an axis of segments is an axis of lanes here.
 import math
 
 import torch
+from torch import Tensor
 
 from ..gdn2.maps import apply, apply_transposed
-from .ordering import after
+from .layout import SequenceShards
 
-__all__ = ["kept", "pending_back", "receive", "receive_back", "send", "send_back"]
+__all__ = ["kept", "ordered_after", "pending_back", "receive", "receive_back", "send", "send_back"]
+
+
+@torch.library.custom_op("gdn2_titan::after", mutates_args=())
+def ordered_after(x: Tensor, earlier: Tensor) -> Tensor:
+    """A copy of x that cannot be computed before ``earlier`` is: an order of messages that a compiler keeps.
+
+    The graphs of two ranks differ, so a compiler may place a message whose contents depend on nothing that came before,
+    such as zeros, elsewhere in one graph than in the other. Two ranks then wait for each other's next message for ever.
+    """
+    return x.clone()
+
+
+@ordered_after.register_fake
+def _(x, earlier):
+    return x.new_empty(x.shape)
 
 
 def _steps(shards):
@@ -46,7 +62,10 @@ def _swap(tensors, shards, step, gives=True, takes=True):
     sizes[shards.rank ^ (1 << step)] = flat.numel()
     nothing = [0] * shards.size
     return torch.ops._c10d_functional.all_to_all_single(
-        flat if gives else after(flat[:0], flat), sizes if takes else nothing, sizes if gives else nothing, shards.group
+        flat if gives else ordered_after(flat[:0], flat),
+        sizes if takes else nothing,
+        sizes if gives else nothing,
+        shards.group,
     )
 
 
@@ -66,7 +85,7 @@ def _through(M, S):
     return S if M is None else apply(M, S)
 
 
-def kept(shards):
+def kept(shards: SequenceShards) -> int:
     """How many transitions ``receive`` keeps for backward."""
     count, passed = 0, [False] * shards.per_rank
     for step in range(_steps(shards)):
@@ -83,12 +102,14 @@ def _send(M, D, shards, step, final):
     return _swap([M, D], shards, step)
 
 
-def send(M, D, shards, final):
+def send(M: Tensor, D: Tensor, shards: SequenceShards, final: bool) -> list[Tensor]:
     """Begin. final: whether the state after the whole sequence will be asked for."""
     return [_send(M, D, shards, 0, final)]
 
 
-def receive(pending, M, D, shards, final):
+def receive(
+    pending: list[Tensor], M: Tensor, D: Tensor, shards: SequenceShards, final: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """As ``exchange_gather.receive``."""
     lanes = range(shards.per_rank)
     entering = [torch.zeros_like(D[lane]) for lane in lanes]  # the states, were the block entered with zero
@@ -139,17 +160,17 @@ def _send_back(dD, shards, step):
     return _swap([dD], shards, step)
 
 
-def pending_back(shape, shards):
+def pending_back(shape: torch.Size, shards: SequenceShards) -> tuple[int, ...]:
     """The shape of what ``send_back`` begins to receive, for dD of this shape."""
     return (0,) if _one_way(shards, 0) and _upper(shards, 0)[0] else (math.prod(shape),)
 
 
-def send_back(dD, shards):
+def send_back(dD: Tensor, shards: SequenceShards) -> Tensor:
     """Begin. dD [S, B, HV, K, V]: the gradient of each entering state that this rank's own outputs give."""
     return _send_back(dD, shards, 0)
 
 
-def receive_back(pending, dD, kept, shards):
+def receive_back(pending: Tensor, dD: Tensor, kept: Tensor, shards: SequenceShards) -> Tensor:
     """As ``exchange_gather.receive_back``."""
     lanes, kept = range(shards.per_rank), iter(kept)
     leaving, passed = [torch.zeros_like(dD[lane]) for lane in lanes], [False for _ in lanes]
