@@ -4,8 +4,8 @@
     python benchmarks/aot.py --size 128 --kind "bf16 raw" --write    # a table of these cases into docs/kernels.md
 
 Each launch that the calls of ``CASES`` would make on a target is compiled by Triton's own path, specialisation of
-arguments included: by its warm-up entry, under a driver that knows nothing but the target. A line a kernel: its
-configuration, registers of a thread, what spilled, shared memory, matrix instructions, and what is wrong, if anything.
+arguments included: by its warm-up entry, under a driver that knows nothing but the target. A line a kernel, as in that
+table, and what is wrong, if anything.
 Without TRITON_INTERPRET: Triton decides when it decorates a kernel whether it will be compiled.
 """
 
@@ -18,6 +18,7 @@ import multiprocessing
 import re
 import subprocess
 import tempfile
+from types import SimpleNamespace
 
 import torch
 import triton
@@ -27,8 +28,6 @@ from tables import DOCS, fill, table
 from triton.backends.compiler import GPUTarget
 
 from gdn2_titan import ops
-
-__all__ = ["CASES", "OPS", "TARGETS", "reports"]
 
 KB = 1024
 TENSOR_MEMORY = 512  # columns, of a program on sm_100; for a kernel that wants more Triton emits a trap
@@ -51,13 +50,9 @@ B, T, H = 1, 4096, 4
 
 
 def _train(function, inputs):
-    outputs = function(**inputs, backend="triton")
-    torch.autograd.grad([x for x in outputs if x is not None], [x for x in inputs.values() if _learns(x)],
-                        [torch.zeros_like(x) for x in outputs if x is not None])  # fmt: skip
-
-
-def _learns(x):
-    return isinstance(x, torch.Tensor) and x.requires_grad
+    outputs = [x for x in function(**inputs, backend="triton") if x is not None]
+    leaves = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
+    torch.autograd.grad(outputs, leaves, [torch.zeros_like(x) for x in outputs])
 
 
 def _chunk(kind, size, options):
@@ -90,39 +85,23 @@ def _conv(kind, size, options):
 OPS = {"chunk": _chunk, "segment": _segment, "recurrent": _recurrent, "decode": _decode, "conv": _conv}
 
 
-def _cases():
+def _wanted(op, kind, size, options):
     """Every kind and size of input, and every option with the inputs of training; the convolution knows no sizes."""
-    for op, kind, size, options in itertools.product(OPS, KINDS, SIZES, OPTIONS):
-        if op == "conv":
-            if size == 128 and kind != "bf16 raw":
-                yield op, kind, size, options
-        elif options == "packed" and op == "segment":
-            continue  # it has no cu_seqlens
-        elif options == "plain" or (op != "decode" and size == 128 and kind == "bf16 raw"):
-            yield op, kind, size, options
+    if op == "conv":
+        return size == 128 and kind != "bf16 raw"
+    if op == "segment" and options == "packed":
+        return False  # it has no cu_seqlens
+    return options == "plain" or (op != "decode" and size == 128 and kind == "bf16 raw")
 
 
-CASES = tuple(_cases())
-
-
-class _Driver:
-    """What Triton asks of a device in order to compile for it."""
-
-    def __init__(self, target):
-        self.target = target
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self):
-        return self.target.arch  # what a kernel's compiled forms are kept by
-
-    def get_current_stream(self, device):
-        return 0
+CASES = [case for case in itertools.product(OPS, KINDS, SIZES, OPTIONS) if _wanted(*case)]
 
 
 def _compile(launch, config, target):
-    triton.runtime.driver.set_active(_Driver(target))
+    """By all that Triton asks of a driver in order to compile: a kernel's compiled forms are kept by the device."""
+    triton.runtime.driver.set_active(SimpleNamespace(
+        get_current_target=lambda: target, get_current_device=lambda: target.arch, get_current_stream=lambda device: 0
+    ))  # fmt: skip
     return launch.kernel.warmup(grid=(1,), **launch.args, **launch.constants, **config)
 
 
@@ -164,27 +143,22 @@ def _hip_resources(compiled):
 
 OPERAND = r"(?:tensor|!ttg\.memdesc)<(\d+)x(\d+)x(\w+)"
 DOT = re.compile(rf"\b(tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma)\b.* : {OPERAND}.*?>(?: \*|,) {OPERAND}")
-
-
-def _products(text):
-    """The products in the target's own IR, e.g. "wgmma 64x128x64 bf16" (rows, columns, inner) -> how many."""
-    names = {"tt.dot": "mma", "ttng.warp_group_dot": "wgmma", "ttng.tc_gen5_mma": "tcgen05"}
-    found = collections.Counter()
-    for op, rows, inner, dtype, _, columns, _ in DOT.findall(text):
-        found[f"{names[op]} {rows}x{columns}x{inner} {dtype}"] += 1
-    return dict(sorted(found.items()))
+DOTS = {"tt.dot": "mma", "ttng.warp_group_dot": "wgmma", "ttng.tc_gen5_mma": "tcgen05"}
 
 
 def _report(launch, config, target):
+    """Of the machine code, and "products": those of the target's own IR, e.g. "wgmma 64x128x64 bf16" (rows, columns,
+    inner) -> how many."""
     _, triton_target, limit = TARGETS[target]
     compiled = _compile(launch, config, triton_target)
     resources = _cuda_resources if triton_target.backend == "cuda" else _hip_resources
-    return {
-        **resources(compiled),
+    dots = DOT.findall(compiled.asm["ttgir"])
+    products = collections.Counter(f"{DOTS[op]} {m}x{n}x{k} {dtype}" for op, m, k, dtype, _, n, _ in dots)
+    return resources(compiled) | {
         "shared": compiled.metadata.shared,
         "shared_limit": limit,
         "tensor_memory": getattr(compiled.metadata, "tmem_size", 0),
-        "products": _products(compiled.asm["ttgir"]),
+        "products": dict(sorted(products.items())),
     }
 
 
@@ -208,47 +182,25 @@ def faults(report):
     return found
 
 
-def _configs(launch, all_candidates, changes):
-    candidates = launch.candidates if all_candidates else launch.candidates[:1]
-    return [config | {name: x for name, x in changes.items() if name in config} for config in candidates]
-
-
-def case_reports(target, case, kernels=None, all_candidates=False, changes=None):
-    """One dict for each kernel that the case starts on the target, at its default configuration or at all of them.
-    kernels: names of those wanted. changes: of the configurations, by name."""
+def case_reports(job):
+    """One dict for each kernel that a case starts on a target, at its default configuration. job: (target, case,
+    changes of the configuration by name)."""
+    target, case, changes = job
     op, kind, size, options = case
     with recorded(TARGETS[target][0]) as launches:
         OPS[op](kind, size, OPTIONS[options])
     found = []
     for launch in launches:
-        if kernels and launch.name not in kernels:
-            continue
-        for config in _configs(launch, all_candidates, changes or {}):
-            report = {"op": op, "kind": kind, "size": size, "options": options, "target": target}
-            report |= {"kernel": launch.name, "config": config}
-            try:
-                report |= _report(launch, config, target)
-            except Exception as error:  # whatever Triton or an assembler raises: one kernel must not hide the others
-                report["error"] = f"{type(error).__name__}: {error}"
-            if report not in found:
-                found.append(report)
+        config = {name: changes.get(name, x) for name, x in launch.candidates[0].items()}
+        report = {"op": op, "kind": kind, "size": size, "options": options, "target": target}
+        report |= {"kernel": launch.name, "config": config}
+        try:
+            report |= _report(launch, config, target)
+        except Exception as error:  # whatever Triton or an assembler raises: one kernel must not hide the others
+            report["error"] = f"{type(error).__name__}: {error}"
+        if report not in found:
+            found.append(report)
     return found
-
-
-def reports(targets, cases, *options, workers=2):
-    """The reports of all cases on all targets, as they are ready. options: of ``case_reports``."""
-    context = multiprocessing.get_context("spawn")  # a fork would inherit the threads of torch
-    with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
-        tasks = [pool.submit(case_reports, target, case, *options) for target in targets for case in cases]
-        for task in tasks:
-            yield from task.result()
-
-
-def _line(report):
-    case = "{target:>6} {op} {kind} {size} {options}: {kernel} {config}".format(**report)
-    if "error" not in report:
-        case += ", {registers} registers, {shared} bytes shared, {matrix}".format(**report)
-    return "\n    ".join([case, *faults(report)])
 
 
 def _row(report):
@@ -274,19 +226,21 @@ def main():
     for name, values in (axes | {"target": TARGETS}).items():
         values = list(values)
         parser.add_argument(f"--{name}", nargs="*", type=type(values[0]), choices=values, default=values)
-    parser.add_argument("--kernel", nargs="*", help="names of kernels")
-    parser.add_argument("--all-candidates", action="store_true", help="not only the default configurations")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=NUMBER", help="change the configurations")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     parser.add_argument("--write", action="store_true", help="put a table into docs/kernels.md")
-    parser.add_argument("--workers", type=int, default=2)
     chosen = parser.parse_args()
     cases = [case for case in CASES if all(x in getattr(chosen, name) for name, x in zip(axes, case, strict=True))]
     changes = {name: int(x) for name, x in (change.split("=") for change in chosen.set)}
+    jobs = [(target, case, changes) for target in chosen.target for case in cases]
     rows = []
-    for report in reports(chosen.target, cases, chosen.kernel, chosen.all_candidates, changes, workers=chosen.workers):
-        print(json.dumps(report | {"faults": faults(report)}) if chosen.json else _line(report), flush=True)
-        rows.append(_row(report))
+    context = multiprocessing.get_context("spawn")  # a fork would inherit the threads of torch
+    with concurrent.futures.ProcessPoolExecutor(2, context) as pool:
+        for report in itertools.chain.from_iterable(pool.map(case_reports, jobs)):
+            wrong, row = faults(report), _row(report)
+            line = "\n    ".join([" | ".join(map(str, row)), *wrong])
+            print(json.dumps(report | {"faults": wrong}) if chosen.json else line, flush=True)
+            rows.append(row)
     if chosen.write:
         fill(DOCS / "kernels.md", {"kernels": table(COLUMNS, rows)})
 

@@ -14,9 +14,8 @@ import json
 
 import torch
 import torch.distributed as dist
-from processes import run
+from processes import Collectives, run
 from tables import DOCS, fill, table
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gdn2_titan.ops import context_parallel_gdn2
 from gdn2_titan.ops.context_parallel.exchange import received
@@ -31,27 +30,16 @@ B, H, K, V = 1, 2, 16, 16
 CASES = [*itertools.product(RANKS, LAYOUTS, EXCHANGES, (False, True))]  # the last: with the final state?
 
 
-class Received(TorchDispatchMode):
-    """Adds up the bytes that arrive at a rank; of all-reduces, which only the final state's gradient needs, apart."""
-
-    def __init__(self, rank):
-        super().__init__()
-        self.rank = rank
-        self.exchanged = self.reduced = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = str(func.overloadpacket)
-        if name == "_c10d_functional.all_gather_into_tensor_coalesced":
-            tensors, size, _ = args
-            self.exchanged += sum(x.nbytes for x in tensors) * (size - 1)
-        elif name == "_c10d_functional.all_to_all_single":
-            x, output_sizes, _, _ = args
-            self.exchanged += (sum(output_sizes) - output_sizes[self.rank]) * x.shape[1:].numel() * x.element_size()
-        elif name == "_c10d_functional.all_reduce":
-            self.reduced += args[0].nbytes
-        elif func.namespace in ("c10d", "_c10d_functional") and name != "_c10d_functional.wait_tensor":
-            raise NotImplementedError(f"{name} is not counted")
-        return func(*args, **(kwargs or {}))
+# Bytes that arrive at a rank; of all-reduces, which only the final state's gradient needs, apart.
+COLLECTIVES = {
+    "_c10d_functional.all_gather_into_tensor_coalesced": lambda xs, size, _: (
+        "exchanged", sum(x.nbytes for x in xs) * (size - 1)
+    ),
+    "_c10d_functional.all_to_all_single": lambda x, sizes, *_: (
+        "exchanged", (sum(sizes) - sizes[dist.get_rank()]) * x.shape[1:].numel() * x.itemsize
+    ),
+    "_c10d_functional.all_reduce": lambda x, *_: ("reduced", x.nbytes),
+}  # fmt: skip
 
 
 def flash_linear_attention(size, per_rank, heads, key_dim, value_dim):
@@ -61,47 +49,39 @@ def flash_linear_attention(size, per_rank, heads, key_dim, value_dim):
 
 def _call(group, layout, exchange, final, length):
     """Bytes of this rank: exchanged forward, exchanged backward, reduced."""
-    rank = dist.get_rank(group)
-    shapes = [(B, length, H, size) for size in (K, K, V, K, K, V)]
-    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
-    raw = {"use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True, "A_log": torch.zeros(H)}
-    with Received(rank) as forward:
+    inputs = [torch.randn(B, length, H, size, requires_grad=True) for size in (K, K, V, K, K, V)]
+    with Collectives(COLLECTIVES) as forward:
         o, state = context_parallel_gdn2(
-            *inputs, group=group, layout=layout, exchange=exchange, output_final_state=final,
-            use_sigmoid_in_kernel=True, **raw,
+            *inputs, group=group, layout=layout, exchange=exchange, output_final_state=final, A_log=torch.zeros(H),
+            use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, use_sigmoid_in_kernel=True,
         )  # fmt: skip
     loss = o.sum() + (state.sum() if final else 0)
-    with Received(rank) as backward:
+    with Collectives(COLLECTIVES) as backward:
         loss.backward()
-    return forward.exchanged, backward.exchanged, forward.reduced + backward.reduced
+    reduced = forward.bytes["reduced"] + backward.bytes["reduced"]
+    return forward.bytes["exchanged"], backward.bytes["exchanged"], reduced
 
 
 def _count():
-    """Bytes of this rank in each of CASES, at each of LENGTHS; nothing where it is no rank of the case."""
+    """Bytes of this rank for each of CASES and LENGTHS; nothing where it is no rank of the case."""
     groups = {size: dist.new_group(range(size)) for size in RANKS}
     return [
-        _call(groups[size], layout, exchange, final, length) if dist.get_rank() < size else None
+        [_call(groups[size], layout, exchange, final, length) for length in LENGTHS] if dist.get_rank() < size else None
         for size, layout, exchange, final in CASES
-        for length in LENGTHS
     ]
 
 
 def rows():
     """A dict for each of CASES. "counted": (forward, backward) of the rank that receives most, for each of LENGTHS."""
-    everyone = run(_count, max(RANKS))
     result = []
-    for i, (size, layout, exchange, final) in enumerate(CASES):
+    for (size, layout, exchange, final), ranks in zip(CASES, zip(*run(_count, max(RANKS)), strict=True), strict=True):
+        counted = [[max(n) for n in zip(*one, strict=True)][:2] for one in zip(*ranks[:size], strict=True)]
+        (reduced,) = {n for lengths in ranks[:size] for _, _, n in lengths}  # alike everywhere
         per_rank = LAYOUTS.index(layout) + 1
-        counted, reduced = [], set()
-        for j in range(len(LENGTHS)):
-            ranks = [everyone[rank][i * len(LENGTHS) + j] for rank in range(size)]
-            counted.append([max(forward for forward, _, _ in ranks), max(backward for _, backward, _ in ranks)])
-            reduced |= {n for _, _, n in ranks}
-        (reduced,) = reduced
         transition, state = B * H * K * K * 4, B * H * K * V * 4
-        formula = received(exchange, size, per_rank, transition, state, final)
+        formula = [*received(exchange, size, per_rank, transition, state, final)]
         ratio = sum(counted[0]) / flash_linear_attention(size, per_rank, B * H, K, V)
-        found = {"counted": counted, "formula": list(formula), "reduced": reduced, "state": state, "ratio": ratio}
+        found = {"counted": counted, "formula": formula, "reduced": reduced, "state": state, "ratio": ratio}
         result.append({"ranks": size, "layout": layout, "exchange": exchange, "final": final} | found)
     return result
 
@@ -114,8 +94,8 @@ def markdown(result):
     for row in result:
         if not row["final"]:
             both = [f"{forward:,} + {backward:,}" for forward, backward in (*row["counted"], row["formula"])]
-            cells = [str(row["ranks"]), row["layout"], row["exchange"], "; ".join(both[:-1]), both[-1]]
-            lines.append([*cells, f"{row['ratio']:.2f}"])
+            counted, formula = "; ".join(both[:-1]), both[-1]
+            lines.append([row["ranks"], row["layout"], row["exchange"], counted, formula, f"{row['ratio']:.2f}"])
     return table(["ranks", "layout", "exchange", heading, "formula", "of FLA's"], lines)
 
 

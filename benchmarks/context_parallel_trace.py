@@ -9,8 +9,6 @@ for it, and how much of that time gloo's own thread was at work.
 
 import argparse
 import collections
-import json
-import tempfile
 from pathlib import Path
 
 import torch
@@ -39,10 +37,11 @@ def _step(inputs, x, weight, shards, exchange):
 
 
 def _trace(folder):
-    """Writes the traces of rank 0."""
+    """[(exchange, phase, *what ``between`` says)] of this rank; rank 0 writes its traces, if there is a folder."""
     shards = SequenceShards.of(dist.group.WORLD, "contiguous")
     inputs = [torch.randn(B, T, H, K, requires_grad=True) for _ in range(6)]
     x, weight = torch.randn(B, T, D, requires_grad=True), torch.randn(H * K, D, requires_grad=True)
+    found = []
     for exchange in EXCHANGES:
         _step(inputs, x, weight, shards, exchange).backward()  # what is set up once
         dist.barrier()
@@ -51,46 +50,41 @@ def _trace(folder):
                 loss = _step(inputs, x, weight, shards, exchange)
             with record_function("backward"):
                 loss.backward()
-        if dist.get_rank() == 0:
-            profiler.export_chrome_trace(str(Path(folder) / f"{exchange}.json"))
+        if folder is not None and dist.get_rank() == 0:
+            profiler.export_chrome_trace(str(folder / f"{exchange}.json"))
+        found += [(exchange, phase, *between(profiler.events(), exchange, phase)) for phase in ("forward", "backward")]
+    return found
 
 
-def between(path, exchange, phase):
+def between(events, exchange, phase):
     """(outermost ATen operators on the calling thread between the exchange and its wait, in order; milliseconds between
     the two; milliseconds thereof in which gloo's thread was at work). phase: "forward" or "backward"."""
-    events = [e for e in json.loads(Path(path).read_text())["traceEvents"] if e.get("ph") == "X"]
-    for event in events:
-        event["end"] = event["ts"] + event["dur"]
-    (whole,) = (e for e in events if e["name"] == phase)
-    inside = [e for e in events if whole["ts"] <= e["ts"] and e["end"] <= whole["end"]]
-    here = sorted((e for e in inside if e["tid"] == whole["tid"]), key=lambda e: (e["ts"], -e["end"]))
-    start = next(e["end"] for e in here if e["name"] == f"_c10d_functional::{EXCHANGES[exchange]}")
-    wait = next(e["ts"] for e in here if e["name"] == "_c10d_functional::wait_tensor" and e["ts"] >= start)
+    (whole,) = (e for e in events if e.name == phase)
+    first, last = whole.time_range.start, whole.time_range.end
+    inside = [e for e in events if first <= e.time_range.start and e.time_range.end <= last]
+    here = [(e.time_range.start, -e.time_range.end, e.name) for e in inside if e.thread == whole.thread]
+    here.sort()  # what is called inside another comes after it
+    start = next(-end for _, end, name in here if name == f"_c10d_functional::{EXCHANGES[exchange]}")
+    wait = next(begin for begin, _, name in here if name == "_c10d_functional::wait_tensor" and begin >= start)
     names, busy_until = [], start
-    for event in here:
-        if event["name"].startswith("aten::") and busy_until <= event["ts"] and event["end"] <= wait:
-            names.append(event["name"])
-            busy_until = event["end"]
-    gloo = [e for e in inside if e["name"].startswith("gloo:")]
-    at_work = sum(max(0, min(e["end"], wait) - max(e["ts"], start)) for e in gloo)
+    for begin, end, name in here:
+        if name.startswith("aten::") and busy_until <= begin and -end <= wait:
+            names.append(name)
+            busy_until = -end
+    gloo = [e.time_range for e in inside if e.name.startswith("gloo:")]
+    at_work = sum(max(0, min(e.end, wait) - max(e.start, start)) for e in gloo)
     return names, (wait - start) / 1e3, at_work / 1e3
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="a folder for the traces")
-    chosen = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        run(_trace, WORLD, folder)
-        for exchange in EXCHANGES:
-            trace = Path(folder) / f"{exchange}.json"
-            for phase in ("forward", "backward"):
-                names, window, at_work = between(trace, exchange, phase)
-                counts = ", ".join(f"{n} x {name}" for name, n in collections.Counter(names).items())
-                print(f"{exchange}, {phase}: {counts}; {window:.2f} ms, gloo's thread at work in {at_work:.2f}")
-            if chosen.out:
-                chosen.out.mkdir(parents=True, exist_ok=True)
-                (chosen.out / trace.name).write_bytes(trace.read_bytes())
+    folder = parser.parse_args().out
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    for exchange, phase, names, window, at_work in run(_trace, WORLD, folder)[0]:
+        counts = ", ".join(f"{n} x {name}" for name, n in collections.Counter(names).items())
+        print(f"{exchange}, {phase}: {counts}; {window:.2f} ms, gloo's thread at work in {at_work:.2f}")
 
 
 if __name__ == "__main__":

@@ -10,198 +10,190 @@ in the results, and is not tried at greater sizes.
 """
 
 import argparse
+import functools
+import importlib
+import itertools
 import pathlib
 
 import torch
 import torch.nn.functional as F
 from calls import conv_inputs, gdn2_inputs
-from gpu_timer import copy_bandwidth, describe, milliseconds, peak_bytes, replayed
-from tables import failures, one_line, table, write
+from tables import describe, one_line, table, write
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton.testing import do_bench
 
 from gdn2_titan import ops
 
 OURS, FLA, TORCH, SDPA = "gdn2_titan", "flash-linear-attention", "compiled PyTorch", "softmax attention"
-TENSORS = ("q", "k", "v", "g", "b", "w")
+H, SIZE = 16, 128  # heads, K and V
 
 
-def _first(outputs):
-    return outputs[0] if isinstance(outputs, tuple) else outputs
+def _fla(name):
+    return getattr(importlib.import_module("fla.ops.gdn2"), name)
 
 
-def ours(inputs):
-    return lambda: ops.chunk_gdn2(**inputs, backend="triton")
-
-
-def flash_linear_attention(inputs):
-    from fla.ops.gdn2 import chunk_gdn2
-
-    return lambda: chunk_gdn2(**inputs)
-
-
-def pytorch(inputs):
+def _compiled(function):
     torch.compiler.reset()  # each length compiles afresh, or Dynamo would go dynamic, and give up after a few
-    compiled = torch.compile(ops.chunk_gdn2)
-    return lambda: compiled(**inputs, backend="torch")
+    return torch.compile(function)
 
 
-def softmax_attention(inputs):
-    q, k, v = (inputs[name].transpose(1, 2) for name in ("q", "k", "v"))
-
-    def call():
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-
-    return call
+def softmax_attention(q, k, v, **others):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
-SEQUENCE = {OURS: ours, FLA: flash_linear_attention, TORCH: pytorch, SDPA: softmax_attention}
+def decode(initial_state, output_final_state, **tensors):
+    return ops.recurrent_gdn2_(**tensors, state=initial_state, backend="triton")
 
 
-def ours_decoding(inputs):
-    state = inputs["initial_state"]
-    tensors = {name: inputs[name] for name in TENSORS}
-    return lambda: ops.recurrent_gdn2_(**tensors, state=state, backend="triton")
+def convolve(x, weight, activation):
+    y = F.conv1d(x.mT, weight[:, None], padding=weight.shape[1] - 1, groups=weight.shape[0])
+    return F.silu(y[..., : x.shape[1]]).mT
 
 
-def flash_linear_attention_decoding(inputs):
-    from fla.ops.gdn2 import fused_recurrent_gdn2
-
-    return lambda: fused_recurrent_gdn2(**inputs)
-
-
-DECODING = {OURS: ours_decoding, FLA: flash_linear_attention_decoding}
-
-
-def our_convolution(inputs):
-    return lambda: ops.causal_conv1d(**inputs, backend="triton")
-
-
-def pytorch_convolution(inputs):
-    torch.compiler.reset()
-
-    @torch.compile
-    def convolve(x, weight):
-        y = F.conv1d(x.mT, weight[:, None], padding=weight.shape[1] - 1, groups=weight.shape[0])
-        return F.silu(y[..., : x.shape[1]]).mT
-
-    return lambda: convolve(inputs["x"], inputs["weight"])
+# Implementation: what returns the function to be measured, or fails where a package is missing.
+SEQUENCE = {
+    OURS: lambda: functools.partial(ops.chunk_gdn2, backend="triton"),
+    FLA: lambda: _fla("chunk_gdn2"),
+    TORCH: lambda: functools.partial(_compiled(ops.chunk_gdn2), backend="torch"),
+    SDPA: lambda: softmax_attention,
+}
+DECODING = {OURS: lambda: decode, FLA: lambda: _fla("fused_recurrent_gdn2")}
+CONVOLUTION = {
+    OURS: lambda: functools.partial(ops.causal_conv1d, backend="triton"),
+    "compiled conv1d": lambda: _compiled(convolve),
+}
 
 
-CONVOLUTION = {OURS: our_convolution, "compiled conv1d": pytorch_convolution}
+def _milliseconds(call):
+    """Median over calls that each find the L2 cache cold, by CUDA events."""
+    return do_bench(call, warmup=100, rep=300, return_mode="median")
+
+
+def _peak_bytes(call):
+    """Of memory above what is allocated before the call."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _copy_bandwidth():
+    """Bytes a second, read and written, of a copy of 1 GiB."""
+    source = torch.zeros(1 << 30, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / (1e-3 * _milliseconds(lambda: target.copy_(source)))
 
 
 def _bytes(tensors):
     return sum(x.nbytes for x in tensors if isinstance(x, torch.Tensor))
 
 
+def _both(leaves, do):
+    """Forward and backward."""
+
+    def run(call):
+        outputs = call()
+        # Attention takes three of the leaves.
+        torch.autograd.grad(outputs[0] if isinstance(outputs, tuple) else outputs, leaves, do, allow_unused=True)
+
+    return lambda call: functools.partial(run, call)
+
+
+def _replayed(call):
+    """As a CUDA graph: for work so short that starting it from Python takes longer."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what is tuned or allocated at first must not be captured
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
 class Bench:
     """Collects rows; knows who has failed already."""
 
     def __init__(self):
-        self.bandwidth = copy_bandwidth()
+        self.bandwidth = _copy_bandwidth()
         self.rows = []
         self.failed = {}
 
-    def measure(self, benchmark, mode, size, contestants, inputs, prepare, floor):
+    def measure(self, benchmark, mode, size, implementations, inputs, prepare, floor):
         """prepare(call) -> what is timed. floor: bytes that the task must move."""
-        for name, build in contestants.items():
+        for name, function in implementations.items():
             row = {"benchmark": benchmark, "mode": mode, "size": size, "implementation": name}
             self.rows.append(row)
-            before = self.failed.get((benchmark, mode, name))
-            if before:
-                row["error"] = f"failed at {before:,}"
+            case = benchmark, mode, name
+            if case in self.failed:
+                row["error"] = f"failed at {self.failed[case]:,}"
                 continue
             try:
-                call = prepare(build(inputs))
-                row["ms"] = milliseconds(call)
+                call = prepare(functools.partial(function(), **inputs))
+                row["ms"] = _milliseconds(call)
                 row["copy_fraction"] = floor / (1e-3 * row["ms"]) / self.bandwidth
-                row["peak_mb"] = peak_bytes(call) / 1e6
-            except Exception as error:  # a contestant that is missing, runs out of memory or breaks ends alone
+                row["peak_mb"] = _peak_bytes(call) / 1e6
+            except Exception as error:  # one that is missing, runs out of memory or breaks ends alone
                 row["error"] = one_line(error)
-                self.failed[benchmark, mode, name] = size
+                self.failed[case] = size
             print(row, flush=True)
             torch.cuda.empty_cache()
 
 
-def sequences(bench, lengths, batch, heads, size):
-    benchmark = f"chunk_gdn2, B = {batch}, H = {heads}, K = V = {size}, bf16, g fp32, over T"
+def sequences(bench, lengths):
+    benchmark = f"chunk_gdn2, B = 1, H = {H}, K = V = {SIZE}, bf16, g fp32, over T"
     for T in lengths:
-        inputs = gdn2_inputs("bf16", batch, T, heads, size, size, device="cuda", requires_grad=True)
-        do = torch.randn_like(inputs["v"])
-        given = _bytes(inputs.values())
-
-        def forward(call):
-            def run():
-                with torch.no_grad():
-                    call()
-
-            return run
-
-        def both(call, inputs=inputs, do=do):
-            # Attention takes three of them.
-            def run():
-                torch.autograd.grad(_first(call()), list(inputs.values()), do, allow_unused=True)
-
-            return run
-
-        bench.measure(benchmark, "forward", T, SEQUENCE, inputs, forward, given + do.nbytes)
+        inputs = gdn2_inputs("bf16", 1, T, H, SIZE, SIZE, device="cuda", requires_grad=True)
+        leaves, do = list(inputs.values()), torch.randn_like(inputs["v"])
+        given = _bytes(leaves)
+        bench.measure(benchmark, "forward", T, SEQUENCE, inputs, torch.no_grad(), given + do.nbytes)
         # The forward reads the inputs and writes o; the backward reads them and do, and writes their gradients.
-        bench.measure(benchmark, "forward + backward", T, SEQUENCE, inputs, both, 3 * given + 2 * do.nbytes)
+        floor = 3 * given + 2 * do.nbytes
+        bench.measure(benchmark, "forward + backward", T, SEQUENCE, inputs, _both(leaves, do), floor)
 
 
-def decoding(bench, batches, heads, size):
-    benchmark = f"recurrent_gdn2_, one token, H = {heads}, K = V = {size}, bf16, state fp32, over the batch"
+def decoding(bench, batches):
+    benchmark = f"recurrent_gdn2_, one token, H = {H}, K = V = {SIZE}, bf16, state fp32, over the batch"
     for B in batches:
         with torch.no_grad():
-            inputs = gdn2_inputs("bf16", B, 1, heads, size, size, state=True, device="cuda")
+            inputs = gdn2_inputs("bf16", B, 1, H, SIZE, SIZE, state=True, device="cuda")
             floor = _bytes(inputs.values()) + inputs["initial_state"].nbytes + inputs["v"].nbytes
-            bench.measure(benchmark, "as a CUDA graph", B, DECODING, inputs, replayed, floor)
+            bench.measure(benchmark, "as a CUDA graph", B, DECODING, inputs, _replayed, floor)
 
 
-def convolutions(bench, lengths, width):
-    benchmark = f"causal_conv1d, D = {width}, W = 4, SiLU, bf16, over T"
+def convolutions(bench, lengths):
+    benchmark = f"causal_conv1d, D = {H * SIZE}, W = 4, SiLU, bf16, over T"
     for T in lengths:
-        inputs = conv_inputs("bf16", 1, T, width, device="cuda", requires_grad=True)
-        leaves = [x for x in inputs.values() if isinstance(x, torch.Tensor)]
-        dy = torch.randn_like(inputs["x"])
-
-        def both(call, leaves=leaves, dy=dy):
-            return lambda: torch.autograd.grad(_first(call()), leaves, dy)
-
-        bench.measure(benchmark, "forward + backward", T, CONVOLUTION, inputs, both, 5 * dy.nbytes)
+        inputs = conv_inputs("bf16", 1, T, H * SIZE, device="cuda", requires_grad=True)
+        leaves, dy = [inputs["x"], inputs["weight"]], torch.randn_like(inputs["x"])
+        bench.measure(benchmark, "forward + backward", T, CONVOLUTION, inputs, _both(leaves, dy), 5 * dy.nbytes)
 
 
 def markdown(rows):
-    """A table for each benchmark and mode: a line for each size, what each implementation took, and ratios to ours."""
-    groups = {}
-    for row in rows:
-        sizes = groups.setdefault((row["benchmark"], row["mode"]), {})
-        sizes.setdefault(row["size"], {})[row["implementation"]] = row
+    """A table for each benchmark and mode: a line for each size and implementation, with the ratio to ours."""
     lines = []
-    for (benchmark, mode), sizes in groups.items():
-        names = list(dict.fromkeys(name for group in sizes.values() for name in group))
-        others = [name for name in names if name != OURS]
-        head = ["size", *(f"{name}, ms" for name in names), *(f"{name} / ours" for name in others)]
-        head += ["ours, of copy bandwidth", *(f"{name}, MB" for name in names)]
-        cells = [
-            [f"{size:,}", *(_cell(group, name, "ms", "{:.3f}") for name in names),
-             *(_ratio(group, name) for name in others), _cell(group, OURS, "copy_fraction", "{:.0%}"),
-             *(_cell(group, name, "peak_mb", "{:,.0f}") for name in names)]
-            for size, group in sizes.items()
-        ]  # fmt: skip
-        lines += [f"### {benchmark}, {mode}", "", table(head, cells, align="---:"), ""]
-    return lines + failures(rows, "{benchmark}, {mode}, {size:,}, {implementation}")
+    for names, group in itertools.groupby(sorted(rows, key=_benchmark), key=_benchmark):
+        cells, ours = [], {}
+        for row in group:
+            cells.append([f"{row['size']:,}", row["implementation"]])
+            if "error" in row:
+                cells[-1] += [row["error"], "", "", ""]
+                continue
+            if row["implementation"] == OURS:
+                ours[row["size"]] = row["ms"]
+            ratio = f"{row['ms'] / ours[row['size']]:.2f}" if row["size"] in ours else "-"
+            cells[-1] += [f"{row['ms']:.3f}", ratio, f"{row['copy_fraction']:.0%}", f"{row['peak_mb']:,.0f}"]
+        head = ["size", "implementation", "ms", "by ours", "of copy bandwidth", "MB"]
+        lines += [f"### {', '.join(names)}", "", table(head, cells, align="---:"), ""]
+    return lines
 
 
-def _cell(group, name, field, form):
-    row = group.get(name, {})
-    return form.format(row[field]) if field in row else "-"
-
-
-def _ratio(group, name):
-    times = [group.get(x, {}).get("ms") for x in (name, OURS)]
-    return "-" if None in times else f"{times[0] / times[1]:.2f}"
+def _benchmark(row):
+    return row["benchmark"], row["mode"]
 
 
 def main():
@@ -209,18 +201,15 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the results")
     parser.add_argument("--lengths", type=int, nargs="*", default=[1 << n for n in range(11, 17)])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 4, 16, 64, 256], help="of the decoding")
-    parser.add_argument("--batch", type=int, default=1, help="sequences at every length")
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--size", type=int, default=128, help="K and V")
     chosen = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a GPU")
     bench = Bench()
     facts = describe("cuda") | {"copy bandwidth": f"{bench.bandwidth / 1e9:.0f} GB/s"}
     try:
-        sequences(bench, chosen.lengths, chosen.batch, chosen.heads, chosen.size)
-        decoding(bench, chosen.batches, chosen.heads, chosen.size)
-        convolutions(bench, chosen.lengths, chosen.heads * chosen.size)
+        sequences(bench, chosen.lengths)
+        decoding(bench, chosen.batches)
+        convolutions(bench, chosen.lengths)
     finally:  # also what was measured before something broke
         write(chosen.out, "op_gpu", facts, bench.rows, markdown(bench.rows))
 

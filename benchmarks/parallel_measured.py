@@ -1,16 +1,17 @@
-"""What a training step of a small model really holds and sends, in processes over gloo, and what a block saves.
+"""What training steps and blocks of a small model really hold and send, in processes over gloo, beside the formulas.
 
 Needs the plug's requirements: activation checkpointing is TorchTitan's.
 """
 
-import collections
 import contextlib
+import dataclasses
 import math
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from processes import run
+from parallel_costs import CHECKPOINTING, Costs, Layout
+from processes import Collectives, run
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -21,82 +22,68 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gdn2_titan.models import GDN2Model
+from gdn2_titan.models import GDN2Model, GDN2ModelArgs
 from gdn2_titan.models.attention import rotary_angles
 from gdn2_titan.parallel import SAVED_OPS, apply_fsdp, apply_tensor_parallel, sum_gradients
 
-__all__ = ["measure_saved", "measure_step"]
+__all__ = ["LAYOUTS", "check"]
 
 DIMENSIONS = ("pp", "replicate", "shard", "tp")  # TorchTitan's order, outermost first
 
-# Which tensor of a collective's arguments is as large as what the whole group holds or adds up. What a rank of a group
-# of g sends of it is (g - 1) / g of these bytes, twice that in an all-reduce, all of them in a send.
-COLLECTIVES = {  # kind, these tensors, the group
-    "c10d._allgather_base_": ("all-gather", lambda a: [a[0]], lambda a: a[2]),
-    "c10d._reduce_scatter_base_": ("reduce-scatter", lambda a: [a[1]], lambda a: a[2]),
-    "c10d.allreduce_": ("all-reduce", lambda a: a[0], lambda a: a[1]),
-    "c10d.send": ("send", lambda a: a[0], lambda a: a[1]),
-    "_c10d_functional.all_gather_into_tensor": ("all-gather", lambda a: [a[0]] * a[1], lambda a: a[2]),
-    "_c10d_functional.reduce_scatter_tensor": ("reduce-scatter", lambda a: [a[0]], lambda a: a[3]),
-    "_c10d_functional.all_reduce": ("all-reduce", lambda a: [a[0]], lambda a: a[2]),
+# The heads can be shared by two ranks; sides are no powers of two, so that FSDP has to pad.
+SMALL = GDN2ModelArgs(
+    vocab_size=50, hidden_size=36, n_layers=4, mlp_size=90, num_heads=2, num_v_heads=4, head_dim=10, expand_v=2.0,
+    attn_heads=6, attn_kv_heads=2, layer_pattern=("gdn2", "attention"),
+)  # fmt: skip
+LENGTH = 64
+BLOCKS = {"a block": Layout(sequences=2), "a block, TP 2": Layout(tp=2, sequences=2)}
+STEPS = {
+    "FSDP 2": Layout(shard=2),
+    "FSDP 2, 2 accumulated": Layout(shard=2, microbatches=2),
+    "HSDP 2 x 2": Layout(replicate=2, shard=2),
+    "TP 2": Layout(tp=2, sequences=2),
+    "FSDP 2 x TP 2": Layout(shard=2, tp=2),
+    "PP 2": Layout(pp=2, sequences=2, microbatches=3),
+    "FSDP 2 x PP 2": Layout(shard=2, pp=2, microbatches=3),
+    "FSDP 2 x TP 2 x PP 2": Layout(shard=2, tp=2, pp=2, microbatches=3),
 }
-# They receive or wait for what is counted where it is sent or started.
-SILENT = ("c10d.recv_", "_c10d_functional.wait_tensor", "_c10d_functional._wrap_tensor_autograd")
+LAYOUTS = BLOCKS | STEPS
+
+# Collective and group of an operator, and the bytes of what the whole group holds or adds up. What a rank of a group
+# of g sends of it is (g - 1) / g of these bytes, twice that in an all-reduce, all of them in a send.
+COLLECTIVES = {
+    "c10d._allgather_base_": lambda out, x, group, *_: (("all-gather", _name(group)), out.nbytes),
+    "c10d._reduce_scatter_base_": lambda out, x, group, *_: (("reduce-scatter", _name(group)), x.nbytes),
+    "c10d.allreduce_": lambda xs, group, *_: (("all-reduce", _name(group)), sum(x.nbytes for x in xs)),
+    "c10d.send": lambda xs, group, *_: (("send", _name(group)), sum(x.nbytes for x in xs)),
+    "_c10d_functional.all_gather_into_tensor": lambda x, size, group: (("all-gather", group), x.nbytes * size),
+    "_c10d_functional.reduce_scatter_tensor": lambda x, op, size, group: (("reduce-scatter", group), x.nbytes),
+    "_c10d_functional.all_reduce": lambda x, op, group: (("all-reduce", group), x.nbytes),
+}
 
 
-class Traffic(TorchDispatchMode):
-    """Adds up bytes by (mesh dimension, collective)."""
-
-    def __init__(self, dimensions):
-        super().__init__()
-        self.dimensions = dimensions  # by group name
-        self.bytes = collections.Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if DTensor in types:
-            return NotImplemented  # until it has become operators on this rank's tensors
-        name = str(func.overloadpacket)
-        if name in COLLECTIVES:
-            kind, tensors, group = COLLECTIVES[name]
-            group = group(args)
-            if isinstance(group, torch.ScriptObject):
-                group = dist.ProcessGroup.unbox(group).group_name
-            self.bytes[self.dimensions[group], kind] += sum(x.nbytes for x in tensors(args))
-        elif func.namespace in ("c10d", "_c10d_functional") and name not in SILENT:
-            raise NotImplementedError(f"{name} is not counted")
-        return func(*args, **(kwargs or {}))
+def _name(group):
+    return dist.ProcessGroup.unbox(group).group_name
 
 
-def measure_step(costs, layout):
-    """Runs two training steps and reports the second: for each rank {"at": its coordinate by mesh dimension,
-    "parameters": held, "optimizer": bytes of states, "sent": {(dimension, collective): bytes}}."""
-    ranks = _run(_step, costs, layout)
-    for found in ranks:
-        found["sent"] = {(dimension, kind): n for dimension, kind, n in found["sent"] if getattr(layout, dimension) > 1}
-    return ranks
-
-
-def measure_saved(costs, layout):
-    """Bytes that each kind of block keeps from forward for backward, in bf16, under TorchTitan's activation
-    checkpointing: {unit: bytes} of rank 0; the layout is one of tensor parallelism alone."""
-    return _run(_saved, costs, layout)[0]
-
-
-def _run(function, costs, layout):
-    world = math.prod(getattr(layout, name) for name in DIMENSIONS)
-    return run(function, world, costs.args, costs.T, costs.stages(layout.pp), layout)
+def check(name):
+    """[(layout, quantity, formula, measured)], of a step for each rank, of a block for the first."""
+    layout = LAYOUTS[name]
+    world = math.prod(getattr(layout, dimension) for dimension in DIMENSIONS)
+    ranks = run(_blocks, world, layout)[:1] if name in BLOCKS else run(_step, world, layout)
+    return [(name, *row) for rows in ranks for row in rows]
 
 
 def _mesh(layout):
     return init_device_mesh("cpu", [getattr(layout, name) for name in DIMENSIONS], mesh_dim_names=DIMENSIONS)
 
 
-def _step(args, seq_len, stages, layout):
-    mesh = _mesh(layout)
-    at = dict(zip(DIMENSIONS, mesh.get_coordinate(), strict=True))
-    units = stages[at["pp"]]
+def _step(layout):
+    """What this rank holds after two training steps, and sends in the second."""
+    costs, mesh = Costs(SMALL, LENGTH), _mesh(layout)
+    units = costs.stages(layout.pp)[mesh.get_local_rank("pp")]
     with torch.device("meta"):
-        model = GDN2Model(args)
+        model = GDN2Model(SMALL)
     for unit in [name for name in model.layers if name not in units]:
         del model.layers[unit]
     if "tok_embeddings" not in units:
@@ -112,21 +99,25 @@ def _step(args, seq_len, stages, layout):
     model.to_empty(device="cpu")
     model.init_weights()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    tokens = torch.randint(args.vocab_size, (layout.microbatches * layout.sequences, seq_len))
+    tokens = torch.randint(SMALL.vocab_size, (layout.microbatches * layout.sequences, LENGTH))
     step = _pipelined(model, mesh["pp"], layout) if layout.pp > 1 else _accumulated(model, layout)
-    traffic = Traffic({mesh.get_group(name).group_name: name for name in DIMENSIONS})
+    traffic = Collectives(COLLECTIVES)
     for mode in (contextlib.nullcontext(), traffic):  # the first step also sets up
         with mode, loss_parallel() if layout.tp > 1 else contextlib.nullcontext():
             step(tokens)
             optimizer.step()
             optimizer.zero_grad()
     states = [_local(x) for state in optimizer.state.values() for name, x in state.items() if name != "step"]
-    return {
-        "at": at,
-        "parameters": sum(_local(p).numel() for p in model.parameters()),
-        "optimizer": sum(x.nbytes for x in states),
-        "sent": [[*key, n] for key, n in traffic.bytes.items()],
-    }
+    held = sum(costs.held(layout, units, mesh.get_local_rank("shard"), mesh.get_local_rank("tp")))
+    formula = costs.sent(layout, units)
+    groups = {mesh.get_group(name).group_name: name for name in DIMENSIONS}
+    sent = {(groups[group], kind): n for (kind, group), n in traffic.bytes.items()}
+    sent = {key: n for key, n in sent.items() if getattr(layout, key[0]) > 1}
+    return [
+        ("parameters", held, sum(_local(p).numel() for p in model.parameters())),
+        ("optimizer bytes", 8 * held, sum(x.nbytes for x in states)),
+        *((" ".join(x), formula.get(x, 0), sent.get(x, 0)) for x in sorted(formula.keys() | sent.keys())),
+    ]
 
 
 def _local(x):
@@ -156,10 +147,6 @@ def _pipelined(model, mesh, layout):
     return step
 
 
-# They hold no memory themselves; DTensor finds shapes with fake tensors.
-WRAPPERS = (AsyncCollectiveTensor, FakeTensor)
-
-
 class Made(TorchDispatchMode):
     """Remembers every tensor that an operator returns, and knows which are still there."""
 
@@ -172,7 +159,8 @@ class Made(TorchDispatchMode):
             return NotImplemented
         result = func(*args, **(kwargs or {}))
         for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor) and not isinstance(x, WRAPPERS):
+            # Two wrappers hold no memory themselves; DTensor finds shapes with fake tensors.
+            if isinstance(x, torch.Tensor) and not isinstance(x, (AsyncCollectiveTensor, FakeTensor)):
                 storage = x.untyped_storage()
                 self.storages[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
         return result
@@ -183,26 +171,29 @@ class Made(TorchDispatchMode):
         return sum(n for at, (ref, n) in self.storages.items() if at not in others and not ref.expired())
 
 
-def _saved(args, seq_len, stages, layout):
+def _blocks(layout):
+    """What a block of each kind keeps from forward for backward, in bf16, under TorchTitan's checkpointing."""
     from torchtitan.config.job_config import ActivationCheckpoint
     from torchtitan.distributed.activation_checkpoint import apply_ac
 
-    model = GDN2Model(args).bfloat16()
-    if layout.tp > 1:
-        apply_tensor_parallel(model, _mesh(layout)["tp"])
-    if layout.checkpointing != "none":
-        config = ActivationCheckpoint(mode=layout.checkpointing, selective_ac_option="op")
-        apply_ac(model, config, model_compile_enabled=False, op_sac_save_list=SAVED_OPS)
-    angles = rotary_angles(torch.arange(seq_len), args.hidden_size // args.attn_heads, args.rope_theta)
-    shape = (layout.sequences, seq_len // layout.tp, args.hidden_size)
-    found = {}
-    for unit in stages[0]:
-        if unit.isdigit():
-            made = Made()
+    costs = Costs(SMALL, LENGTH)
+    angles = rotary_angles(torch.arange(LENGTH), SMALL.hidden_size // SMALL.attn_heads, SMALL.rope_theta)
+    shape = (layout.sequences, LENGTH // layout.tp, SMALL.hidden_size)
+    rows = []
+    for checkpointing in CHECKPOINTING:
+        model = GDN2Model(SMALL).bfloat16()
+        if layout.tp > 1:
+            apply_tensor_parallel(model, _mesh(layout)["tp"])
+        if checkpointing != "none":
+            config = ActivationCheckpoint(mode=checkpointing, selective_ac_option="op")
+            apply_ac(model, config, model_compile_enabled=False, op_sac_save_list=SAVED_OPS)
+        for unit in ("0", "1"):
             leaf = torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True)
-            with made:
+            with Made() as made:
                 x = leaf + 0
                 y = model.layers[unit](x, None, angles, None)
                 del x
-            found[unit] = made.alive([_local(t) for t in (y, angles, *model.parameters())])
-    return found
+            formula = costs.saved(unit, dataclasses.replace(layout, checkpointing=checkpointing), fused_norm=False)
+            kept = made.alive([_local(t) for t in (y, angles, *model.parameters())])
+            rows.append((f"saved by {SMALL.mixer(int(unit))}, checkpointing {checkpointing}", formula, kept))
+    return rows

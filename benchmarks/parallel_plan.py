@@ -4,14 +4,15 @@
     python benchmarks/parallel_plan.py --check    # the formulas against small runs in processes
     python benchmarks/parallel_plan.py --write    # both, into docs/parallelism.md
 
-``parallel_costs`` has the formulas. A plan predicts no times.
+``parallel_costs`` has the formulas, ``parallel_measured`` the runs. A plan predicts no times.
 """
 
 import argparse
+import dataclasses
 import itertools
 
 from parallel_costs import CHECKPOINTING, Costs, Layout
-from parallel_measured import measure_saved, measure_step
+from parallel_measured import LAYOUTS, check
 from tables import DOCS, fill, table
 
 from gdn2_titan.models import GDN2ModelArgs
@@ -31,55 +32,6 @@ MODELS = {"7B": (_7B, 1024), "70B": (_70B, 2048)}  # shape, sequences of a batch
 LENGTH = 4096
 GPUS = (8, 64, 256, 1024)
 SEQUENCES = (1, 2, 4, 8)  # of a microbatch
-
-# Small models and layouts for the check. The heads can be shared by two ranks; sides are no powers of two, so that
-# FSDP has to pad.
-SMALL = GDN2ModelArgs(
-    vocab_size=50, hidden_size=36, n_layers=4, mlp_size=90, num_heads=2, num_v_heads=4, head_dim=10, expand_v=2.0,
-    attn_heads=6, attn_kv_heads=2, layer_pattern=("gdn2", "attention"),
-)  # fmt: skip
-SMALL_LENGTH = 64
-BLOCKS = {"a block": 1, "a block, TP 2": 2}
-CHECKED = {
-    "FSDP 2": Layout(shard=2),
-    "FSDP 2, 2 accumulated": Layout(shard=2, microbatches=2),
-    "HSDP 2 x 2": Layout(replicate=2, shard=2),
-    "TP 2": Layout(tp=2, sequences=2),
-    "FSDP 2 x TP 2": Layout(shard=2, tp=2),
-    "PP 2": Layout(pp=2, sequences=2, microbatches=3),
-    "FSDP 2 x PP 2": Layout(shard=2, pp=2, microbatches=3),
-    "FSDP 2 x TP 2 x PP 2": Layout(shard=2, tp=2, pp=2, microbatches=3),
-}
-
-
-def check(name):
-    """[(layout, quantity, formula, measured)] of the small model, for each rank."""
-    costs = Costs(SMALL, SMALL_LENGTH)
-    return _saved(costs, name, BLOCKS[name]) if name in BLOCKS else _step(costs, name, CHECKED[name])
-
-
-def _step(costs, name, layout):
-    rows = []
-    for found in measure_step(costs, layout):
-        at = found["at"]
-        units = costs.stages(layout.pp)[at["pp"]]
-        held = costs.held(layout, units, at["shard"], at["tp"])
-        rows.append((name, "parameters", held, found["parameters"]))
-        rows.append((name, "optimizer bytes", 8 * held, found["optimizer"]))
-        formula, sent = costs.sent(layout, units), found["sent"]
-        rows += [(name, " ".join(x), formula.get(x, 0), sent.get(x, 0)) for x in sorted(formula.keys() | sent.keys())]
-    return rows
-
-
-def _saved(costs, name, tp):
-    rows = []
-    for checkpointing in CHECKPOINTING:
-        layout = Layout(tp=tp, sequences=2, checkpointing=checkpointing)
-        measured = measure_saved(costs, layout)
-        for unit in ("0", "1"):
-            what = f"saved by {SMALL.mixer(int(unit))}, checkpointing {checkpointing}"
-            rows.append((name, what, costs.saved(unit, layout, fused_norm=False), measured[unit]))
-    return rows
 
 
 def check_table(rows):
@@ -138,33 +90,31 @@ def _plans_of(name):
     args, batch = MODELS[name]
     costs = Costs(args, LENGTH)
     degrees = ["replicate", "shard", "tensor", "pipeline", "sequences", "microbatches", "checkpointing"]
-    rows, memory = [], fullest(costs, Layout())
+    rows, parts = [], [*costs.memory(Layout(), 0)]
     for gpus in GPUS:
         found = plan(costs, gpus, batch)[:SHOWN]
         for layout, sent, memory in found:
-            numbers = (layout.replicate, layout.shard, layout.tp, layout.pp, layout.sequences, layout.microbatches)
             held = [f"{x / 1e9:.1f}" for x in (*memory.values(), sum(memory.values()))]
-            rows.append([gpus, *numbers, layout.checkpointing, f"{sent / 1e9:,.1f}", *held])
+            rows.append([gpus, *dataclasses.astuple(layout), f"{sent / 1e9:,.1f}", *held])
         if not found:
             least = min(sum(fullest(costs, layout).values()) for layout in layouts(costs, gpus, batch))
-            rows.append([gpus, f"none fits: the least is {least / 1e9:.0f} GB a GPU", *[""] * (len(memory) + 8)])
+            rows.append([gpus, f"none fits: the least is {least / 1e9:.0f} GB a GPU", *[""] * (len(parts) + 8)])
     description = (
         f"**{name}**: {costs.n_params:,} parameters; D = {args.hidden_size:,}, {args.n_layers} layers, MLP "
         f"{args.mlp_size:,}, {args.num_heads} GDN-2 heads of {args.head_dim}, {args.attn_heads} attention heads over "
         f"{args.attn_kv_heads} key/value heads, window {args.window:,}, vocabulary {args.vocab_size:,}. A step is "
         f"{batch:,} sequences of {LENGTH:,} tokens."
     )
-    return f"{description}\n\n{table(['GPUs', *degrees, 'GB sent', *memory, 'GB held'], rows)}"
+    return f"{description}\n\n{table(['GPUs', *degrees, 'GB sent', *parts, 'GB held'], rows)}"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = [*BLOCKS, *CHECKED]
-    parser.add_argument("--check", nargs="*", choices=names,
+    parser.add_argument("--check", nargs="*", choices=list(LAYOUTS),
                         help="formulas against small runs (default: all); exit code 1 if they differ")  # fmt: skip
     parser.add_argument("--write", action="store_true", help="check all, and put all tables into docs/parallelism.md")
     chosen = parser.parse_args()
-    checked = names if chosen.write or chosen.check == [] else chosen.check or []
+    checked = LAYOUTS if chosen.write or chosen.check == [] else chosen.check or []
     rows = [row for name in checked for row in check(name)]
     tables = {"check": check_table(rows)} if rows else {}
     if chosen.write or not rows:

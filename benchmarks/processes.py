@@ -1,5 +1,6 @@
-"""Functions that run in processes over gloo, and what each of them returns."""
+"""Functions that run in processes over gloo, what each of them returns, and the bytes of their collectives."""
 
+import collections
 import json
 import multiprocessing
 import os
@@ -9,8 +10,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["run"]
+__all__ = ["Collectives", "run"]
 
 # The processes are forked from one that has imported what takes long.
 multiprocessing.set_forkserver_preload(["gdn2_titan.parallel", "torch.distributed.pipelining"])
@@ -30,3 +33,26 @@ def _process(rank, function, world, folder, *arguments):
     (Path(folder) / str(rank)).write_text(json.dumps(function(*arguments)))
     dist.barrier()
     os._exit(0)  # gloo's threads can abort a Python that shuts down
+
+
+class Collectives(TorchDispatchMode):
+    """Adds up bytes by what the rules say: {operator: rule(*its arguments) -> (key, bytes)}. Without a rule are those
+    that receive or wait for what is counted where it is sent or started; any other is an error."""
+
+    SILENT = ("c10d.recv_", "_c10d_functional.wait_tensor", "_c10d_functional._wrap_tensor_autograd")
+
+    def __init__(self, rules):
+        super().__init__()
+        self.rules = rules
+        self.bytes = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented  # until it has become operators on this rank's tensors
+        name = str(func.overloadpacket)
+        if name in self.rules:
+            key, n = self.rules[name](*args)
+            self.bytes[key] += n
+        elif func.namespace in ("c10d", "_c10d_functional") and name not in self.SILENT:
+            raise NotImplementedError(f"{name} is not counted")
+        return func(*args, **(kwargs or {}))

@@ -1,10 +1,15 @@
 """What benchmarks leave: tables in Markdown, their places in documents, files of results."""
 
+import datetime
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
-__all__ = ["DOCS", "failures", "fill", "one_line", "table", "write"]
+import torch
+
+__all__ = ["DOCS", "describe", "fill", "one_line", "table", "write"]
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -31,10 +36,18 @@ def one_line(error):
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
-def failures(rows, form):
-    """Lines for the rows that have an error. form: what names a row, for str.format."""
-    failed = [row for row in rows if "error" in row]
-    return ["Did not run:", "", *(f"- {form}: {{error}}".format(**row) for row in failed), ""] if failed else []
+def describe(device):
+    """Date, device and versions: what a figure means nothing without. device: "cuda" or "cpu"."""
+    found = {"date": datetime.date.today().isoformat(), "device": device, "torch": torch.__version__}
+    if device == "cuda":
+        import triton
+
+        found |= {"device": torch.cuda.get_device_name(), "runtime": torch.version.hip or torch.version.cuda}
+        found["triton"] = triton.__version__
+        if shutil.which("nvidia-smi"):
+            command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            found["driver"] = subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0]
+    return found
 
 
 def write(folder, name, facts, rows, lines):

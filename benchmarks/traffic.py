@@ -15,8 +15,8 @@ group, which does not know the state that its tokens are entered with.
 import argparse
 import collections
 import contextlib
-import dataclasses
 import json
+import math
 import os
 from unittest import mock
 
@@ -32,27 +32,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gdn2_titan.ops import chunk_gdn2
 
-__all__ = ["measure"]
-
 LENGTHS = (256, 512)
-PHASES = ("forward", "backward", "segment")
+SIZE = 128  # K and V
+# Of the launches of one kernel, bytes but for the first.
+FIELDS = ("launches", "loaded", "stored", "issued", "distinct")
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
-
-
-@dataclasses.dataclass
-class Traffic:
-    """Bytes of the launches of one kernel."""
-
-    launches: int = 0
-    loaded: int = 0
-    stored: int = 0
-    issued: int = 0
-    distinct: int = 0
-
-    def per_token(self, other, tokens):
-        """This of one length less the other of a shorter one; the launches do not depend on the length."""
-        fields = {name: (x - getattr(other, name)) / tokens for name, x in dataclasses.asdict(self).items()}
-        return dataclasses.asdict(Traffic(**fields | {"launches": self.launches}))
 
 
 class Memory:
@@ -80,18 +64,17 @@ class Memory:
         self._note(True, pointers, mask, value.itemsize)
         return self.memory.store(pointers, value, mask)
 
-    def add_to(self, traffic):
+    def add_to(self, row):
         """Add what was noted since the last ``forget`` as one launch."""
-        traffic.launches += 1
         everywhere = collections.defaultdict(list)
         for (store, _, size), accesses in self.touched.items():
             addresses = np.concatenate(accesses)
-            traffic.issued += size * addresses.size
+            row["issued"] += size * addresses.size
             addresses = np.unique(addresses)
             everywhere[store, size].append(addresses)
-            name = "stored" if store else "loaded"
-            setattr(traffic, name, getattr(traffic, name) + size * addresses.size)
-        traffic.distinct += sum(size * np.unique(np.concatenate(x)).size for (_, size), x in everywhere.items())
+            row["stored" if store else "loaded"] += size * addresses.size
+        distinct = sum(size * np.unique(np.concatenate(x)).size for (_, size), x in everywhere.items())
+        row.update(launches=1, distinct=distinct)
         self.forget()
 
 
@@ -100,12 +83,12 @@ class Operators(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.rows = None
+        self.rows = collections.defaultdict(collections.Counter)
         self.paused = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if self.paused or self.rows is None:
+        if self.paused:
             return func(*args, **kwargs)
         with self:
             if func.namespace == "gdn2_titan":  # into its body
@@ -116,26 +99,24 @@ class Operators(TorchDispatchMode):
         result = func(*args, **kwargs)
         name = func.overloadpacket.__name__
         if not func.is_view and name not in ALLOCATIONS:
-            row = self.rows[f"aten.{name}"]
-            row.launches += 1
-            read, written = (_bytes(x) for x in ((args, kwargs), result))
-            row.loaded += read
-            row.stored += written
-            row.issued += read + written
-            row.distinct += read + written
+            read, written = _bytes((args, kwargs)), _bytes(result)
+            both = read + written
+            self.rows[f"aten.{name}"].update(launches=1, loaded=read, stored=written, issued=both, distinct=both)
         return result
 
 
 def _bytes(tree):
     """Of the tensors in an operator's arguments or results; what is expanded is there once."""
-    tensors = [x for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)]
-    elements = [[n for n, stride in zip(x.shape, x.stride(), strict=True) if stride] for x in tensors]
-    return sum(x.element_size() * int(np.prod(n)) for x, n in zip(tensors, elements, strict=True))
+    total = 0
+    for x in torch.utils._pytree.tree_leaves(tree):
+        if isinstance(x, torch.Tensor):
+            total += x.itemsize * math.prod(n for n, stride in zip(x.shape, x.stride(), strict=True) if stride)
+    return total
 
 
 @contextlib.contextmanager
 def _counting(architecture):
-    """-> a function that begins a phase: {kernel or operator: Traffic}, filled from then on."""
+    """-> a function that begins a phase: {kernel or operator: Counter of FIELDS}, filled from then on."""
     memory = Memory(interpreter._interpreter)
     operators = Operators()
 
@@ -146,16 +127,16 @@ def _counting(architecture):
         memory.add_to(operators.rows[launch.name])
 
     def begin():
-        operators.rows = collections.defaultdict(Traffic)
+        operators.rows = collections.defaultdict(collections.Counter)
         return operators.rows
 
     with mock.patch.object(interpreter, "_interpreter", memory), recorded(architecture, start), operators:
         yield begin
 
 
-def _count(kind, T, K, V, architecture):
-    """{"forward": {name: Traffic}, "backward": ..., "segment": ...}, the floors, the bytes saved for backward."""
-    inputs = gdn2_inputs(kind, 1, T, 1, K, V, requires_grad=True)
+def _count(kind, T, architecture):
+    """{phase: its kernels and operators}, {phase: the floor}, the bytes saved for backward."""
+    inputs = gdn2_inputs(kind, 1, T, 1, SIZE, SIZE, requires_grad=True)
     leaves = [x for x in inputs.values() if isinstance(x, torch.Tensor)]
     do = torch.ones_like(inputs["v"])
     saved = {}
@@ -174,51 +155,52 @@ def _count(kind, T, K, V, architecture):
         phases["segment"] = begin()
         with torch.no_grad():
             results = segment(**inputs)
-    floors = {"forward": _bytes((leaves, o)), "backward": _bytes((leaves, do, grads))}
-    floors["segment"] = _bytes((leaves, results))
-    return phases, floors, sum(saved.values())
+    floors = {"forward": (leaves, o), "backward": (leaves, do, grads), "segment": (leaves, results)}
+    return phases, {phase: _bytes(x) for phase, x in floors.items()}, sum(saved.values())
 
 
-def measure(kind, K=128, V=128, architecture=90):
+def measure(kind, architecture):
     """Per token and key head: {"forward": {"kernels": {name: {...}}, "total": {...}, "floor": bytes}, "backward": ...,
     "segment": ..., "saved": bytes}."""
-    (short, short_floors, short_saved), (long, long_floors, long_saved) = (
-        _count(kind, T, K, V, architecture) for T in LENGTHS
-    )
+    counts = (_count(kind, T, architecture) for T in LENGTHS)
+    (short, short_floors, short_saved), (long, long_floors, long_saved) = counts
     tokens = LENGTHS[1] - LENGTHS[0]
     result = {"saved": (long_saved - short_saved) / tokens}
-    for phase in PHASES:
-        kernels = {name: row.per_token(short[phase][name], tokens) for name, row in long[phase].items()}
-        total = {field: sum(row[field] for row in kernels.values()) for field in dataclasses.asdict(Traffic())}
+    for phase, rows in long.items():
+        kernels = {
+            name: {x: (row[x] - short[phase][name][x]) / tokens for x in FIELDS} | {"launches": row["launches"]}
+            for name, row in rows.items()
+        }
+        total = {x: sum(row[x] for row in kernels.values()) for x in FIELDS}
         floor = (long_floors[phase] - short_floors[phase]) / tokens
         result[phase] = {"kernels": kernels, "total": total, "floor": floor}
     return result
 
 
 def _print(kind, found):
-    head = ["bytes per token and key head", "launches", "loaded", "stored", "both", "issued", "distinct"]
+    print(f"{kind}; {found.pop('saved'):.0f} bytes saved for backward\n")
     rows = []
-    for phase in PHASES:
-        for name, row in (found[phase]["kernels"] | {phase: found[phase]["total"]}).items():
+    for phase, of_phase in found.items():
+        for name, row in (of_phase["kernels"] | {phase: of_phase["total"]}).items():
             numbers = (row["loaded"], row["stored"], row["loaded"] + row["stored"], row["issued"], row["distinct"])
             rows.append([name, row["launches"], *(f"{x:.0f}" for x in numbers)])
-        rows.append([f"{phase}: inputs and outputs once", "", "", "", f"{found[phase]['floor']:.0f}", "", ""])
-    print(f"{kind}; {found['saved']:.0f} bytes saved for backward\n\n{table(head, rows)}\n")
+        rows.append([f"{phase}: inputs and outputs once", "", "", "", f"{of_phase['floor']:.0f}", "", ""])
+    head = ["bytes per token and key head", "launches", "loaded", "stored", "both", "issued", "distinct"]
+    print(f"{table(head, rows)}\n")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, default=90, help="whose default configuration, e.g. 80 or 90")
     parser.add_argument("--kind", nargs="*", choices=list(KINDS), default=["bf16", "bf16 raw"])
-    parser.add_argument("--size", type=int, default=128, help="K and V")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     chosen = parser.parse_args()
-    found = {kind: measure(kind, chosen.size, chosen.size, chosen.arch) for kind in chosen.kind}
+    found = {kind: measure(kind, chosen.arch) for kind in chosen.kind}
     if chosen.json:
         print(json.dumps(found))
-    else:
-        for kind in found:
-            _print(kind, found[kind])
+        return
+    for kind, of_kind in found.items():
+        _print(kind, of_kind)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ it run without a GPU: --device cpu --flavor debug --shape 64x2 --how eager --ste
 
 import argparse
 import gc
+import itertools
 import json
 import pathlib
 import statistics
@@ -17,8 +18,7 @@ import time
 
 import torch
 import torch.nn.functional as F
-from gpu_timer import describe
-from tables import failures, one_line, table, write
+from tables import describe, one_line, table, write
 
 from gdn2_titan.models import GDN2Model, flavors
 from gdn2_titan.models.flops import flops_per_token, parameter_counts
@@ -26,8 +26,8 @@ from gdn2_titan.parallel import apply_activation_checkpoint, apply_compile, appl
 
 HOW = ("eager", "compiled", "float8")
 SHAPES = ("2048x8", "4096x4", "8192x2", "16384x1")
-# Thousands of tokens a second of the paper's 1.3B hybrid on one H100 (arXiv 2605.22791), by length.
-PAPER = {("1.3B_hybrid", 2048): 38.0, ("1.3B_hybrid", 16384): 36.1}
+# Tokens a second of the paper's 1.3B hybrid on one H100 (arXiv 2605.22791), by length.
+PAPER = {("1.3B_hybrid", 2048): "38,000", ("1.3B_hybrid", 16384): "36,100"}
 # Dense bf16 FLOP/s by a part of the device's name; the first that fits. Float8's MFU too is of these.
 PEAKS = {
     "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12,
@@ -39,9 +39,9 @@ def loss_sum(logits, labels):
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
 
 
-def build(args, how, checkpointing, device):
+def build(flavor, how, checkpointing, device):
     with torch.device("meta"):
-        model = GDN2Model(args)
+        model = GDN2Model(flavors[flavor])
     counts = parameter_counts(model)
     if how == "float8":
         apply_float8(model, "tensorwise")
@@ -71,32 +71,38 @@ def _clock(device):
 def train(flavor, length, batch, how, checkpointing, device, warmup, steps):
     """{what: number} of one case."""
     torch.compiler.reset()
-    model, (n_params, n_embedding) = build(flavors[flavor], how, checkpointing, device)
+    model, (n_params, n_embedding) = build(flavor, how, checkpointing, device)
     loss_of = loss_sum if how == "eager" else torch.compile(loss_sum)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
     tokens = torch.randint(flavors[flavor].vocab_size, (batch, length + 1), device=device)
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    mark, between = _clock(device)
-    marks = []
-    for i in range(warmup + steps + 1):
-        if i == warmup and device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        marks.append(mark())
-        if i == warmup + steps:
-            break
+
+    def step():
         with torch.autocast(device.type, torch.bfloat16):
             loss = loss_of(model(inputs), labels) / labels.numel()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
         optimizer.step()
         optimizer.zero_grad()
-    if device.type == "cuda":
+        return loss
+
+    for _ in range(warmup):
+        step()
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    mark, between = _clock(device)
+    marks = [mark()]
+    for _ in range(steps):
+        loss = step()
+        marks.append(mark())
+    if cuda:
         torch.cuda.synchronize()
-    ms = statistics.median(between(*pair) for pair in zip(marks[warmup:], marks[warmup + 1 :], strict=False))
+    ms = statistics.median(between(*pair) for pair in itertools.pairwise(marks))
     speed = batch * length / (1e-3 * ms)
     found = {"ms": ms, "tokens_per_second": speed, "loss": loss.item()}
     found["flops_per_second"] = speed * flops_per_token(flavors[flavor], n_params, n_embedding, length)
-    if device.type == "cuda":
+    if cuda:
         found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         peak = next((flops for name, flops in PEAKS.items() if name in torch.cuda.get_device_name()), None)
         if peak is not None:
@@ -108,40 +114,32 @@ def measure(chosen):
     """A row for each case, printed as it is known."""
     device = torch.device(chosen.device)
     rows = []
-    for flavor in chosen.flavor:
-        for length, batch in chosen.shape:
-            for how in chosen.how:
-                row = {"flavor": flavor, "length": length, "batch": batch, "how": how}
-                try:
-                    row |= train(flavor, length, batch, how, chosen.checkpointing, device, chosen.warmup, chosen.steps)
-                except torch.OutOfMemoryError:
-                    row["error"] = "out of memory"
-                except Exception as error:  # a case that breaks ends alone
-                    row["error"] = one_line(error)
-                gc.collect()  # a model and its hooks refer to each other
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
-                rows.append(row)
-                print(json.dumps(row), flush=True)
+    for flavor, (length, batch), how in itertools.product(chosen.flavor, chosen.shape, chosen.how):
+        row = {"flavor": flavor, "length": length, "batch": batch, "how": how}
+        try:
+            row |= train(flavor, length, batch, how, chosen.checkpointing, device, chosen.warmup, chosen.steps)
+        except torch.OutOfMemoryError:
+            row["error"] = "out of memory"
+        except Exception as error:  # a case that breaks ends alone
+            row["error"] = one_line(error)
+        gc.collect()  # a model and its hooks refer to each other
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        rows.append(row)
+        print(json.dumps(row), flush=True)
     return rows
 
 
 def markdown(rows):
-    ways = list(dict.fromkeys(row["how"] for row in rows))
-    cases = {}
-    for row in rows:
-        cases.setdefault((row["flavor"], row["length"], row["batch"]), {})[row["how"]] = row
-    head = ["flavor", "length x batch"]
-    head += [f"{how}{what}" for how in ways for what in (", Kt/s", ", MFU", ", peak GB")] + ["paper, one H100, Kt/s"]
     lines = []
-    for (flavor, length, batch), group in cases.items():
-        cells = [flavor, f"{length:,} x {batch}"]
-        for row in (group[how] for how in ways):
-            cells.append(f"{1e-3 * row['tokens_per_second']:.1f}" if "ms" in row else row["error"].split(":")[0])
-            cells += ["{mfu:.0%}".format(**row) if "mfu" in row else "-"]
-            cells += ["{peak_gb:.1f}".format(**row) if "peak_gb" in row else "-"]
-        lines.append([*cells, PAPER.get((flavor, length), "-")])
-    return [table(head, lines), "", *failures(rows, "{flavor}, {length:,} x {batch}, {how}")]
+    for row in rows:
+        numbers = [row.get("error", ""), "", ""]
+        if "ms" in row:
+            forms = {"tokens_per_second": "{:,.0f}", "mfu": "{:.0%}", "peak_gb": "{:.1f}"}
+            numbers = [form.format(row[name]) if name in row else "-" for name, form in forms.items()]
+        paper = PAPER.get((row["flavor"], row["length"]), "-")
+        lines.append([row["how"], row["flavor"], f"{row['length']:,} x {row['batch']}", *numbers, paper])
+    return [table(["how", "flavor", "length x batch", "tokens/s", "MFU", "peak GB", "paper, one H100"], lines)]
 
 
 def _shape(text):
