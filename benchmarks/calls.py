@@ -7,76 +7,64 @@ from gdn2_titan.ops.gdn2.segments import segment_gdn2
 
 __all__ = ["KINDS", "conv_inputs", "gdn2_inputs", "segment"]
 
-# What the projections in front of the op produce. "bf16": bf16 with the decay in fp32, gates already activated.
-# "bf16 raw": bf16 projections as they come; the op activates them.
+# What the projections in front of the op produce: dtype, that of the decay, whether the op activates the gates.
 KINDS = {
-    "bf16": {"dtype": torch.bfloat16, "decay_dtype": torch.float32, "raw": False},
-    "bf16 raw": {"dtype": torch.bfloat16, "decay_dtype": torch.bfloat16, "raw": True},
-    "fp32": {"dtype": torch.float32, "decay_dtype": torch.float32, "raw": False},
+    "bf16": (torch.bfloat16, torch.float32, False),
+    "bf16 raw": (torch.bfloat16, torch.bfloat16, True),
+    "fp32": (torch.float32, torch.float32, False),
 }
 
 
-def _generator(device):
-    return torch.Generator(device).manual_seed(0)
-
-
 def _documents(generator, B, T, resets, packed):
-    device = generator.device
     options = {}
     if resets:
-        options["resets"] = torch.rand(B, T, generator=generator, device=device) < 1e-3
+        options["resets"] = torch.rand(B, T, generator=generator, device=generator.device) < 1e-3
     if packed:
-        options["cu_seqlens"] = torch.tensor([0, T // 3, T // 2, T], device=device)
+        options["cu_seqlens"] = torch.tensor([0, T // 3, T // 2, T], device=generator.device)
     return options
 
 
 def gdn2_inputs(
-    kind, B, T, H, K, V, groups=1, state=False, resets=False, packed=False, device="cpu", requires_grad=False
+    kind, B, T, H, K, V, state=False, resets=False, packed=False, device="cpu", requires_grad=False
 ):  # fmt: skip
     """Keyword arguments of chunk_gdn2 and recurrent_gdn2: keys of unit length, memory of hundreds of tokens.
 
-    groups: value heads for each key head. state: start from one and ask for the final one. resets: a document ends
-    every 1,000 tokens or so. packed: three sequences in ``cu_seqlens``.
+    state: start from one and ask for the final one. resets: a document ends every 1,000 tokens or so. packed: three
+    sequences in ``cu_seqlens``.
     """
-    dtype, decay_dtype, raw = (KINDS[kind][name] for name in ("dtype", "decay_dtype", "raw"))
-    generator = _generator(device)
+    dtype, decay_dtype, raw = KINDS[kind]
+    generator = torch.Generator(device).manual_seed(0)
 
     def randn(*shape):
         return torch.randn(shape, generator=generator, device=device)
 
     q, k, g, b = (randn(B, T, H, K) for _ in range(4))
-    v, w = (randn(B, T, H * groups, V) for _ in range(2))
-    tensors = {"q": q, "k": k, "v": v, "g": g - 4, "b": b, "w": w}
+    v, w = (randn(B, T, H, V) for _ in range(2))
     options = {}
     if raw:
-        tensors |= {"A_log": torch.zeros(H, device=device), "dt_bias": torch.zeros(H, K, device=device)}
+        g = g - 4
         options = dict(use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, use_sigmoid_in_kernel=True)
     else:
-        tensors |= {name: torch.nn.functional.normalize(tensors[name], dim=-1) for name in ("q", "k")}
-        tensors |= {"g": -0.02 * g.sigmoid(), "b": b.sigmoid(), "w": w.sigmoid()}
-    tensors |= {name: tensors[name].to(dtype) for name in ("q", "k", "v", "b", "w")}
-    tensors["g"] = tensors["g"].to(decay_dtype)
+        q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
+        g, b, w = -0.02 * g.sigmoid(), b.sigmoid(), w.sigmoid()
+    tensors = {name: x.to(dtype) for name, x in zip("qkvgbw", (q, k, v, g, b, w), strict=True)}
+    tensors["g"] = g.to(decay_dtype)
+    if raw:
+        tensors |= {"A_log": torch.zeros(H, device=device), "dt_bias": torch.zeros(H, K, device=device)}
     if state:
-        tensors["initial_state"] = randn(3 if packed else B, H * groups, K, V)
+        tensors["initial_state"] = randn(3 if packed else B, H, K, V)
         options["output_final_state"] = True
     tensors = {name: x.requires_grad_(requires_grad) for name, x in tensors.items()}
     return tensors | options | _documents(generator, B, T, resets, packed)
 
 
-def conv_inputs(
-    kind, B, T, D, W=4, state=False, resets=False, packed=False, device="cpu", requires_grad=False
-):  # fmt: skip
-    """Keyword arguments of causal_conv1d with SiLU, as the layer calls it."""
-    dtype = KINDS[kind]["dtype"]
-    generator = _generator(device)
-    tensors = {"x": torch.randn(B, T, D, generator=generator, device=device).to(dtype)}
-    tensors["weight"] = torch.randn(D, W, generator=generator, device=device).to(dtype)
-    options = {"activation": "silu"}
-    if state:
-        N = 3 if packed else B
-        tensors["initial_state"] = torch.randn(N, D, W - 1, generator=generator, device=device).to(dtype)
-        options["output_final_state"] = True
-    tensors = {name: x.requires_grad_(requires_grad) for name, x in tensors.items()}
+def conv_inputs(kind, B, T, D, state=False, resets=False, packed=False, device="cpu", requires_grad=False):
+    """Keyword arguments of causal_conv1d with 4 taps and SiLU, as the layer calls it."""
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = {"x": (B, T, D), "weight": (D, 4)} | ({"initial_state": (3 if packed else B, D, 3)} if state else {})
+    tensors = {name: torch.randn(x, generator=generator, device=device) for name, x in shapes.items()}
+    tensors = {name: x.to(KINDS[kind][0]).requires_grad_(requires_grad) for name, x in tensors.items()}
+    options = {"activation": "silu"} | ({"output_final_state": True} if state else {})
     return tensors | options | _documents(generator, B, T, resets, packed)
 
 

@@ -5,10 +5,10 @@ by ``target.arch``: both are replaced while a call is recorded.
 """
 
 import contextlib
-import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Callable
+from typing import NamedTuple
 from unittest import mock
 
 from gdn2_titan.ops import triton as kernels
@@ -21,8 +21,7 @@ for module in pkgutil.iter_modules(kernels.__path__, kernels.__name__ + "."):
     importlib.import_module(module.name)
 
 
-@dataclasses.dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """One start of a kernel: what ``launching.launch`` was given."""
 
     kernel: Callable
@@ -45,8 +44,8 @@ def recorded(architecture, start=lambda launch: None):
     """
     launches = []
 
-    def launch(kernel, grid, candidates, args, constants):
-        launches.append(Launch(kernel, grid, candidates, args, constants))
+    def launch(*given):
+        launches.append(Launch(*given))
         start(launches[-1])
 
     with (

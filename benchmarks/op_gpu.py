@@ -103,12 +103,8 @@ def _both(leaves, do):
 
 def _replayed(call):
     """As a CUDA graph: for work so short that starting it from Python takes longer."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # what is tuned or allocated at first must not be captured
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
+    for _ in range(3):  # what is tuned or allocated at first must not be captured
+        call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()

@@ -74,6 +74,10 @@ def check(name):
     return [(name, *row) for rows in ranks for row in rows]
 
 
+def _local(x):
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
 def _mesh(layout):
     return init_device_mesh("cpu", [getattr(layout, name) for name in DIMENSIONS], mesh_dim_names=DIMENSIONS)
 
@@ -100,11 +104,18 @@ def _step(layout):
     model.init_weights()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     tokens = torch.randint(SMALL.vocab_size, (layout.microbatches * layout.sequences, LENGTH))
-    step = _pipelined(model, mesh["pp"], layout) if layout.pp > 1 else _accumulated(model, layout)
+    if layout.pp > 1:
+        at, group = mesh.get_local_rank("pp"), mesh.get_group("pp")
+        stage = PipelineStage(model, at, layout.pp, torch.device("cpu"), group=group)
+        schedule = Schedule1F1B(stage, layout.microbatches, loss_fn=_loss, scale_grads=False)
     traffic = Collectives(COLLECTIVES)
     for mode in (contextlib.nullcontext(), traffic):  # the first step also sets up
         with mode, loss_parallel() if layout.tp > 1 else contextlib.nullcontext():
-            step(tokens)
+            if layout.pp > 1:
+                schedule.step(*([tokens] if stage.is_first else []), target=tokens if stage.is_last else None)
+            else:
+                for some in tokens.split(layout.sequences):
+                    _loss(model(some), some).backward()
             optimizer.step()
             optimizer.zero_grad()
     states = [_local(x) for state in optimizer.state.values() for name, x in state.items() if name != "step"]
@@ -120,31 +131,8 @@ def _step(layout):
     ]
 
 
-def _local(x):
-    return x.to_local() if isinstance(x, DTensor) else x
-
-
 def _loss(logits, tokens):
     return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="sum")
-
-
-def _accumulated(model, layout):
-    def step(tokens):
-        for some in tokens.split(layout.sequences):
-            _loss(model(some), some).backward()
-
-    return step
-
-
-def _pipelined(model, mesh, layout):
-    stage = PipelineStage(model, mesh.get_local_rank(), layout.pp, torch.device("cpu"), group=mesh.get_group())
-    schedule = Schedule1F1B(stage, layout.microbatches, loss_fn=_loss, scale_grads=False)
-
-    def step(tokens):
-        inputs = (tokens,) if stage.is_first else ()
-        schedule.step(*inputs, target=tokens if stage.is_last else None)
-
-    return step
 
 
 class Made(TorchDispatchMode):

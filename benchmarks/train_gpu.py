@@ -22,7 +22,7 @@ from tables import describe, one_line, table, write
 
 from gdn2_titan.models import GDN2Model, flavors
 from gdn2_titan.models.flops import flops_per_token, parameter_counts
-from gdn2_titan.parallel import apply_activation_checkpoint, apply_compile, apply_float8
+from gdn2_titan.parallel import apply_compile, apply_float8
 
 HOW = ("eager", "compiled", "float8")
 SHAPES = ("2048x8", "4096x4", "8192x2", "16384x1")
@@ -39,22 +39,6 @@ def loss_sum(logits, labels):
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
 
 
-def build(flavor, how, checkpointing, device):
-    with torch.device("meta"):
-        model = GDN2Model(flavors[flavor])
-    counts = parameter_counts(model)
-    if how == "float8":
-        apply_float8(model, "tensorwise")
-    if checkpointing != "none":
-        apply_activation_checkpoint(model, checkpointing)
-    if how != "eager":
-        apply_compile(model)
-    model.to_empty(device=device)
-    torch.manual_seed(0)
-    model.init_weights()
-    return model, counts
-
-
 def _clock(device):
     """-> (mark(), milliseconds between two marks)."""
     if device.type == "cpu":
@@ -68,10 +52,19 @@ def _clock(device):
     return mark, lambda start, end: start.elapsed_time(end)
 
 
-def train(flavor, length, batch, how, checkpointing, device, warmup, steps):
+def train(flavor, length, batch, how, device, warmup, steps):
     """{what: number} of one case."""
     torch.compiler.reset()
-    model, (n_params, n_embedding) = build(flavor, how, checkpointing, device)
+    with torch.device("meta"):
+        model = GDN2Model(flavors[flavor])
+    n_params, n_embedding = parameter_counts(model)
+    if how == "float8":
+        apply_float8(model, "tensorwise")
+    if how != "eager":
+        apply_compile(model)
+    model.to_empty(device=device)
+    torch.manual_seed(0)
+    model.init_weights()
     loss_of = loss_sum if how == "eager" else torch.compile(loss_sum)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
     tokens = torch.randint(flavors[flavor].vocab_size, (batch, length + 1), device=device)
@@ -117,7 +110,7 @@ def measure(chosen):
     for flavor, (length, batch), how in itertools.product(chosen.flavor, chosen.shape, chosen.how):
         row = {"flavor": flavor, "length": length, "batch": batch, "how": how}
         try:
-            row |= train(flavor, length, batch, how, chosen.checkpointing, device, chosen.warmup, chosen.steps)
+            row |= train(flavor, length, batch, how, device, chosen.warmup, chosen.steps)
         except torch.OutOfMemoryError:
             row["error"] = "out of memory"
         except Exception as error:  # a case that breaks ends alone
@@ -153,15 +146,13 @@ def main():
     parser.add_argument("--flavor", nargs="+", choices=list(flavors), default=["400M", "1.3B_hybrid"])
     parser.add_argument("--shape", nargs="+", type=_shape, default=[_shape(x) for x in SHAPES], help="lengthxbatch")
     parser.add_argument("--how", nargs="+", choices=HOW, default=HOW)
-    parser.add_argument("--checkpointing", choices=("none", "op", "full"), default="none")
     parser.add_argument("--warmup", type=int, default=5, help="steps")
     parser.add_argument("--steps", type=int, default=10, help="that are timed")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     chosen = parser.parse_args()
     if chosen.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device is 'cuda'; without a GPU it must be 'cpu'")
-    facts = describe(chosen.device)
-    facts |= {"checkpointing": chosen.checkpointing, "steps": chosen.steps, "warm-up": chosen.warmup}
+    facts = describe(chosen.device) | {"steps": chosen.steps, "warm-up": chosen.warmup}
     rows = measure(chosen)
     write(chosen.out, "train_gpu", facts, rows, markdown(rows))
     raise SystemExit(all("error" in row for row in rows))

@@ -12,14 +12,10 @@ BLOCKS = ("a block", "a block, TP 2")
 SENT = {
     "HSDP 2 x 2": {"shard all-gather", "shard reduce-scatter", "replicate all-reduce"},
     "FSDP 2 x TP 2": {
-        "shard all-gather",
-        "shard reduce-scatter",
-        "tp all-gather",
-        "tp reduce-scatter",
-        "tp all-reduce",
+        "shard all-gather", "shard reduce-scatter", "tp all-gather", "tp reduce-scatter", "tp all-reduce"
     },
     "FSDP 2 x PP 2": {"shard all-gather", "shard reduce-scatter", "pp send"},
-}
+}  # fmt: skip
 
 
 def plan(*arguments):
