@@ -7,6 +7,7 @@ every two tokens of a chunk, [C, C, K], and lets autograd differentiate it. Both
 alternating, at B = 1, T = 2048, H = 4, K = V = 64, fp32, forward + backward; the ratio of the medians is printed.
 """
 
+import concurrent.futures
 import multiprocessing
 import platform
 import statistics
@@ -81,22 +82,23 @@ def peak_memory():
 
 
 def scaling_point(T):
-    """Milliseconds and MB above the inputs for one length."""
+    """A line of the table: milliseconds, and MB above the inputs, for one length."""
     args, do = inputs(T)
     milliseconds(ours, *inputs(128))
     base = peak_memory()
     ms = statistics.median(milliseconds(ours, args, do) for _ in range(5))
-    print(f"{T:>8} {ms:>10.1f} {peak_memory() - base:>10.0f}", flush=True)
+    return f"{T:>8} {ms:>10.1f} {peak_memory() - base:>10.0f}"
 
 
 def main():
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}")
     compare()
     print(f"{'T':>8} {'ms':>10} {'MB':>10}   forward + backward, fp32, H = {H}, K = V = {K}", flush=True)
-    for T in (2048, 4096, 8192, 16384, 32768):  # each in a process of its own, so that the peak is its own
-        process = multiprocessing.get_context("spawn").Process(target=scaling_point, args=(T,))
-        process.start()
-        process.join()
+    # Each length in a fresh process, so that the peak is its own.
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as processes:
+        for line in processes.map(scaling_point, (2048, 4096, 8192, 16384, 32768)):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":
