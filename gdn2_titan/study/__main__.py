@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from gdn2_titan.convert.errors import exit_status
+from gdn2_titan.convert.errors import ConvertError, exit_status
 
 from . import gates, recall
 
@@ -18,8 +18,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(required=True, metavar="STUDY")
     for command in _COMMANDS:
         command.add_parser(subparsers)
-    options = parser.parse_args(arguments)
-    return exit_status(options.run, options)
+    return exit_status(_run, parser.parse_args(arguments))
+
+
+def _run(options):
+    try:
+        options.run(options)
+    except ImportError as error:
+        raise ConvertError(f"{error}; this study needs the extra 'study': pip install 'gdn2_titan[study]'") from error
 
 
 if __name__ == "__main__":

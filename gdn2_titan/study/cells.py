@@ -21,8 +21,6 @@ __all__ = ["MIXERS", "RECALL_TASKS", "TRACKING_TASKS", "Cell", "Experiment", "gr
 GATES = ("GDN-2", "erase only", "write only", "KDA", "Gated DeltaNet", "GDN-2 + window", "softmax")
 REFLECTING = ("GDN-2", "GDN-2, erase up to 2")
 RECALL_TASKS, TRACKING_TASKS = ("mqar", "overwrite"), ("parity", "permutations")
-
-
 FLAVOR = "recall"
 
 # Fields of [gdn2] that make the mixer, by the name it has in tables and plots.
@@ -66,12 +64,12 @@ def matched(mixer: str, shape: dict[str, Any]) -> dict[str, Any]:
 
 def toml_text(sections: dict[str, dict[str, Any]]) -> str:
     """``{"training": {"steps": 10}}`` as TOML: sections of texts, numbers, truth values and lists of them."""
-    # Of these kinds, JSON's notation is TOML's.
-    blocks = (
-        "\n".join([f"[{name}]", *(f"{field} = {json.dumps(value)}" for field, value in fields.items())])
-        for name, fields in sections.items()
-    )
-    return "\n\n".join(blocks) + "\n"
+    blocks = []
+    for name, fields in sections.items():
+        # Of these kinds, JSON's notation is TOML's.
+        lines = (f"{field} = {json.dumps(value)}\n" for field, value in fields.items())
+        blocks.append(f"[{name}]\n" + "".join(lines))
+    return "\n".join(blocks)
 
 
 @dataclass(frozen=True)
@@ -109,39 +107,30 @@ class Cell:
     def toml(self, dump_folder: Path | str) -> str:
         """Text of the config that trains it."""
         what = self.experiment
-        return toml_text(
-            {
-                "job": {
-                    "description": f"recall study: {what.task}, {self.mixer}, seed {self.seed}",
-                    "dump_folder": str(dump_folder),
-                    "custom_config_module": "gdn2_titan.titan.job_config",
-                },
-                "model": {"name": "gdn2", "flavor": FLAVOR},
-                "training": {
-                    "dataset": what.task,
-                    "local_batch_size": what.batch,
-                    "seq_len": what.seq_len,
-                    "steps": what.steps,
-                    "mixed_precision_param": "float32",
-                },
-                "task": what.task_fields | {"seed": self.seed},
-                "optimizer": {"lr": what.learning_rate, "weight_decay": 0.1},
-                "lr_scheduler": {"warmup_steps": 50, "decay_type": "cosine", "min_lr_factor": 0.1},
-                "metrics": {"log_freq": 100, "enable_tensorboard": True},
-                "gdn2": self.model_fields | {"statistics_freq": 0},
-                "validation": {
-                    "enable": True,
-                    "dataset": what.task,
-                    "local_batch_size": 32,
-                    "seq_len": what.seq_len,
-                    "freq": what.steps,
-                    "steps": 8,
-                },
-                "checkpoint": {"enable": True, "interval": 500, "keep_latest_k": 2},
-                "debug": {"seed": self.seed},
-                "activation_checkpoint": {"mode": "none"},
-            }
-        )
+        sections = {
+            "job": {
+                "description": f"recall study: {what.task}, {self.mixer}, seed {self.seed}",
+                "dump_folder": str(dump_folder), "custom_config_module": "gdn2_titan.titan.job_config",
+            },
+            "model": {"name": "gdn2", "flavor": FLAVOR},
+            "training": {
+                "dataset": what.task, "local_batch_size": what.batch, "seq_len": what.seq_len, "steps": what.steps,
+                "mixed_precision_param": "float32",
+            },
+            "task": what.task_fields | {"seed": self.seed},
+            "optimizer": {"lr": what.learning_rate, "weight_decay": 0.1},
+            "lr_scheduler": {"warmup_steps": 50, "decay_type": "cosine", "min_lr_factor": 0.1},
+            "metrics": {"log_freq": 100, "enable_tensorboard": True},
+            "gdn2": self.model_fields | {"statistics_freq": 0},
+            "validation": {
+                "enable": True, "dataset": what.task, "local_batch_size": 32, "seq_len": what.seq_len,
+                "freq": what.steps, "steps": 8,
+            },
+            "checkpoint": {"enable": True, "interval": 500, "keep_latest_k": 2},
+            "debug": {"seed": self.seed},
+            "activation_checkpoint": {"mode": "none"},
+        }  # fmt: skip
+        return toml_text(sections)
 
 
 def _experiments(quick: bool) -> list[Experiment]:

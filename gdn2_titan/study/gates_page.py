@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.colors import to_hex
 
 from .gates import Token
@@ -26,8 +27,7 @@ def _rounded(values: Any) -> list[list[float]]:
 
 
 def _shades(name: str) -> list[str]:
-    colours = matplotlib.colormaps[name]
-    return [to_hex(colours(i / (SHADES - 1))) for i in range(SHADES)]
+    return [to_hex(colour) for colour in matplotlib.colormaps[name](np.linspace(0, 1, SHADES))]
 
 
 def _content(about: str, tokens: list[Token], traces: list[LayerTrace], head: int) -> dict[str, Any]:
@@ -35,15 +35,10 @@ def _content(about: str, tokens: list[Token], traces: list[LayerTrace], head: in
     layers = []
     for trace in traces:
         reach = {"erase": trace.erase_scale, "write": 1.0}
-        layers.append(
-            {
-                "layer": trace.layer,
-                "reach": reach,
-                "colours": {name: colours_of(q.scale, reach.get(name, 1.0)) for name, q in QUANTITIES.items()},
-                "deviation": float(f"{trace.deviation:.1e}"),
-                "values": {name: _rounded(getattr(trace, name)) for name in QUANTITIES},
-            }
-        )
+        colours = {name: colours_of(q.scale, reach.get(name, 1.0)) for name, q in QUANTITIES.items()}
+        values = {name: _rounded(getattr(trace, name)) for name in QUANTITIES}
+        deviation = float(f"{trace.deviation:.1e}")
+        layers.append(dict(layer=trace.layer, reach=reach, colours=colours, deviation=deviation, values=values))
     return {
         "about": about,
         "tokens": [token._asdict() for token in tokens],
@@ -72,15 +67,15 @@ def write_page(
     folder: Path, about: str, tokens: list[Token], traces: list[LayerTrace], head: int, pictures: list[str]
 ) -> None:
     """Write gates.html beside the PNG files ``pictures`` in ``folder``. The rest as for ``draw_figures``."""
-    assets = resources.files(__package__) / "assets"
+    style, script, template = (
+        (resources.files(__package__) / "assets" / f"gates.{kind}").read_text(encoding="utf-8")
+        for kind in ("css", "js", "html")
+    )
     parts = {
-        "about": html.escape(about),
-        "style": (assets / "gates.css").read_text(encoding="utf-8"),
-        "script": (assets / "gates.js").read_text(encoding="utf-8"),
+        "about": html.escape(about), "style": style, "script": script,
         "content": _as_script(_content(about, tokens, traces, head)),
         "pictures": "\n".join(_picture(folder, name) for name in pictures),
-    }
-    template = (assets / "gates.html").read_text(encoding="utf-8")
+    }  # fmt: skip
     # In one pass: what is put in is not looked through for more.
     page = re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
     (folder / "gates.html").write_text(page, encoding="utf-8")

@@ -20,7 +20,7 @@ from gdn2_titan.convert.atomic import write_text
 from gdn2_titan.convert.errors import ConvertError
 from gdn2_titan.titan.job_config import build, parse
 
-__all__ = ["CONFIG", "LOG", "RESULT", "default_jobs", "train_all", "train_cell"]
+__all__ = ["CONFIG", "LOG", "RESULT", "train_all", "train_cell"]
 
 CONFIG, RESULT, LOG = "config.toml", "result.json", "log.txt"
 
@@ -71,11 +71,6 @@ def _train(config_file: Path) -> tuple[list[dict[str, Any]], int]:
             torch.distributed.destroy_process_group()
 
 
-def default_jobs() -> int:
-    """As many trainings at a time as there are cores for this process."""
-    return len(os.sched_getaffinity(0))
-
-
 def train_all(folders: dict[Path, str], jobs: int) -> None:
     """Train every cell that has no result yet, ``jobs`` at a time, showing how far it is.
 
@@ -89,22 +84,22 @@ def train_all(folders: dict[Path, str], jobs: int) -> None:
     context.set_forkserver_preload([__name__])
     failed = []
     todo = {folder: text for folder, text in folders.items() if not (folder / RESULT).exists()}
-    with tqdm(total=len(folders), initial=len(folders) - len(todo), unit="training", smoothing=0) as progress:
-        with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
-            running = {pool.submit(train_cell, folder, text): folder for folder, text in todo.items()}
-            try:
-                for done in as_completed(running):
-                    folder = running[done]
-                    progress.set_postfix_str(folder.name)
-                    progress.update()
-                    if not done.result():
-                        failed.append(folder)
-            except BrokenProcessPool as error:
-                raise ConvertError("a training was killed from outside; the same command goes on from here") from error
-            except KeyboardInterrupt:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+    with (
+        tqdm(total=len(folders), initial=len(folders) - len(todo), unit="training", smoothing=0) as progress,
+        ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool,
+    ):
+        running = {pool.submit(train_cell, folder, text): folder for folder, text in todo.items()}
+        try:
+            for done in as_completed(running):
+                progress.set_postfix_str(running[done].name)
+                progress.update()
+                if not done.result():
+                    failed.append(running[done])
+        except BrokenProcessPool as error:
+            raise ConvertError("a training was killed from outside; the same command goes on from here") from error
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     if failed:
-        raise ConvertError(
-            f"{len(failed)} of {len(folders)} trainings failed; {failed[0] / LOG} says why the first did"
-        )
+        reason = f"{failed[0] / LOG} says why the first did"
+        raise ConvertError(f"{len(failed)} of {len(folders)} trainings failed; {reason}")
