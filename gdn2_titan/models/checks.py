@@ -9,7 +9,6 @@ from gdn2_titan.ops.dispatch import BACKENDS
 
 __all__ = ["check_attention", "check_convolution", "check_count", "check_gdn2", "check_number", "value_head_dim"]
 
-WIDTHS = (2, 3, 4)
 STRUCTURE = ("channel", "scalar")
 CHOICES = {
     "erase_gate": STRUCTURE, "write_gate": STRUCTURE, "decay": STRUCTURE, "output_gate": ("silu", "sigmoid"),
@@ -29,7 +28,7 @@ def check_number(name: str, value: Any) -> None:
 
 
 def check_width(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value not in WIDTHS:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value not in (2, 3, 4):
         raise ValueError(f"{name} is {value!r}; it must be 2, 3 or 4")
 
 
@@ -42,12 +41,11 @@ def check_choice(name: str, value: Any, allowed: Collection[str]) -> None:
 def value_head_dim(head_dim: int, expand_v: float) -> int:
     """head_dim * expand_v, which must be whole but for the rounding of the product."""
     check_number("expand_v", expand_v)
-    size = round(head_dim * float(expand_v))
-    if size < 1 or not math.isclose(size, head_dim * float(expand_v), rel_tol=1e-9):
-        raise ValueError(
-            f"expand_v is {expand_v!r}; times head_dim = {head_dim} it must be a whole number of at least 1"
-        )
-    return size
+    size = head_dim * float(expand_v)
+    if round(size) < 1 or not math.isclose(round(size), size, rel_tol=1e-9):
+        wanted = f"times head_dim = {head_dim} it must be a whole number of at least 1"
+        raise ValueError(f"expand_v is {expand_v!r}; {wanted}")
+    return round(size)
 
 
 def check_gdn2(

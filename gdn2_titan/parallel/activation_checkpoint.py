@@ -9,6 +9,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 import gdn2_titan.ops  # noqa: F401 - registers the operators that are named below
+from gdn2_titan.models.checks import check_count
+from gdn2_titan.ops.checks import check_choice
 
 __all__ = ["SAVED_OPS", "apply_activation_checkpoint", "apply_memory_budget"]
 
@@ -35,7 +37,6 @@ SAVED_OPS = {
     torch.ops.aten.max.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
 }
-MODES = ("full", "op")
 
 
 def _policy(context, op, *args, **kwargs):
@@ -55,10 +56,8 @@ def apply_activation_checkpoint(model: nn.Module, mode: str = "full", every: int
     Raises:
         ValueError: naming the argument, what came and what is allowed.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode is {mode!r}; it must be one of {', '.join(map(repr, MODES))}")
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"every is {every!r}; it must be a whole number of at least 1")
+    check_choice("mode", mode, ("full", "op"))
+    check_count("every", every)
     options = {"preserve_rng_state": False}  # the model draws no random numbers
     if mode == "op":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)

@@ -1,5 +1,7 @@
 """Fully sharded data parallelism (FSDP2) for the decoder: one unit per block."""
 
+import functools
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -11,30 +13,25 @@ __all__ = ["apply_fsdp", "shard_decays", "sum_gradients"]
 
 
 def apply_fsdp(
-    model: nn.Module,
-    mesh: DeviceMesh,
-    param_dtype: torch.dtype,
-    reduce_dtype: torch.dtype,
-    reshard_after_forward: bool = True,
-    reshard_last: bool = False,
-    cpu_offload: bool = False,
-) -> None:
+    model: nn.Module, mesh: DeviceMesh, param_dtype: torch.dtype, reduce_dtype: torch.dtype,
+    reshard_after_forward: bool = True, reshard_last: bool = False, cpu_offload: bool = False,
+) -> None:  # fmt: skip
     """Shard a ``GDN2Model`` in place over ``mesh`` (1-D, or 2-D replicate x shard for HSDP).
 
     The decays are sharded by ``shard_decays``. reshard_last: free the head's parameters after forward too; they are
     needed next anyway.
     """
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
-    common = _common(mesh, cpu_offload)
+    shard = functools.partial(fully_shard, **_common(mesh, cpu_offload), mp_policy=policy)
     if model.tok_embeddings is not None:
-        fully_shard(model.tok_embeddings, **common, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        shard(model.tok_embeddings, reshard_after_forward=reshard_after_forward)
     shard_decays(model, mesh, reduce_dtype, cpu_offload)
     for block in model.layers.values():
-        fully_shard(block, **common, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        shard(block, reshard_after_forward=reshard_after_forward)
     head = [module for module in (model.norm, model.lm_head) if module is not None]
     if head:
-        fully_shard(head, **common, mp_policy=policy, reshard_after_forward=reshard_last)
-    fully_shard(model, **common, mp_policy=policy)
+        shard(head, reshard_after_forward=reshard_last)
+    shard(model)
     if mesh.device_type == "cpu":
         for unit in _units(model):
             unit.set_force_sum_reduction_for_comms(True)  # gloo has neither averages nor pre-multiplied sums
