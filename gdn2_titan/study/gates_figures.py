@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,15 +43,6 @@ class Strip(NamedTuple):
     bar: str  # the legend of its colours; strips of the same legend share one
 
 
-def _height(strip: Strip) -> float:
-    return min(max(HEAD_ROW * len(strip.values), LEAST_STRIP), TALLEST_STRIP)
-
-
-def _gaps(strips: list[Strip]) -> list[float]:
-    """What is between each strip and the one before it."""
-    return [0.0, *(GAP if one.group == next.group else GROUP_GAP for one, next in pairwise(strips))]
-
-
 @functools.cache
 def _glyphs():
     return frozenset(get_font(findfont(MONOSPACE)).get_charmap())
@@ -68,7 +58,6 @@ class _Sheet:
 
     def __init__(self, tokens, strips, above):
         self.labels = [_drawable(token.label, LONGEST_LABEL) for token in tokens]
-        self.label_height = 0.1 + 0.068 * max(map(len, self.labels))
         lines = -(-len(tokens) // COLUMNS)
         self.columns = -(-len(tokens) // lines)  # lines of nearly the same length
         self.width = LEFT + RIGHT + max(self.columns * COLUMN, 2 * BAR_WIDTH)
@@ -77,7 +66,14 @@ class _Sheet:
         bar_rows = -(-len(self.bars) // self.bars_per_row)
         self.bars_top = TITLE + above * (ABOVE_EXTRA + DISTRIBUTION + BELOW_EXTRA)
         self.lines_top = self.bars_top + bar_rows * BAR_ROW
-        self.line = NUMBERS + sum(map(_height, strips)) + sum(_gaps(strips)) + self.label_height + BETWEEN_LINES
+        self.placed, top = [], NUMBERS  # strips, their tops in a line of text, their heights
+        for index, strip in enumerate(strips):
+            if index:
+                top += GAP if strip.group == strips[index - 1].group else GROUP_GAP
+            height = min(max(HEAD_ROW * len(strip.values), LEAST_STRIP), TALLEST_STRIP)
+            self.placed.append((strip, top, height))
+            top += height
+        self.line = top + 0.1 + 0.068 * max(map(len, self.labels)) + BETWEEN_LINES
         self.starts = range(0, len(tokens), self.columns) if strips else range(0)
         self.height = self.lines_top + self.line * len(self.starts)
         self.figure = Figure((self.width, self.height), dpi=DPI, facecolor="white")
@@ -93,8 +89,7 @@ class _Sheet:
 def _plain_numbers(axis, norm):
     """1, 2, 5, 10, ... along a logarithmic axis, and fewer of them the more decades there are."""
     decades = np.log10(norm.vmax / norm.vmin)
-    subs = (1, 2, 5) if decades < 2.5 else (1,)
-    subs = (1, 1.5, 2, 3, 4, 5, 7) if decades < 0.8 else subs
+    subs = (1, 1.5, 2, 3, 4, 5, 7) if decades < 0.8 else (1, 2, 5) if decades < 2.5 else (1,)
     axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_minor_formatter(NullFormatter())
@@ -112,45 +107,30 @@ def _draw_bars(sheet):
         bar.ax.set_title(strip.bar, fontsize=8.5, loc="left", pad=3)
 
 
-def _draw_line(sheet, strips, start):
+def _draw_line(sheet, start):
     """The strips over the tokens from ``start``, their text below."""
     stop = min(start + sheet.columns, len(sheet.labels))
-    top = sheet.lines_top + sheet.line * (start // sheet.columns) + NUMBERS
-    for strip, gap in zip(strips, _gaps(strips), strict=True):
-        top += gap
-        ax = sheet.axes(LEFT, top, (stop - start) * COLUMN, _height(strip))
+    line_top = sheet.lines_top + sheet.line * (start // sheet.columns)
+    for index, (strip, top, height) in enumerate(sheet.placed):
+        ax = sheet.axes(LEFT, line_top + top, (stop - start) * COLUMN, height)
         values = strip.values[:, start:stop]
         ax.imshow(values, aspect="auto", cmap=strip.colours, norm=strip.norm, interpolation="nearest")
         rows = len(values)
-        step = 1 if _height(strip) / rows >= 0.14 else 2 ** int(np.ceil(np.log2(0.14 * rows / _height(strip))))
+        step = 1 if height / rows >= 0.14 else 2 ** int(np.ceil(np.log2(0.14 * rows / height)))
         ax.set_yticks(range(0, rows, step))
         ax.tick_params(labelsize=7, length=2, pad=2)
         ax.set_xticks([])
         ax.set_ylabel(f"{strip.group}\n{strip.name}", rotation=0, ha="right", va="center", fontsize=8, labelpad=6)
-        if strip is strips[0]:
+        if index == 0:
             for place in range(-(-start // 16) * 16, stop, 16):
                 ax.annotate(
                     str(place), (place - start, 1), (0, 3), xycoords=("data", "axes fraction"),
                     textcoords="offset points", ha="center", va="bottom", fontsize=7, color="0.35",
                 )  # fmt: skip
-        top += _height(strip)
     ax.set_xticks(range(stop - start))
     for label in ax.set_xticklabels(sheet.labels[start:stop], fontproperties=MONOSPACE, parse_math=False):
         label.set_rotation(0 if len(label.get_text()) == 1 else 90)
     ax.tick_params(axis="x", length=0, pad=4)
-
-
-def _draw(path, title, subtitle, tokens, strips, draw_above=None):
-    """Write one picture. draw_above: ``draw_above(axes)`` draws what is above the strips."""
-    sheet = _Sheet(tokens, strips, draw_above is not None)
-    sheet.text(0.14, title, fontsize=13, weight="bold")
-    sheet.text(0.4, _drawable(subtitle, int(sheet.width / SUBTITLE_CHARACTER)), fontsize=9, color="0.3")
-    if draw_above is not None:
-        draw_above(sheet.axes(LEFT, TITLE + ABOVE_EXTRA, sheet.width - LEFT - RIGHT, DISTRIBUTION))
-    _draw_bars(sheet)
-    for start in sheet.starts:
-        _draw_line(sheet, strips, start)
-    sheet.figure.savefig(path)
 
 
 def _log_norm(values):
@@ -198,16 +178,14 @@ def _draw_half_lives(traces, ax):
                 name = f"head {head}" if len(traces) * heads <= 16 else str(head)
                 ax.annotate(name, (middle, 0), (0, 2), xycoords=("data", "axes fraction"),
                             textcoords="offset points", ha="center", fontsize=7, color="0.35")  # fmt: skip
-    ax.set_yscale("log")
-    ax.set_ylim(everything.min() / 2, everything.max() * 1.5)
+    ax.set(yscale="log", ylim=(everything.min() / 2, everything.max() * 1.5), ylabel="half-life in tokens")
     _plain_numbers(ax.yaxis, Normalize(*ax.get_ylim()))
-    ax.set_ylabel("half-life in tokens")
     ax.set_xlim(-0.5, len(traces) - 0.5)
     ax.set_xticks(range(len(traces)), [f"layer {trace.layer}" for trace in traces])
     ax.grid(axis="y", color="0.88")
     ax.set_axisbelow(True)
-    ax.set_title("one dot per key channel, columns and colours are heads, the bar is a head's median", fontsize=9,
-                 loc="left")  # fmt: skip
+    title = "one dot per key channel, columns and colours are heads, the bar is a head's median"
+    ax.set_title(title, fontsize=9, loc="left")
 
 
 def _channel_strips(channels: Channels, reach: float) -> list[Strip]:
@@ -231,7 +209,15 @@ def draw_figures(
     names = []
 
     def draw(name, title, strips, draw_above=None):
-        _draw(folder / name, title, subtitle, tokens, strips, draw_above)
+        sheet = _Sheet(tokens, strips, draw_above is not None)
+        sheet.text(0.14, title, fontsize=13, weight="bold")
+        sheet.text(0.4, _drawable(subtitle, int(sheet.width / SUBTITLE_CHARACTER)), fontsize=9, color="0.3")
+        if draw_above is not None:
+            draw_above(sheet.axes(LEFT, TITLE + ABOVE_EXTRA, sheet.width - LEFT - RIGHT, DISTRIBUTION))
+        _draw_bars(sheet)
+        for start in sheet.starts:
+            _draw_line(sheet, start)
+        sheet.figure.savefig(folder / name)
         names.append(name)
         progress()
 
