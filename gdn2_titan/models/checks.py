@@ -7,13 +7,9 @@ from typing import Any
 
 from gdn2_titan.ops.dispatch import BACKENDS
 
-__all__ = ["check_attention", "check_convolution", "check_count", "check_gdn2", "check_number", "value_head_dim"]
-
-STRUCTURE = ("channel", "scalar")
-CHOICES = {
-    "erase_gate": STRUCTURE, "write_gate": STRUCTURE, "decay": STRUCTURE, "output_gate": ("silu", "sigmoid"),
-    "backend": (*BACKENDS, "reference"),
-}  # fmt: skip
+__all__ = [
+    "check_attention", "check_choice", "check_count", "check_gdn2", "check_number", "check_width", "value_head_dim",
+]  # fmt: skip
 
 
 def check_count(name: str, value: Any) -> None:
@@ -62,12 +58,10 @@ def check_gdn2(
             raise ValueError(f"num_v_heads is {num_v_heads}; it must be a multiple of num_heads = {num_heads}")
     value_head_dim(head_dim, expand_v)
     check_width("conv_size", conv_size)
-    chosen = {
-        "erase_gate": erase_gate, "write_gate": write_gate, "decay": decay, "output_gate": output_gate,
-        "backend": backend,
-    }  # fmt: skip
-    for name, value in chosen.items():
-        check_choice(name, value, CHOICES[name])
+    for name, value in {"erase_gate": erase_gate, "write_gate": write_gate, "decay": decay}.items():
+        check_choice(name, value, ("channel", "scalar"))
+    check_choice("output_gate", output_gate, ("silu", "sigmoid"))
+    check_choice("backend", backend, (*BACKENDS, "reference"))
     for name, value in {"tied_gates": tied_gates, "allow_neg_eigval": allow_neg_eigval}.items():
         if not isinstance(value, bool):
             raise ValueError(f"{name} is {value!r}; it must be true or false")
@@ -86,10 +80,3 @@ def check_attention(
         check_count(kv_heads, num_kv_heads)
         if num_heads % num_kv_heads:
             raise ValueError(f"{kv_heads} is {num_kv_heads}; it must divide {heads} = {num_heads}")
-
-
-def check_convolution(channels: int, width: int, backend: str) -> None:
-    """Arguments of a short convolution."""
-    check_count("channels", channels)
-    check_width("width", width)
-    check_choice("backend", backend, BACKENDS)

@@ -15,11 +15,12 @@ from torch.distributed.tensor import DTensor
 from gdn2_titan.ops import causal_conv1d, chunk_gdn2, recurrent_gdn2
 from gdn2_titan.ops.context_parallel.api import begin_gdn2
 from gdn2_titan.ops.context_parallel.tokens import halos
+from gdn2_titan.ops.dispatch import BACKENDS
 from gdn2_titan.ops.gdn2.arguments import GDN2Inputs, GDN2Options
 from gdn2_titan.ops.gdn2.gates import log_decay
 from gdn2_titan.ops.gdn2.split import check_num_segments
 
-from .checks import check_convolution, check_count, check_gdn2, value_head_dim
+from .checks import check_choice, check_count, check_gdn2, check_width, value_head_dim
 from .decay import DecayParameters
 from .init import fill_
 from .old_names import rename_old
@@ -54,7 +55,9 @@ class ShortConvolution(nn.Module):
 
     def __init__(self, channels: int, width: int, backend: str = "auto") -> None:
         super().__init__()
-        check_convolution(channels, width, backend)
+        check_count("channels", channels)
+        check_width("width", width)
+        check_choice("backend", backend, BACKENDS)
         self.backend = backend
         self.weight = nn.Parameter(torch.empty(channels, width))
 
@@ -63,9 +66,8 @@ class ShortConvolution(nn.Module):
         return_state: bool = False, cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         return causal_conv1d(
-            x, _of_this_rank(self.weight), activation="silu",
-            initial_state=state, output_final_state=return_state, resets=resets, cu_seqlens=cu_seqlens,
-            backend=self.backend,
+            x, _of_this_rank(self.weight), activation="silu", initial_state=state, output_final_state=return_state,
+            resets=resets, cu_seqlens=cu_seqlens, backend=self.backend,
         )  # fmt: skip
 
     def init_weights(self) -> None:
@@ -81,8 +83,7 @@ class GatedDeltaNet2(nn.Module):
     ``gate_proj``. Tied gates have no ``write_proj``, a scalar decay no ``decay_low_proj`` (they are None).
 
     Args:
-        hidden_size: D.
-        num_heads, head_dim: H and K.
+        hidden_size, num_heads, head_dim: D, H and K.
         num_v_heads: HV, a multiple of num_heads; None means num_heads.
         expand_v: V / K.
         conv_size: width of the short convolutions, 2 to 4.
@@ -90,8 +91,7 @@ class GatedDeltaNet2(nn.Module):
         tied_gates: one scalar per key head is both gates (Kimi Delta Attention).
         decay: "channel" or "scalar" (with tied_gates: Gated DeltaNet).
         allow_neg_eigval: the erase gate spans [0, 2] instead of [0, 1].
-        output_gate: "silu" or "sigmoid".
-        norm_eps: of the RMS norm on each value head.
+        output_gate, norm_eps: "silu" or "sigmoid", times the RMS norm of each value head.
         backend: of the ops and convolutions: "triton", "torch", or "auto", which takes Triton's kernels on a GPU that
             they can serve; or "reference", the op token by token and PyTorch's convolutions.
         num_segments: of :func:`gdn2_titan.ops.chunk_gdn2`, also an attribute: "auto", or into how many segments every
@@ -183,7 +183,13 @@ class GatedDeltaNet2(nn.Module):
         else:
             self.shards.refuse_states(state, return_state)
             self.shards.refuse_rows(rows)
-            q, k, v = self._convolved_over_shards(q, k, v, resets)
+            # Over this rank's segments as rows of the batch, with one exchange for all three.
+            past = halos([q, k, v], self.shards, self.q_conv1d.weight.shape[1], resets)
+            convolutions = self.q_conv1d, self.k_conv1d, self.v_conv1d
+            q, k, v = (
+                conv1d(self.shards.rows(t), self.shards.rows(resets), before)[0].view(t.shape)
+                for conv1d, t, before in zip(convolutions, (q, k, v), past, strict=True)
+            )
         # Heads are counted from the tensors: under tensor parallelism a rank holds some of them.
         q, k, v = (t.unflatten(-1, (-1, size)) for t, size in ((q, K), (k, K), (v, V)))
         low = x if self.decay_low_proj is None else self.decay_low_proj(x)
@@ -220,16 +226,6 @@ class GatedDeltaNet2(nn.Module):
             return y
         state = GDN2State(q_conv, k_conv, v_conv, memory)
         return y, state if rows is None else GDN2State(*map(rows.of_rows, state))
-
-    def _convolved_over_shards(self, q, k, v, resets):
-        """The three convolutions, over this rank's segments as rows of the batch. One exchange for all of them."""
-        rows = self.shards.rows(resets)
-        convolutions = self.q_conv1d, self.k_conv1d, self.v_conv1d
-        past = halos([q, k, v], self.shards, self.q_conv1d.weight.shape[1], resets)
-        return [
-            conv1d(self.shards.rows(x), rows, state)[0].view(x.shape)
-            for conv1d, x, state in zip(convolutions, (q, k, v), past, strict=True)
-        ]
 
     @torch.no_grad()
     def _record(self, g, erase, write, A_log, dt_bias, memory):

@@ -44,9 +44,8 @@ def attention_mask(
     """The mask of one kind of softmax layer, shared by all layers of the kind.
 
     window: tokens a query sees, itself included; None for all. resets: bool [B, T] or None; attention stays within
-    a document. backend: of the layers. Returns None where plain causal attention is meant, a bool tensor
-    [B or 1, 1, T, T] for ``scaled_dot_product_attention`` on CPU and where there shall be or can be no Triton, a
-    BlockMask for flex attention elsewhere.
+    a document. Returns None where plain causal attention is meant, a bool tensor [B or 1, 1, T, T] for
+    ``scaled_dot_product_attention`` where there is or shall be (``backend``) no Triton, else a BlockMask.
     """
     # A compiler for whom the length is open is not asked: its graph would serve only one of the cases.
     if window is not None and statically_known_true(window >= length):

@@ -28,12 +28,8 @@ def apply_context_parallel(model: nn.Module, mesh: DeviceMesh, layout: str = "co
 
     Gradients are those of the sum of all ranks' losses: a parameter's is this rank's share, to be summed over the mesh,
     as FSDP2 does over a mesh that this one is part of. Parameters stay as they are, and so do state-dict keys. Tensor
-    parallelism on a mesh of its own divides heads and, between mixers, T_local once more.
-
-    Raises:
-        ValueError: an unknown layout.
+    parallelism on a mesh of its own divides heads and, between mixers, T_local once more. ValueError: unknown layout.
     """
-    shards = SequenceShards.of(mesh, layout)
-    model.shards = shards
+    model.shards = SequenceShards.of(mesh, layout)
     for block in model.layers.values():
-        block.mixer.shards = shards
+        block.mixer.shards = model.shards

@@ -58,10 +58,7 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, loss_parallel: boo
     Token ids [B, T] come in whole on every rank; T must be a multiple of the mesh's size. A stage without
     ``tok_embeddings`` takes hidden states [B, T / ranks, D], one without ``lm_head`` returns them. loss_parallel: the
     logits stay a DTensor sharded over the vocabulary, for torch.distributed.tensor.parallel.loss_parallel; else every
-    rank gets them whole.
-
-    Raises:
-        ValueError: a number of heads, or ``mlp_size``, is not a multiple of the mesh's size.
+    rank gets them whole. ValueError: see ``check_tensor_parallel``.
     """
     check_tensor_parallel(model.args, mesh.size())
     ends = {
@@ -84,10 +81,7 @@ def apply_mixer_tensor_parallel(mixer: nn.Module, mesh: DeviceMesh) -> None:
     """Shard one ``GatedDeltaNet2`` in place over the 1-D ``mesh``, in whatever block it is.
 
     Hidden states [B, T / ranks, D] come in, as tensors or as DTensors sharded on T, and go out as tensors; resets
-    [B, T] come in whole.
-
-    Raises:
-        ValueError: the number of key heads is not a multiple of the mesh's size.
+    [B, T] come in whole. ValueError: the number of key heads is not a multiple of the mesh's size.
     """
     heads = mixer.decay.A_log.shape[0]
     if heads % mesh.size():
@@ -133,8 +127,7 @@ def _rowwise(linear, mesh):
 
 
 def _gathered(mesh, others, *readers):
-    """The first input gathered along the sequence, in float8 if all its ``readers``, the layers that take it, are; as
-    many ``others`` as they come."""
+    """The first input gathered along the sequence, in float8 if all its ``readers`` are; ``others`` as they come."""
     rest = (None,) * others
     layouts = {"input_layouts": (SEQUENCE, *rest), "desired_input_layouts": (Replicate(), *rest)}
     return _style(PrepareModuleInput, "PrepareFloat8ModuleInput", readers, mesh, **layouts)
@@ -154,22 +147,18 @@ def _block_plan(block, mesh):
 
 
 def _mixer_plan(mixer, mesh):
-    """Of a mixer and its parts, by their names.
-
-    The first factors of the low-rank projections are computed by every rank: their outputs are small, and what comes
-    back to them is summed with the gradient of the mixer's input. They read it in high precision, so that is how it is
-    gathered.
-    """
+    """Of a mixer and its parts, by their names."""
     if isinstance(mixer, Attention):
         plan = {"": _gathered(mesh, 2, mixer.q_proj, mixer.k_proj, mixer.v_proj)}  # besides: angles and mask
     else:
-        plan = {"": _gathered(mesh, 1)}  # besides: resets
+        plan = {"": _gathered(mesh, 1)}  # besides: resets; in high precision, which the low-rank projections read
     for name, part in mixer.named_children():
         if name == "o_norm":
             style = SequenceParallel(sequence_dim=2, use_local_output=True)  # [B, T, heads, V], by heads
         elif name == "o_proj":
             style = _rowwise(part, mesh)
         elif name.endswith("_low_proj"):
+            # On every rank: the outputs are small, and their gradients are summed with those of the mixer's input.
             style = _Distributed(Replicate())
         elif name.endswith("_proj"):
             style = _colwise(part, mesh)

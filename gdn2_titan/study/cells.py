@@ -1,8 +1,5 @@
 """The grid of the recall study: mixers with as many parameters and as large a state each, on tasks. Every cell is one
-TorchTitan config, which trains alone as well.
-
-What is trained how long is fixed here, so that a study of the same seed is the same study.
-"""
+TorchTitan config, which trains alone as well; what is trained how long is fixed here."""
 
 import dataclasses
 import json
@@ -133,7 +130,8 @@ class Cell:
         return toml_text(sections)
 
 
-def _experiments(quick: bool) -> list[Experiment]:
+def grid(quick: bool, seeds: int | None = None) -> list[Cell]:
+    """The cells of the study, the longest trainings first; seeds: how many of each."""
     steps, counting = (800, 300) if quick else (2400, 500)
     recall, symbols = {"steps": steps, "seq_len": 64, "batch": 16, "learning_rate": 3e-3}, {"keys": 32, "values": 8}
     tracking = {"learning_rate": 2e-3, "model_fields": {"num_heads": 4}}
@@ -141,20 +139,11 @@ def _experiments(quick: bool) -> list[Experiment]:
     swaps = {"generators": "swaps", "validation_lengths": [16, 32, 64, 128]}
     pairs = {"pairs": [2, 4, 8, 16], "validation_pairs": [4, 8, 12, 16, 20]}
     rewritten = {"writes": 2, "pairs": [2, 4, 8, 12], "validation_pairs": [4, 6, 8, 10, 12]}
-    return [
+    experiments = [
         Experiment("mqar", GATES, symbols | pairs | lengths, **recall),
         Experiment("overwrite", GATES, symbols | rewritten | lengths, **recall),
         Experiment("permutations", REFLECTING, swaps, steps=1500, seq_len=16, batch=96, **tracking),
         Experiment("parity", REFLECTING, lengths, steps=counting, seq_len=64, batch=24, **tracking),
     ]
-
-
-def grid(quick: bool, seeds: int | None = None) -> list[Cell]:
-    """The cells of the study, the longest trainings first; seeds: how many of each."""
-    seeds = seeds or (1 if quick else 3)
-    return [
-        Cell(experiment, mixer, seed)
-        for experiment in _experiments(quick)
-        for seed in range(seeds)
-        for mixer in experiment.mixers
-    ]
+    seeds = range(seeds or (1 if quick else 3))
+    return [Cell(what, mixer, seed) for what in experiments for seed in seeds for mixer in what.mixers]

@@ -35,11 +35,9 @@ def add_parser(subparsers: Any) -> None:
 
 def _read_text(path: str) -> str:
     try:
-        content = Path(path).read_bytes()
+        text = Path(path).read_bytes().decode("utf-8")
     except OSError as error:
         raise ConvertError(f"--text is {path}; it must be a file that can be read: {error.strerror}") from error
-    try:
-        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConvertError(f"--text is {path}; it must be UTF-8, which it is not at byte {error.start}") from error
     if not text:

@@ -26,10 +26,6 @@ def _rounded(values: Any) -> list[list[float]]:
     return [[float(f"{x:.{DIGITS}g}") for x in row] for row in values.tolist()]
 
 
-def _shades(name: str) -> list[str]:
-    return [to_hex(colour) for colour in matplotlib.colormaps[name](np.linspace(0, 1, SHADES))]
-
-
 def _content(about: str, tokens: list[Token], traces: list[LayerTrace], head: int) -> dict[str, Any]:
     """All that the page's script reads."""
     layers = []
@@ -39,28 +35,21 @@ def _content(about: str, tokens: list[Token], traces: list[LayerTrace], head: in
         values = {name: _rounded(getattr(trace, name)) for name in QUANTITIES}
         deviation = float(f"{trace.deviation:.1e}")
         layers.append(dict(layer=trace.layer, reach=reach, colours=colours, deviation=deviation, values=values))
+    names, steps = [name for layer in layers for name in layer["colours"].values()], np.linspace(0, 1, SHADES)
     return {
         "about": about,
         "tokens": [token._asdict() for token in tokens],
         "quantities": {name: quantity._asdict() for name, quantity in QUANTITIES.items()},
-        "shades": {name: _shades(name) for layer in layers for name in layer["colours"].values()},
+        "shades": {name: list(map(to_hex, matplotlib.colormaps[name](steps))) for name in names},
         "layers": layers,
         "chosen": {"layer": next(trace.layer for trace in traces if trace.channels is not None), "head": head},
     }
 
 
-def _as_script(content: Any) -> str:
-    """JSON that no text can end the script element of: without <, > and &, which are \\u escapes in JSON."""
-    text = json.dumps(content, allow_nan=False, separators=(",", ":"))
-    return re.sub("[<>&]", lambda found: f"\\u{ord(found[0]):04x}", text)
-
-
 def _picture(folder: Path, name: str) -> str:
     data = base64.b64encode((folder / name).read_bytes()).decode()
-    return (
-        f'<details open><summary>{html.escape(name)}</summary><div class="picture">'
-        f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}"></div></details>'
-    )
+    image = f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">'
+    return f'<details open><summary>{html.escape(name)}</summary><div class="picture">{image}</div></details>'
 
 
 def write_page(
@@ -71,9 +60,11 @@ def write_page(
         (resources.files(__package__) / "assets" / f"gates.{kind}").read_text(encoding="utf-8")
         for kind in ("css", "js", "html")
     )
+    content = json.dumps(_content(about, tokens, traces, head), allow_nan=False, separators=(",", ":"))
+    # Without <, > and &, which are \u escapes in JSON, no text can end the script element.
+    content = re.sub("[<>&]", lambda found: f"\\u{ord(found[0]):04x}", content)
     parts = {
-        "about": html.escape(about), "style": style, "script": script,
-        "content": _as_script(_content(about, tokens, traces, head)),
+        "about": html.escape(about), "style": style, "script": script, "content": content,
         "pictures": "\n".join(_picture(folder, name) for name in pictures),
     }  # fmt: skip
     # In one pass: what is put in is not looked through for more.

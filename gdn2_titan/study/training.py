@@ -28,10 +28,8 @@ CONFIG, RESULT, LOG = "config.toml", "result.json", "log.txt"
 def train_cell(folder: Path, toml: str) -> bool:
     """Train the config ``toml`` in ``folder`` unless its result is there, and write the result.
 
-    A killed training continues from its checkpoint. Meant for a process of its own: output goes to the log.
-
-    Returns:
-        Whether there is a result now; if not, the log has the reason.
+    A killed training continues from its checkpoint. Meant for a process of its own: output goes to the log. Returns
+    whether there is a result now; if not, the log has the reason.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOG, "a") as log:
@@ -43,17 +41,17 @@ def train_cell(folder: Path, toml: str) -> bool:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
         try:
-            results, count = _train(folder / CONFIG)
+            result = _train(folder / CONFIG)
         except BaseException:
             traceback.print_exc()
             sys.stderr.flush()
             return False
-        write_text(folder / RESULT, json.dumps({"parameters": count, "results": results}, indent=1) + "\n")
+        write_text(folder / RESULT, json.dumps(result, indent=1) + "\n")
     return True
 
 
-def _train(config_file: Path) -> tuple[list[dict[str, Any]], int]:
-    """(results of the validator, number of parameters) of a training to its end."""
+def _train(config_file: Path) -> dict[str, Any]:
+    """Number of parameters, and results of the validator, of a training to its end."""
     # One thread, whatever the machine: sums in another order would be other numbers.
     torch.set_num_threads(1)
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
@@ -64,7 +62,7 @@ def _train(config_file: Path) -> tuple[list[dict[str, Any]], int]:
         if not trainer.validator.results:  # killed between the last step's checkpoint and its validation
             trainer.validator.validate(trainer.model_parts, trainer.step)
         count = sum(p.numel() for part in trainer.model_parts for p in part.parameters())
-        return trainer.validator.results, count
+        return {"parameters": count, "results": trainer.validator.results}
     finally:
         trainer.close()
         with contextlib.suppress(Exception):
@@ -72,9 +70,7 @@ def _train(config_file: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def train_all(folders: dict[Path, str], jobs: int) -> None:
-    """Train every cell that has no result yet, ``jobs`` at a time, showing how far it is.
-
-    folders: {folder: text of its config}.
+    """Train every cell of {folder: text of its config} that has no result yet, ``jobs`` at a time.
 
     Raises:
         ConvertError: trainings failed; all others have been done.
