@@ -4,8 +4,11 @@ import csv
 import io
 import json
 import statistics
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -67,10 +70,15 @@ def csv_text(rows: list[Row]) -> str:
     return text.getvalue()
 
 
-def _spread(rows: list[Row]) -> tuple[float, float, float]:
-    """(mean, smallest, largest) accuracy over the seeds."""
-    values = [row.accuracy for row in rows]
-    return statistics.fmean(values), min(values), max(values)
+def _spreads(rows: list[Row], condition: Callable[[Row], Any]) -> dict[str, dict[Any, tuple[float, float, float]]]:
+    """{mixer: {condition of the row: (mean, smallest, largest) accuracy over the seeds}}."""
+    found = {}
+    for row in rows:
+        found.setdefault(row.mixer, {}).setdefault(condition(row), []).append(row.accuracy)
+    return {
+        mixer: {at: (statistics.fmean(x), min(x), max(x)) for at, x in values.items()}
+        for mixer, values in found.items()
+    }
 
 
 def capacity(accuracies: dict[int, float]) -> tuple[float, bool]:
@@ -103,10 +111,10 @@ def _mixers(rows: list[Row]) -> list[str]:
 def accuracy_table(rows: list[Row], axis: str) -> str:
     """Of one task, one line a mixer: accuracy at each value of ``axis`` ("pairs" or "length")."""
     values = sorted({getattr(row, axis) for row in rows})
-    lines = []
-    for mixer in _mixers(rows):
-        found = [_spread([r for r in rows if r.mixer == mixer and getattr(r, axis) == value]) for value in values]
-        lines.append([mixer, *(f"{mean:.1%} ({low:.0%} to {high:.0%})" for mean, low, high in found)])
+    lines = [
+        [mixer, *(f"{mean:.1%} ({low:.0%} to {high:.0%})" for mean, low, high in map(found.get, values))]
+        for mixer, found in _spreads(rows, attrgetter(axis)).items()
+    ]
     return _table(["mixer", *(f"{value} {'pairs' if axis == 'pairs' else 'tokens'}" for value in values)], lines)
 
 
@@ -128,18 +136,13 @@ def capacity_table(rows: list[Row]) -> str:
 
 def separation_table(rows: list[Row]) -> str:
     """Of one task: under how many of its conditions every seed of a line's mixer is above every seed of a column's."""
-    names, conditions = _mixers(rows), {(row.pairs, row.length) for row in rows}
-    ranges = {
-        (mixer, at): _spread([row for row in rows if row.mixer == mixer and (row.pairs, row.length) == at])[1:]
-        for mixer in names
-        for at in conditions
-    }
+    found = _spreads(rows, attrgetter("pairs", "length"))
 
     def above(mixer: str, other: str) -> int:
-        return sum(ranges[mixer, at][0] > ranges[other, at][1] for at in conditions)
+        return sum(lowest > found[other][at][2] for at, (_, lowest, _) in found[mixer].items())
 
-    lines = [[mixer, *("" if mixer == x else str(above(mixer, x)) for x in names)] for mixer in names]
-    return _table([f"of {len(conditions)}, above", *names], lines)
+    lines = [[mixer, *("" if mixer == x else str(above(mixer, x)) for x in found)] for mixer in found]
+    return _table([f"of {len({(row.pairs, row.length) for row in rows})}, above", *found], lines)
 
 
 def _plot_accuracy(path: Path, panels: dict[str, list[Row]], axis: str, label: str) -> None:
@@ -152,12 +155,9 @@ def _plot_accuracy(path: Path, panels: dict[str, list[Row]], axis: str, label: s
     mixers = _mixers([row for rows in panels.values() for row in rows])
     colours = matplotlib.colormaps["tab10"].colors
     for ax, (title, rows) in zip(axes, panels.items(), strict=True):
-        for i, mixer in enumerate(mixers):
-            mine = [row for row in rows if row.mixer == mixer]
-            at = sorted({getattr(row, axis) for row in mine})
-            if not at:
-                continue
-            mean, low, high = np.transpose([_spread([row for row in mine if getattr(row, axis) == x]) for x in at])
+        for mixer, found in _spreads(rows, attrgetter(axis)).items():
+            i, at = mixers.index(mixer), sorted(found)
+            mean, low, high = np.transpose([found[x] for x in at])
             beside = [x * 2 ** (0.012 * (i - len(mixers) / 2)) for x in at]  # or the ranges would hide each other
             ax.errorbar(
                 beside, mean, (mean - low, high - mean), fmt=STYLES[i % len(STYLES)], color=colours[i], label=mixer,
