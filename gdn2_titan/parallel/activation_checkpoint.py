@@ -24,19 +24,15 @@ SAVED_OPS = {
     torch.ops.gdn2_titan.segment_gdn2.default,
     torch.ops._c10d_functional.all_gather_into_tensor_coalesced.default,
     torch.ops._c10d_functional.all_to_all_single.default,
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten._scaled_mm.default,
+    torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten._scaled_mm.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_fused_attention_overrideable.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch._higher_order_ops.flex_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default, torch._higher_order_ops.flex_attention,
     # The greatest magnitude, from which float8 takes its scale: one number that costs a pass over the tensor.
-    torch.ops.aten.max.default,
-    torch.ops._c10d_functional.reduce_scatter_tensor.default,
-}
+    torch.ops.aten.max.default, torch.ops._c10d_functional.reduce_scatter_tensor.default,
+}  # fmt: skip
 
 
 def _policy(context, op, *args, **kwargs):

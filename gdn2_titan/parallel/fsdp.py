@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from gdn2_titan.models.decay import DecayParameters
 
@@ -22,7 +22,7 @@ def apply_fsdp(
     needed next anyway.
     """
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
-    shard = functools.partial(fully_shard, **_common(mesh, cpu_offload), mp_policy=policy)
+    shard = functools.partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=_offload(mesh, cpu_offload))
     if model.tok_embeddings is not None:
         shard(model.tok_embeddings, reshard_after_forward=reshard_after_forward)
     shard_decays(model, mesh, reduce_dtype, cpu_offload)
@@ -47,18 +47,16 @@ def shard_decays(model: nn.Module, mesh: DeviceMesh, reduce_dtype: torch.dtype, 
     decays = [module for module in model.modules() if isinstance(module, DecayParameters)]
     if not decays:
         return
-    exact = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
-    fully_shard(decays, **_common(mesh, cpu_offload), mp_policy=exact, reshard_after_forward=False)
+    exact, offload = MixedPrecisionPolicy(reduce_dtype=reduce_dtype), _offload(mesh, cpu_offload)
+    fully_shard(decays, mesh=mesh, mp_policy=exact, offload_policy=offload, reshard_after_forward=False)
     # The hooks of a unit inside a block would break the graph of a compiled block. So the layers read these parameters
     # without calling their modules, and the unit is gathered out here, after the model's own hook, which fully_shard
     # puts first; backward returns it to its shards like any other.
     model.register_forward_pre_hook(lambda *_: decays[0].unshard())
 
 
-def _common(mesh, cpu_offload):
-    if not cpu_offload:
-        return {"mesh": mesh}
-    return {"mesh": mesh, "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")}
+def _offload(mesh, cpu_offload):
+    return CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cpu_offload else OffloadPolicy()
 
 
 def sum_gradients(model: nn.Module) -> None:
