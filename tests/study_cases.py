@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from gdn2_titan.study.cells import Cell, Experiment
-from gdn2_titan.study.report import write_report
+from gdn2_titan.study.results import write_report
 from gdn2_titan.study.training import train_all
 
 __all__ = ["CELLS", "study"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gdn2_titan.models import GDN2ModelArgs, flavors
-from gdn2_titan.models.overrides import ModelOverrides, model_args_of
+from gdn2_titan.models.flavors import ModelOverrides, model_args_of
 
 from .atomic import write_text
 from .errors import ConvertError, read_json, reading

@@ -5,13 +5,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from gdn2_titan.ops.context_parallel.tokens import gather_sequence, preceding
 
 from .checks import check_attention, check_count
-from .init import fill_
+from .init import normal_
 from .masks import reach
 from .rows import Rows
 
@@ -23,7 +23,7 @@ def _compiled_flex_attention():
     return torch.compile(flex_attention)
 
 
-def rotary_angles(positions: torch.Tensor, head_dim: int, theta: float) -> torch.Tensor:
+def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> Tensor:
     """positions [T] or [B, T] -> cosines and sines stacked, fp32 [2, ..., T, 1, head_dim / 2]."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     angle = positions[..., None, None].float() * frequency
@@ -40,8 +40,8 @@ def _rotate(x, angles):
 class AttentionState(NamedTuple):
     """What a layer carries from one segment of a sequence to the next: with a window W, the last W - 1 tokens."""
 
-    keys: torch.Tensor  # [B, S, kv_heads, head_dim], turned by their angles
-    values: torch.Tensor  # [B, S, kv_heads, head_dim]
+    keys: Tensor  # [B, S, kv_heads, head_dim], turned by their angles
+    values: Tensor  # [B, S, kv_heads, head_dim]
 
 
 class Attention(nn.Module):
@@ -69,9 +69,9 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=False)
 
     def forward(
-        self, x: torch.Tensor, angles: torch.Tensor, mask: torch.Tensor | BlockMask | None, *,
+        self, x: Tensor, angles: Tensor, mask: Tensor | BlockMask | None, *,
         state: AttentionState | None = None, return_state: bool = False, rows: Rows | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, AttentionState]:  # fmt: skip
+    ) -> Tensor | tuple[Tensor, AttentionState]:  # fmt: skip
         """x [B, T, D] -> [B, T, D], or ([B, T, D], AttentionState) with ``return_state``.
 
         angles: of ``rotary_angles``; mask: of ``masks.attention_mask``, with shards of ``masks.context_mask``, with a
@@ -95,7 +95,7 @@ class Attention(nn.Module):
         if return_state:
             kept = AttentionState(*(self._kept(t, q.shape[1], rows) for t in (k, v)))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, heads, T, head_dim]
-        if mask is None or isinstance(mask, torch.Tensor):
+        if mask is None or isinstance(mask, Tensor):
             # After a state, no mask means that the one token at hand sees all keys.
             causal = mask is None and state is None
             o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
@@ -127,5 +127,5 @@ class Attention(nn.Module):
 
     def init_weights(self, output_scale: float = 1.0, std: float = 0.02) -> None:
         for projection in (self.q_proj, self.k_proj, self.v_proj):
-            fill_(projection.weight, lambda x: nn.init.normal_(x, std=std))
-        fill_(self.o_proj.weight, lambda x: nn.init.normal_(x, std=std * output_scale))
+            normal_(projection.weight, std)
+        normal_(self.o_proj.weight, std * output_scale)

@@ -7,14 +7,9 @@ from typing import Any
 
 from gdn2_titan.ops.dispatch import BACKENDS
 
-__all__ = ["check_attention", "check_convolution", "check_count", "check_gdn2", "check_number", "value_head_dim"]
-
-WIDTHS = (2, 3, 4)
-STRUCTURE = ("channel", "scalar")
-CHOICES = {
-    "erase_gate": STRUCTURE, "write_gate": STRUCTURE, "decay": STRUCTURE, "output_gate": ("silu", "sigmoid"),
-    "backend": (*BACKENDS, "reference"),
-}  # fmt: skip
+__all__ = [
+    "check_attention", "check_choice", "check_count", "check_gdn2", "check_number", "check_width", "value_head_dim",
+]  # fmt: skip
 
 
 def check_count(name: str, value: Any) -> None:
@@ -29,7 +24,7 @@ def check_number(name: str, value: Any) -> None:
 
 
 def check_width(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value not in WIDTHS:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value not in (2, 3, 4):
         raise ValueError(f"{name} is {value!r}; it must be 2, 3 or 4")
 
 
@@ -42,12 +37,11 @@ def check_choice(name: str, value: Any, allowed: Collection[str]) -> None:
 def value_head_dim(head_dim: int, expand_v: float) -> int:
     """head_dim * expand_v, which must be whole but for the rounding of the product."""
     check_number("expand_v", expand_v)
-    size = round(head_dim * float(expand_v))
-    if size < 1 or not math.isclose(size, head_dim * float(expand_v), rel_tol=1e-9):
-        raise ValueError(
-            f"expand_v is {expand_v!r}; times head_dim = {head_dim} it must be a whole number of at least 1"
-        )
-    return size
+    size = head_dim * float(expand_v)
+    if round(size) < 1 or not math.isclose(round(size), size, rel_tol=1e-9):
+        wanted = f"times head_dim = {head_dim} it must be a whole number of at least 1"
+        raise ValueError(f"expand_v is {expand_v!r}; {wanted}")
+    return round(size)
 
 
 def check_gdn2(
@@ -64,12 +58,10 @@ def check_gdn2(
             raise ValueError(f"num_v_heads is {num_v_heads}; it must be a multiple of num_heads = {num_heads}")
     value_head_dim(head_dim, expand_v)
     check_width("conv_size", conv_size)
-    chosen = {
-        "erase_gate": erase_gate, "write_gate": write_gate, "decay": decay, "output_gate": output_gate,
-        "backend": backend,
-    }  # fmt: skip
-    for name, value in chosen.items():
-        check_choice(name, value, CHOICES[name])
+    for name, value in {"erase_gate": erase_gate, "write_gate": write_gate, "decay": decay}.items():
+        check_choice(name, value, ("channel", "scalar"))
+    check_choice("output_gate", output_gate, ("silu", "sigmoid"))
+    check_choice("backend", backend, (*BACKENDS, "reference"))
     for name, value in {"tied_gates": tied_gates, "allow_neg_eigval": allow_neg_eigval}.items():
         if not isinstance(value, bool):
             raise ValueError(f"{name} is {value!r}; it must be true or false")
@@ -88,10 +80,3 @@ def check_attention(
         check_count(kv_heads, num_kv_heads)
         if num_heads % num_kv_heads:
             raise ValueError(f"{kv_heads} is {num_kv_heads}; it must divide {heads} = {num_heads}")
-
-
-def check_convolution(channels: int, width: int, backend: str) -> None:
-    """Arguments of a short convolution."""
-    check_count("channels", channels)
-    check_width("width", width)
-    check_choice("backend", backend, BACKENDS)

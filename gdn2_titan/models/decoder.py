@@ -1,5 +1,7 @@
 """The decoder: embeddings, pre-norm blocks of mixer and SwiGLU MLP, norm, output head. Read top to bottom."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from gdn2_titan.ops.context_parallel.tokens import gather_sequence
 from .args import GDN2ModelArgs
 from .attention import Attention, AttentionState, rotary_angles
 from .checks import check_count
-from .init import depth_scale, fill_
+from .init import normal_
 from .layer import GatedDeltaNet2, GDN2State
 from .masks import attention_mask, context_mask
 from .rows import Rows
@@ -34,8 +36,8 @@ class SwiGLU(nn.Module):
 
     def init_weights(self, output_scale: float, std: float) -> None:
         for projection in (self.gate_proj, self.up_proj):
-            fill_(projection.weight, lambda x: nn.init.normal_(x, std=std))
-        fill_(self.down_proj.weight, lambda x: nn.init.normal_(x, std=std * output_scale))
+            normal_(projection.weight, std)
+        normal_(self.down_proj.weight, std * output_scale)
 
 
 class Block(nn.Module):
@@ -44,7 +46,8 @@ class Block(nn.Module):
     def __init__(self, args: GDN2ModelArgs, layer: int) -> None:
         super().__init__()
         self.kind = args.mixer(layer)
-        self.output_scale, self.init_std = depth_scale(args.n_layers), args.init_std
+        # Two branches a layer add to the residual stream.
+        self.output_scale, self.init_std = 1 / math.sqrt(2 * args.n_layers), args.init_std
         self.mixer_init = (args.mixer_gain, args.dt_min, args.dt_max) if self.kind == "gdn2" else (args.init_std,)
         self.mixer_norm = nn.RMSNorm(args.hidden_size, eps=args.norm_eps)
         if self.kind == "gdn2":
@@ -65,12 +68,10 @@ class Block(nn.Module):
         With ``return_state`` ([B, T, D], the mixer's state), which starts from ``state``, that of the segment before.
         rows: a Rows where x is [1, N, D], rows of unequal lengths end to end.
         """
-        h = self.mixer_norm(x)
-        inputs = (h, resets) if self.kind == "gdn2" else (h, angles, mask)
+        inputs = (resets,) if self.kind == "gdn2" else (angles, mask)
+        h = self.mixer(self.mixer_norm(x), *inputs, state=state, return_state=return_state, rows=rows)
         if return_state:
-            h, state = self.mixer(*inputs, state=state, return_state=True, rows=rows)
-        else:
-            h = self.mixer(*inputs, rows=rows)
+            h, state = h
         x = x + h
         x = x + self.mlp(self.mlp_norm(x))
         return (x, state) if return_state else x
@@ -124,22 +125,17 @@ class GDN2Model(nn.Module):
         """What the softmax layers of these kinds take, computed once for all of them: angles, and {kind: mask}."""
         if not kinds:
             return None, {}
-        args, shards = self.args, self.shards
+        args, shards, backend = self.args, self.shards, self.args.backend
         windows = {kind: args.window if kind == "swa" else None for kind in kinds}
         if shards is None:
             positions = torch.arange(T, device=device)
-            masks = {
-                kind: attention_mask(B, T, window, resets, device, args.backend) for kind, window in windows.items()
-            }
+            masks = {kind: attention_mask(B, T, W, resets, device, backend) for kind, W in windows.items()}
         else:
-            positions = shards.positions(T, device)
-            # As bytes: not every backend of torch.distributed moves bool.
-            begins = None if resets is None else gather_sequence(resets.to(torch.uint8), shards)
-            documents = None if begins is None else begins.long().cumsum(1)
-            masks = {
-                kind: context_mask(B, T, window, documents, shards, device, args.backend)
-                for kind, window in windows.items()
-            }
+            positions, documents = shards.positions(T, device), None
+            if resets is not None:
+                # As bytes: not every backend of torch.distributed moves bool.
+                documents = gather_sequence(resets.to(torch.uint8), shards).long().cumsum(1)
+            masks = {kind: context_mask(B, T, W, documents, shards, device, backend) for kind, W in windows.items()}
         return rotary_angles(positions, args.hidden_size // args.attn_heads, args.rope_theta), masks
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
@@ -149,13 +145,13 @@ class GDN2Model(nn.Module):
         if not beside the parameters (TorchTitan's CPU offload).
         """
         if self.tok_embeddings is not None:
-            fill_(self.tok_embeddings.weight, lambda x: nn.init.normal_(x, std=self.args.init_std))
+            normal_(self.tok_embeddings.weight, self.args.init_std)
         for block in self.layers.values():
             block.init_weights()
         if self.norm is not None:
             nn.init.ones_(self.norm.weight)
         if self.lm_head is not None:
-            fill_(self.lm_head.weight, lambda x: nn.init.normal_(x, std=self.args.init_std))
+            normal_(self.lm_head.weight, self.args.init_std)
         if buffer_device is not None:
             for module in self.modules():
                 if isinstance(module, GatedDeltaNet2):

@@ -16,20 +16,16 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     return total, sum(p.numel() for p in model.tok_embeddings.parameters())
 
 
-def _visible_tokens(length: int, window: int) -> float:
-    """Mean number of tokens that a query sees."""
-    window = min(window, length)
-    return window - window * (window - 1) / (2 * length)
-
-
 def mixing_flops(args: GDN2ModelArgs, layer: int, seq_len: int) -> float:
     """Forward FLOPs per token of what a layer's mixer multiplies by itself: the op, or attention."""
     kind = args.mixer(layer)
     if kind == "gdn2":
-        v_heads = args.num_v_heads or args.num_heads
-        value_dim = v_heads // args.num_heads * value_head_dim(args.head_dim, args.expand_v)
+        value_heads = (args.num_v_heads or args.num_heads) // args.num_heads  # of a key head
+        value_dim = value_heads * value_head_dim(args.head_dim, args.expand_v)
         return forward_flops(1, args.num_heads, args.head_dim, value_dim)
-    return 4 * args.hidden_size * _visible_tokens(seq_len, args.window if kind == "swa" else seq_len)
+    window = min(args.window, seq_len) if kind == "swa" else seq_len
+    seen = window - window * (window - 1) / (2 * seq_len)  # tokens that a query sees, on average
+    return 4 * args.hidden_size * seen
 
 
 def flops_per_token(args: GDN2ModelArgs, nparams: int, nparams_embedding: int, seq_len: int) -> int:

@@ -4,19 +4,18 @@ A sharded parameter is drawn whole, from the same random stream on every rank, a
 process and eight start from the same model. The stages of a pipeline do not: each draws for its own layers alone.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-__all__ = ["depth_scale", "fill_", "xavier_"]
+__all__ = ["fill_", "normal_"]
 
 
 @torch.no_grad()
-def fill_(param: torch.Tensor, draw: Callable[[torch.Tensor], Any]) -> None:
+def fill_(param: Tensor, draw: Callable[[Tensor], Any]) -> None:
     """Fill a parameter or its shards by ``draw(tensor)``, which initialises a full-size tensor in place. One on the
     meta device has nothing to fill."""
     if param.is_meta:
@@ -29,11 +28,6 @@ def fill_(param: torch.Tensor, draw: Callable[[torch.Tensor], Any]) -> None:
         draw(param)
 
 
-def xavier_(param: torch.Tensor, gain: float = 1.0) -> None:
-    """Xavier-uniform for a linear weight [out, in]."""
-    fill_(param, lambda x: nn.init.xavier_uniform_(x, gain=gain))
-
-
-def depth_scale(n_layers: int) -> float:
-    """What a residual branch's output projection is multiplied by, two branches a layer."""
-    return 1 / math.sqrt(2 * n_layers)
+def normal_(param: Tensor, std: float) -> None:
+    """``fill_`` from a normal distribution around 0."""
+    fill_(param, lambda x: nn.init.normal_(x, std=std))

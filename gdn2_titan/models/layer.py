@@ -9,19 +9,20 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from gdn2_titan.ops import causal_conv1d, chunk_gdn2, recurrent_gdn2
 from gdn2_titan.ops.context_parallel.api import begin_gdn2
 from gdn2_titan.ops.context_parallel.tokens import halos
+from gdn2_titan.ops.dispatch import BACKENDS
 from gdn2_titan.ops.gdn2.arguments import GDN2Inputs, GDN2Options
 from gdn2_titan.ops.gdn2.gates import log_decay
 from gdn2_titan.ops.gdn2.split import check_num_segments
 
-from .checks import check_convolution, check_count, check_gdn2, value_head_dim
+from .checks import check_choice, check_count, check_gdn2, check_width, value_head_dim
 from .decay import DecayParameters
-from .init import fill_, xavier_
+from .init import fill_
 from .old_names import rename_old
 from .rows import Rows
 
@@ -38,13 +39,13 @@ SLOWEST_DECAY = 1e-6
 class GDN2State(NamedTuple):
     """What a layer carries from one segment of a sequence to the next."""
 
-    q_conv: torch.Tensor  # [B, H * K, conv_size - 1]
-    k_conv: torch.Tensor  # [B, H * K, conv_size - 1]
-    v_conv: torch.Tensor  # [B, HV * V, conv_size - 1]
-    memory: torch.Tensor  # [B, HV, K, V] fp32
+    q_conv: Tensor  # [B, H * K, conv_size - 1]
+    k_conv: Tensor  # [B, H * K, conv_size - 1]
+    v_conv: Tensor  # [B, HV * V, conv_size - 1]
+    memory: Tensor  # [B, HV, K, V] fp32
 
 
-def _of_this_rank(param: torch.Tensor) -> torch.Tensor:
+def _of_this_rank(param: Tensor) -> Tensor:
     """What this rank holds of a parameter: under tensor parallelism, the part of its heads."""
     return param.to_local() if isinstance(param, DTensor) else param
 
@@ -54,18 +55,19 @@ class ShortConvolution(nn.Module):
 
     def __init__(self, channels: int, width: int, backend: str = "auto") -> None:
         super().__init__()
-        check_convolution(channels, width, backend)
+        check_count("channels", channels)
+        check_width("width", width)
+        check_choice("backend", backend, BACKENDS)
         self.backend = backend
         self.weight = nn.Parameter(torch.empty(channels, width))
 
     def forward(
-        self, x: torch.Tensor, resets: torch.Tensor | None = None, state: torch.Tensor | None = None,
-        return_state: bool = False, cu_seqlens: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+        self, x: Tensor, resets: Tensor | None = None, state: Tensor | None = None,
+        return_state: bool = False, cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         return causal_conv1d(
-            x, _of_this_rank(self.weight), activation="silu",
-            initial_state=state, output_final_state=return_state, resets=resets, cu_seqlens=cu_seqlens,
-            backend=self.backend,
+            x, _of_this_rank(self.weight), activation="silu", initial_state=state, output_final_state=return_state,
+            resets=resets, cu_seqlens=cu_seqlens, backend=self.backend,
         )  # fmt: skip
 
     def init_weights(self) -> None:
@@ -81,8 +83,7 @@ class GatedDeltaNet2(nn.Module):
     ``gate_proj``. Tied gates have no ``write_proj``, a scalar decay no ``decay_low_proj`` (they are None).
 
     Args:
-        hidden_size: D.
-        num_heads, head_dim: H and K.
+        hidden_size, num_heads, head_dim: D, H and K.
         num_v_heads: HV, a multiple of num_heads; None means num_heads.
         expand_v: V / K.
         conv_size: width of the short convolutions, 2 to 4.
@@ -90,8 +91,7 @@ class GatedDeltaNet2(nn.Module):
         tied_gates: one scalar per key head is both gates (Kimi Delta Attention).
         decay: "channel" or "scalar" (with tied_gates: Gated DeltaNet).
         allow_neg_eigval: the erase gate spans [0, 2] instead of [0, 1].
-        output_gate: "silu" or "sigmoid".
-        norm_eps: of the RMS norm on each value head.
+        output_gate, norm_eps: "silu" or "sigmoid", times the RMS norm of each value head.
         backend: of the ops and convolutions: "triton", "torch", or "auto", which takes Triton's kernels on a GPU that
             they can serve; or "reference", the op token by token and PyTorch's convolutions.
         num_segments: of :func:`gdn2_titan.ops.chunk_gdn2`, also an attribute: "auto", or into how many segments every
@@ -106,23 +106,11 @@ class GatedDeltaNet2(nn.Module):
     """
 
     def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        head_dim: int,
-        num_v_heads: int | None = None,
-        expand_v: float = 1.0,
-        conv_size: int = 4,
-        erase_gate: str = "channel",
-        write_gate: str = "channel",
-        tied_gates: bool = False,
-        decay: str = "channel",
-        allow_neg_eigval: bool = False,
-        output_gate: str = "silu",
-        norm_eps: float = 1e-5,
-        backend: str = "auto",
-        num_segments: int | str = "auto",
-    ) -> None:
+        self, hidden_size: int, num_heads: int, head_dim: int, num_v_heads: int | None = None, expand_v: float = 1.0,
+        conv_size: int = 4, erase_gate: str = "channel", write_gate: str = "channel", tied_gates: bool = False,
+        decay: str = "channel", allow_neg_eigval: bool = False, output_gate: str = "silu", norm_eps: float = 1e-5,
+        backend: str = "auto", num_segments: int | str = "auto",
+    ) -> None:  # fmt: skip
         super().__init__()
         check_count("hidden_size", hidden_size)
         check_gdn2(
@@ -130,10 +118,8 @@ class GatedDeltaNet2(nn.Module):
             allow_neg_eigval, output_gate, norm_eps, backend,
         )  # fmt: skip
         check_num_segments(num_segments)
-        self.backend = backend
-        self.num_segments = num_segments
-        self.head_dim = head_dim
-        self.head_v_dim = value_head_dim(head_dim, expand_v)
+        self.backend, self.num_segments = backend, num_segments
+        self.head_dim, self.head_v_dim = head_dim, value_head_dim(head_dim, expand_v)
         self.erase_scale = 2.0 if allow_neg_eigval else 1.0
         self.tied_gates = tied_gates
         self.norm_eps = norm_eps
@@ -173,9 +159,9 @@ class GatedDeltaNet2(nn.Module):
         self.init_weights()  # so that the layer alone, in anybody's model, starts as it should
 
     def forward(
-        self, x: torch.Tensor, resets: torch.Tensor | None = None, *, state: GDN2State | None = None,
+        self, x: Tensor, resets: Tensor | None = None, *, state: GDN2State | None = None,
         return_state: bool = False, rows: Rows | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, GDN2State]:  # fmt: skip
+    ) -> Tensor | tuple[Tensor, GDN2State]:  # fmt: skip
         """x [B, T, D], resets bool [B, T] or None -> [B, T, D], or ([B, T, D], GDN2State) with ``return_state``.
 
         state: the GDN2State of the segment before. One token with a state takes the recurrent op, all else the chunked.
@@ -185,10 +171,9 @@ class GatedDeltaNet2(nn.Module):
             ValueError: a state or rows are given, or a state is asked for, where ranks share the sequence.
         """
         K, V = self.head_dim, self.head_v_dim
-        cu_seqlens = None
-        if rows is not None:
-            cu_seqlens = rows.cu_seqlens
-            state = state and GDN2State(*map(rows.of_documents, state))
+        cu_seqlens = None if rows is None else rows.cu_seqlens
+        if rows is not None and state is not None:
+            state = GDN2State(*map(rows.of_documents, state))
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.shards is None:
             q_conv, k_conv, v_conv, memory = state if state is not None else (None,) * 4
@@ -198,7 +183,13 @@ class GatedDeltaNet2(nn.Module):
         else:
             self.shards.refuse_states(state, return_state)
             self.shards.refuse_rows(rows)
-            q, k, v = self._convolved_over_shards(q, k, v, resets)
+            # Over this rank's segments as rows of the batch, with one exchange for all three.
+            past = halos([q, k, v], self.shards, self.q_conv1d.weight.shape[1], resets)
+            convolutions = self.q_conv1d, self.k_conv1d, self.v_conv1d
+            q, k, v = (
+                conv1d(self.shards.rows(t), self.shards.rows(resets), before)[0].view(t.shape)
+                for conv1d, t, before in zip(convolutions, (q, k, v), past, strict=True)
+            )
         # Heads are counted from the tensors: under tensor parallelism a rank holds some of them.
         q, k, v = (t.unflatten(-1, (-1, size)) for t, size in ((q, K), (k, K), (v, V)))
         low = x if self.decay_low_proj is None else self.decay_low_proj(x)
@@ -210,28 +201,21 @@ class GatedDeltaNet2(nn.Module):
         else:
             write = self.write_proj(x).unflatten(-1, (v.shape[2], -1))
         inputs = q, k, v, g.expand(q.shape), erase.expand(q.shape), write.expand(v.shape)
-        options = dict(
-            output_final_state=return_state or self.record_statistics,
-            use_qk_l2norm_in_kernel=True,
-            use_gate_in_kernel=True,
-            A_log=A_log,
-            dt_bias=dt_bias.expand(q.shape[2:]),
-            use_sigmoid_in_kernel=True,
-            erase_scale=self.erase_scale,
-            resets=resets,
-            backend=self.backend,
-        )
+        biases = dt_bias.expand(q.shape[2:])
+        keep_memory = return_state or self.record_statistics
         if self.shards is None:
-            options |= dict(initial_state=memory, cu_seqlens=cu_seqlens)
-            if x.shape[1] == 1 and state is not None:
-                o, memory = recurrent_gdn2(*inputs, **options)
-            else:
-                o, memory = chunk_gdn2(*inputs, **options, num_segments=self.num_segments)
+            step = x.shape[1] == 1 and state is not None
+            op = recurrent_gdn2 if step else functools.partial(chunk_gdn2, num_segments=self.num_segments)
+            o, memory = op(
+                *inputs, initial_state=memory, output_final_state=keep_memory, use_qk_l2norm_in_kernel=True,
+                use_gate_in_kernel=True, A_log=A_log, dt_bias=biases, use_sigmoid_in_kernel=True,
+                erase_scale=self.erase_scale, resets=resets, cu_seqlens=cu_seqlens, backend=self.backend,
+            )  # fmt: skip
             gate = self.gate_proj(self.gate_low_proj(x))
         else:
-            inputs = GDN2Inputs(*inputs, A_log, options["dt_bias"], resets=resets)
-            settings = GDN2Options(None, True, True, True, self.erase_scale, self.backend)
-            finish = begin_gdn2(inputs, settings, self.shards, options["output_final_state"])
+            options = GDN2Options(None, True, True, True, self.erase_scale, self.backend)
+            inputs = GDN2Inputs(*inputs, A_log, biases, resets=resets)
+            finish = begin_gdn2(inputs, options, self.shards, keep_memory)
             gate = self.gate_proj(self.gate_low_proj(x))  # while what the ranks know of their segments is under way
             o, memory = finish()
         if self.record_statistics:
@@ -242,16 +226,6 @@ class GatedDeltaNet2(nn.Module):
             return y
         state = GDN2State(q_conv, k_conv, v_conv, memory)
         return y, state if rows is None else GDN2State(*map(rows.of_rows, state))
-
-    def _convolved_over_shards(self, q, k, v, resets):
-        """The three convolutions, over this rank's segments as rows of the batch. One exchange for all of them."""
-        rows = self.shards.rows(resets)
-        convolutions = self.q_conv1d, self.k_conv1d, self.v_conv1d
-        past = halos([q, k, v], self.shards, self.q_conv1d.weight.shape[1], resets)
-        return [
-            conv1d(self.shards.rows(x), rows, state)[0].view(x.shape)
-            for conv1d, x, state in zip(convolutions, (q, k, v), past, strict=True)
-        ]
 
     @torch.no_grad()
     def _record(self, g, erase, write, A_log, dt_bias, memory):
@@ -269,7 +243,8 @@ class GatedDeltaNet2(nn.Module):
         """Xavier-uniform with ``gain`` for every projection, the output projection scaled by depth on top."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                xavier_(module.weight, gain * (output_scale if module is self.o_proj else 1.0))
+                scaled = gain * (output_scale if module is self.o_proj else 1.0)
+                fill_(module.weight, functools.partial(nn.init.xavier_uniform_, gain=scaled))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, ShortConvolution):

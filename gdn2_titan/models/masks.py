@@ -4,6 +4,7 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
@@ -38,19 +39,13 @@ def _block_mask(batch, length, window, documents, device, create=create_block_ma
 
 
 def attention_mask(
-    batch: int,
-    length: int,
-    window: int | None,
-    resets: torch.Tensor | None,
-    device: torch.device,
-    backend: str = "auto",
-) -> torch.Tensor | BlockMask | None:
+    batch: int, length: int, window: int | None, resets: Tensor | None, device: torch.device, backend: str = "auto"
+) -> Tensor | BlockMask | None:
     """The mask of one kind of softmax layer, shared by all layers of the kind.
 
     window: tokens a query sees, itself included; None for all. resets: bool [B, T] or None; attention stays within
-    a document. backend: of the layers. Returns None where plain causal attention is meant, a bool tensor
-    [B or 1, 1, T, T] for ``scaled_dot_product_attention`` on CPU and where there shall be or can be no Triton, a
-    BlockMask for flex attention elsewhere.
+    a document. Returns None where plain causal attention is meant, a bool tensor [B or 1, 1, T, T] for
+    ``scaled_dot_product_attention`` where there is or shall be (``backend``) no Triton, else a BlockMask.
     """
     # A compiler for whom the length is open is not asked: its graph would serve only one of the cases.
     if window is not None and statically_known_true(window >= length):
@@ -65,13 +60,8 @@ def attention_mask(
 
 
 def continued_mask(
-    length: int,
-    kept: int,
-    window: int | None,
-    seen: int | torch.Tensor,
-    resets: torch.Tensor | None,
-    device: torch.device,
-) -> torch.Tensor | None:
+    length: int, kept: int, window: int | None, seen: int | Tensor, resets: Tensor | None, device: torch.device
+) -> Tensor | None:
     """The mask of one kind of softmax layer for ``length`` tokens after those that its state comes from.
 
     kept: keys in the state, 0 where there is none. seen: tokens of its last document that a row has seen, an int or
@@ -79,18 +69,15 @@ def continued_mask(
     Returns a bool tensor [B or 1, 1, length, keys], on any device, whose keys are those of the state and then those of
     the tokens themselves; None where that is plain causal attention without a state, or one token that sees all keys.
     """
-    if (
-        resets is None
-        and isinstance(seen, int)
-        and (length == 1 or (kept == 0 and (window is None or length <= window)))
-    ):
+    plain = length == 1 or (kept == 0 and (window is None or length <= window))
+    if plain and resets is None and isinstance(seen, int):
         return None
     keys = torch.arange(-kept, length, device=device)[None] + (seen if isinstance(seen, int) else seen[:, None])
-    documents = (None, None)
-    if resets is not None:
-        begun = resets.long().cumsum(1)
-        documents = begun, F.pad(begun, (kept, 0))  # what the state holds belongs to document 0
-    return _dense_mask_of_rows(window, keys[:, kept:], keys, *documents)
+    if resets is None:
+        return _dense_mask_of_rows(window, keys[:, kept:], keys, None, None)
+    documents = resets.long().cumsum(1)
+    # What the state holds belongs to document 0.
+    return _dense_mask_of_rows(window, keys[:, kept:], keys, documents, F.pad(documents, (kept, 0)))
 
 
 def reach(window: int | None, length: int, shards: SequenceShards) -> int | None:
@@ -102,9 +89,9 @@ def reach(window: int | None, length: int, shards: SequenceShards) -> int | None
 
 
 def context_mask(
-    batch: int, length: int, window: int | None, documents: torch.Tensor | None, shards: SequenceShards,
+    batch: int, length: int, window: int | None, documents: Tensor | None, shards: SequenceShards,
     device: torch.device, backend: str = "auto",
-) -> torch.Tensor | BlockMask:  # fmt: skip
+) -> Tensor | BlockMask:  # fmt: skip
     """``attention_mask`` for a rank that has ``length`` tokens of every sequence, by their places in the whole of it.
 
     documents: int64 [B, T], the document of every token of all ranks, or None. With the keys of all T tokens, queries
@@ -146,11 +133,9 @@ def _dense_mask_of_rows(window, queries, keys, query_documents, key_documents):
 def _block_mask_of_rows(window, queries, keys, query_documents, key_documents, create=create_block_mask):
     (rows, length), key_length = queries.shape, keys.shape[1]
     query_row, key_row = (length, key_length) if rows > 1 else (0, 0)
-
-    def flat(x):
-        return None if x is None else x.flatten()
-
-    queries, keys, query_documents, key_documents = map(flat, (queries, keys, query_documents, key_documents))
+    queries, keys = queries.flatten(), keys.flatten()
+    if query_documents is not None:
+        query_documents, key_documents = query_documents.flatten(), key_documents.flatten()
 
     def mask_mod(b, h, query, key):
         query, key = b * query_row + query, b * key_row + key  # one row: whatever b is

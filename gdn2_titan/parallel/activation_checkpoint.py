@@ -9,6 +9,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 import gdn2_titan.ops  # noqa: F401 - registers the operators that are named below
+from gdn2_titan.models.checks import check_count
+from gdn2_titan.ops.checks import check_choice
 
 __all__ = ["SAVED_OPS", "apply_activation_checkpoint", "apply_memory_budget"]
 
@@ -22,20 +24,15 @@ SAVED_OPS = {
     torch.ops.gdn2_titan.segment_gdn2.default,
     torch.ops._c10d_functional.all_gather_into_tensor_coalesced.default,
     torch.ops._c10d_functional.all_to_all_single.default,
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten._scaled_mm.default,
+    torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten._scaled_mm.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_fused_attention_overrideable.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch._higher_order_ops.flex_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default, torch._higher_order_ops.flex_attention,
     # The greatest magnitude, from which float8 takes its scale: one number that costs a pass over the tensor.
-    torch.ops.aten.max.default,
-    torch.ops._c10d_functional.reduce_scatter_tensor.default,
-}
-MODES = ("full", "op")
+    torch.ops.aten.max.default, torch.ops._c10d_functional.reduce_scatter_tensor.default,
+}  # fmt: skip
 
 
 def _policy(context, op, *args, **kwargs):
@@ -55,10 +52,8 @@ def apply_activation_checkpoint(model: nn.Module, mode: str = "full", every: int
     Raises:
         ValueError: naming the argument, what came and what is allowed.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode is {mode!r}; it must be one of {', '.join(map(repr, MODES))}")
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"every is {every!r}; it must be a whole number of at least 1")
+    check_choice("mode", mode, ("full", "op"))
+    check_count("every", every)
     options = {"preserve_rng_state": False}  # the model draws no random numbers
     if mode == "op":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)

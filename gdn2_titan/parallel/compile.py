@@ -8,9 +8,8 @@ __all__ = ["apply_compile"]
 # Graphs that one kind of block may come to need: with gradients and without, with documents and without, and for each
 # the first shapes, other batches, other lengths, a batch of one.
 GRAPHS_PER_KIND = 16
-# Where the batch and the length are in the arguments of a block: hidden states, resets, angles, mask.
-BATCH = (0, 0, None, 0)
-LENGTH = ((1,), (1,), (1,), (2, 3))
+# The axes of batch and length in the arguments of a block: hidden states, resets, angles, mask.
+AXES = ((0, 1), (0, 1), (1,), (0, 2, 3))
 
 
 def apply_compile(model: nn.Module, backend: str = "inductor", whole: bool = False, dynamic: bool = False) -> None:
@@ -40,10 +39,7 @@ def apply_compile(model: nn.Module, backend: str = "inductor", whole: bool = Fal
 @torch.compiler.disable
 def _mark_dynamic(module, args):
     """Also for the model as a whole, whose arguments are tokens or hidden states, and resets."""
-    for x, batch, lengths in zip(args, BATCH, LENGTH, strict=False):
-        if not isinstance(x, torch.Tensor):
-            continue
-        for axis in (batch, *lengths):
+    for x, axes in zip(args, AXES, strict=False):
+        if isinstance(x, torch.Tensor):
             # An axis of one is a batch of one, or a mask for all of the batch.
-            if axis is not None and x.shape[axis] > 1:
-                torch._dynamo.mark_dynamic(x, axis)
+            torch._dynamo.mark_dynamic(x, [axis for axis in axes if x.shape[axis] > 1])

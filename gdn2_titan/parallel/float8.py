@@ -31,14 +31,9 @@ def has_mxfp8() -> bool:
 
 
 def apply_float8(
-    model: nn.Module,
-    recipe: str = "tensorwise",
-    *,
-    emulate: bool = False,
-    fsdp_all_gather: bool = False,
-    exclude: Iterable[str] = EXCLUDE,
-    smallest_side: int = SMALLEST_SIDE,
-) -> list[str]:
+    model: nn.Module, recipe: str = "tensorwise", *, emulate: bool = False, fsdp_all_gather: bool = False,
+    exclude: Iterable[str] = EXCLUDE, smallest_side: int = SMALLEST_SIDE,
+) -> list[str]:  # fmt: skip
     """Convert large linear layers of a model in place and return their names; state-dict keys stay as they are.
 
     Do this first: before activation checkpointing, ``apply_compile`` and ``apply_fsdp``. Needs torchao.
@@ -63,13 +58,12 @@ def apply_float8(
     if recipe in MXFP8_RECIPES and not has_mxfp8():
         raise ImportError(f"recipe is {recipe!r}; it needs a torchao with MXFP8 linear layers, as 0.18 has")
     multiple = 32 if recipe in MXFP8_RECIPES else 16
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     names = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and all(side >= smallest_side and side % multiple == 0 for side in module.weight.shape)
+        name for name, linear in linears.items()
+        if all(side >= smallest_side and side % multiple == 0 for side in linear.weight.shape)
         and not any(part in name for part in exclude)
-    ]
+    ]  # fmt: skip
     if recipe in MXFP8_RECIPES:
         _to_mxfp8(model, names, emulate, wgrad_with_hp=recipe.endswith("wgrad_with_hp"))
     else:
@@ -90,33 +84,23 @@ def _unwrap(module, state_dict, prefix, _):
     """Puts the plain weight, on the same memory, in the place of torchao's wrapper, which only torchao could load."""
     weight = state_dict[f"{prefix}weight"]
     if isinstance(weight, DTensor):
-        plain = DTensor.from_local(
-            weight.to_local()._tensor,
-            weight.device_mesh,
-            weight.placements,
-            run_check=False,
-            shape=weight.shape,
-            stride=weight.stride(),
-        )
+        state_dict[f"{prefix}weight"] = DTensor.from_local(
+            weight.to_local()._tensor, weight.device_mesh, weight.placements, run_check=False,
+            shape=weight.shape, stride=weight.stride(),
+        )  # fmt: skip
     else:
-        plain = weight._tensor.detach()
-    state_dict[f"{prefix}weight"] = plain
+        state_dict[f"{prefix}weight"] = weight._tensor.detach()
 
 
 def _to_mxfp8(model, names, emulate, wgrad_with_hp):
     from torchao.prototype.moe_training.mxfp8_linear import MXFP8Linear
     from torchao.quantization.quantize_.common.kernel_preference import KernelPreference
 
+    kernels = KernelPreference.EMULATED if emulate else KernelPreference.AUTO
+    options = {"bias": False, "device": "meta", "kernel_preference": kernels, "wgrad_with_hp": wgrad_with_hp}
     for name in names:
         old = model.get_submodule(name)
-        new = MXFP8Linear(
-            old.in_features,
-            old.out_features,
-            bias=False,
-            device="meta",
-            kernel_preference=KernelPreference.EMULATED if emulate else KernelPreference.AUTO,
-            wgrad_with_hp=wgrad_with_hp,
-        )
+        new = MXFP8Linear(old.in_features, old.out_features, **options)
         new.weight, new.bias = old.weight, old.bias
         model.set_submodule(name, new)
 

@@ -1,9 +1,11 @@
 """Fully sharded data parallelism (FSDP2) for the decoder: one unit per block."""
 
+import functools
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from gdn2_titan.models.decay import DecayParameters
 
@@ -11,30 +13,25 @@ __all__ = ["apply_fsdp", "shard_decays", "sum_gradients"]
 
 
 def apply_fsdp(
-    model: nn.Module,
-    mesh: DeviceMesh,
-    param_dtype: torch.dtype,
-    reduce_dtype: torch.dtype,
-    reshard_after_forward: bool = True,
-    reshard_last: bool = False,
-    cpu_offload: bool = False,
-) -> None:
+    model: nn.Module, mesh: DeviceMesh, param_dtype: torch.dtype, reduce_dtype: torch.dtype,
+    reshard_after_forward: bool = True, reshard_last: bool = False, cpu_offload: bool = False,
+) -> None:  # fmt: skip
     """Shard a ``GDN2Model`` in place over ``mesh`` (1-D, or 2-D replicate x shard for HSDP).
 
     The decays are sharded by ``shard_decays``. reshard_last: free the head's parameters after forward too; they are
     needed next anyway.
     """
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
-    common = _common(mesh, cpu_offload)
+    shard = functools.partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=_offload(mesh, cpu_offload))
     if model.tok_embeddings is not None:
-        fully_shard(model.tok_embeddings, **common, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        shard(model.tok_embeddings, reshard_after_forward=reshard_after_forward)
     shard_decays(model, mesh, reduce_dtype, cpu_offload)
     for block in model.layers.values():
-        fully_shard(block, **common, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        shard(block, reshard_after_forward=reshard_after_forward)
     head = [module for module in (model.norm, model.lm_head) if module is not None]
     if head:
-        fully_shard(head, **common, mp_policy=policy, reshard_after_forward=reshard_last)
-    fully_shard(model, **common, mp_policy=policy)
+        shard(head, reshard_after_forward=reshard_last)
+    shard(model)
     if mesh.device_type == "cpu":
         for unit in _units(model):
             unit.set_force_sum_reduction_for_comms(True)  # gloo has neither averages nor pre-multiplied sums
@@ -50,18 +47,16 @@ def shard_decays(model: nn.Module, mesh: DeviceMesh, reduce_dtype: torch.dtype, 
     decays = [module for module in model.modules() if isinstance(module, DecayParameters)]
     if not decays:
         return
-    exact = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
-    fully_shard(decays, **_common(mesh, cpu_offload), mp_policy=exact, reshard_after_forward=False)
+    exact, offload = MixedPrecisionPolicy(reduce_dtype=reduce_dtype), _offload(mesh, cpu_offload)
+    fully_shard(decays, mesh=mesh, mp_policy=exact, offload_policy=offload, reshard_after_forward=False)
     # The hooks of a unit inside a block would break the graph of a compiled block. So the layers read these parameters
     # without calling their modules, and the unit is gathered out here, after the model's own hook, which fully_shard
     # puts first; backward returns it to its shards like any other.
     model.register_forward_pre_hook(lambda *_: decays[0].unshard())
 
 
-def _common(mesh, cpu_offload):
-    if not cpu_offload:
-        return {"mesh": mesh}
-    return {"mesh": mesh, "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")}
+def _offload(mesh, cpu_offload):
+    return CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cpu_offload else OffloadPolicy()
 
 
 def sum_gradients(model: nn.Module) -> None:

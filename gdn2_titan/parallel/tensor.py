@@ -18,6 +18,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from gdn2_titan.models.args import GDN2ModelArgs
+from gdn2_titan.models.attention import Attention
 
 __all__ = ["apply_mixer_tensor_parallel", "apply_tensor_parallel", "check_tensor_parallel"]
 
@@ -57,21 +58,17 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, loss_parallel: boo
     Token ids [B, T] come in whole on every rank; T must be a multiple of the mesh's size. A stage without
     ``tok_embeddings`` takes hidden states [B, T / ranks, D], one without ``lm_head`` returns them. loss_parallel: the
     logits stay a DTensor sharded over the vocabulary, for torch.distributed.tensor.parallel.loss_parallel; else every
-    rank gets them whole.
-
-    Raises:
-        ValueError: a number of heads, or ``mlp_size``, is not a multiple of the mesh's size.
+    rank gets them whole. ValueError: see ``check_tensor_parallel``.
     """
     check_tensor_parallel(model.args, mesh.size())
     ends = {
         "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=SEQUENCE),
         "norm": SequenceParallel(),
         "lm_head": ColwiseParallel(
-            input_layouts=SEQUENCE,
-            output_layouts=Shard(-1) if loss_parallel else Replicate(),
+            input_layouts=SEQUENCE, output_layouts=Shard(-1) if loss_parallel else Replicate(),
             use_local_output=not loss_parallel,
         ),
-    }
+    }  # fmt: skip
     parallelize_module(model, mesh, {name: style for name, style in ends.items() if getattr(model, name) is not None})
     if model.tok_embeddings is not None:
         model.tok_embeddings.register_forward_hook(_waited)
@@ -84,15 +81,12 @@ def apply_mixer_tensor_parallel(mixer: nn.Module, mesh: DeviceMesh) -> None:
     """Shard one ``GatedDeltaNet2`` in place over the 1-D ``mesh``, in whatever block it is.
 
     Hidden states [B, T / ranks, D] come in, as tensors or as DTensors sharded on T, and go out as tensors; resets
-    [B, T] come in whole.
-
-    Raises:
-        ValueError: the number of key heads is not a multiple of the mesh's size.
+    [B, T] come in whole. ValueError: the number of key heads is not a multiple of the mesh's size.
     """
     heads = mixer.decay.A_log.shape[0]
     if heads % mesh.size():
         raise ValueError(f"num_heads is {heads}; the tensor parallel degree {mesh.size()} must divide it")
-    parallelize_module(mixer, mesh, {name.removeprefix("."): style for name, style in _gdn2_plan(mixer, mesh).items()})
+    parallelize_module(mixer, mesh, _mixer_plan(mixer, mesh))
 
 
 def _waited(module, inputs, output):
@@ -115,71 +109,60 @@ def _in_float8(linear, mesh):
     return isinstance(linear, Float8Linear) and linear.config.cast_config_input.scaling_granularity is granularity
 
 
-def _colwise(linear, mesh):
-    if not _in_float8(linear, mesh):
-        return ColwiseParallel()
-    from torchao.float8.float8_tensor_parallel import Float8ColwiseParallel
+def _style(plain, in_float8, linears, mesh, **layouts):
+    """The ParallelStyle ``plain``, or torchao's called ``in_float8`` where all ``linears`` take shards in float8."""
+    if not linears or not all(_in_float8(linear, mesh) for linear in linears):
+        return plain(**layouts)
+    from torchao.float8 import float8_tensor_parallel
 
-    return Float8ColwiseParallel()
+    return getattr(float8_tensor_parallel, in_float8)(**layouts)
+
+
+def _colwise(linear, mesh):
+    return _style(ColwiseParallel, "Float8ColwiseParallel", [linear], mesh)
 
 
 def _rowwise(linear, mesh):
-    if not _in_float8(linear, mesh):
-        return RowwiseParallel(output_layouts=SEQUENCE)
-    from torchao.float8.float8_tensor_parallel import Float8RowwiseParallel
-
-    return Float8RowwiseParallel(output_layouts=SEQUENCE)
+    return _style(RowwiseParallel, "Float8RowwiseParallel", [linear], mesh, output_layouts=SEQUENCE)
 
 
 def _gathered(mesh, others, *readers):
-    """The first input gathered along the sequence, in float8 if all its ``readers``, the layers that take it, are; as
-    many ``others`` as they come."""
+    """The first input gathered along the sequence, in float8 if all its ``readers`` are; ``others`` as they come."""
     rest = (None,) * others
     layouts = {"input_layouts": (SEQUENCE, *rest), "desired_input_layouts": (Replicate(), *rest)}
-    if not readers or not all(_in_float8(linear, mesh) for linear in readers):
-        return PrepareModuleInput(**layouts)
-    from torchao.float8.float8_tensor_parallel import PrepareFloat8ModuleInput
-
-    return PrepareFloat8ModuleInput(**layouts)
+    return _style(PrepareModuleInput, "PrepareFloat8ModuleInput", readers, mesh, **layouts)
 
 
 def _block_plan(block, mesh):
-    mlp, mixer = block.mlp, block.mixer
-    plan = {
+    mlp = block.mlp
+    return {
         "mixer_norm": SequenceParallel(),
+        **{f"mixer.{name}" if name else "mixer": style for name, style in _mixer_plan(block.mixer, mesh).items()},
         "mlp_norm": SequenceParallel(),
         "mlp": _gathered(mesh, 0, mlp.gate_proj, mlp.up_proj),
         "mlp.gate_proj": _colwise(mlp.gate_proj, mesh),
         "mlp.up_proj": _colwise(mlp.up_proj, mesh),
         "mlp.down_proj": _rowwise(mlp.down_proj, mesh),
     }
-    if block.kind == "gdn2":
-        mixers = _gdn2_plan(mixer, mesh)
+
+
+def _mixer_plan(mixer, mesh):
+    """Of a mixer and its parts, by their names."""
+    if isinstance(mixer, Attention):
+        plan = {"": _gathered(mesh, 2, mixer.q_proj, mixer.k_proj, mixer.v_proj)}  # besides: angles and mask
     else:
-        gather = _gathered(mesh, 2, mixer.q_proj, mixer.k_proj, mixer.v_proj)  # besides: angles and mask
-        mixers = _projections_plan(mixer, mesh) | {"": gather}
-    return plan | {f"mixer{name}": style for name, style in mixers.items()}
-
-
-def _projections_plan(mixer, mesh):
-    """Of what every mixer has."""
-    plan = {f".{name}": _colwise(getattr(mixer, name), mesh) for name in ("q_proj", "k_proj", "v_proj")}
-    return plan | {".o_proj": _rowwise(mixer.o_proj, mesh)}
-
-
-def _gdn2_plan(mixer, mesh):
-    """The first factors of the low-rank projections are computed by every rank: their outputs are small, and what comes
-    back to them is summed with the gradient of the mixer's input. They read it in high precision, so that is how it is
-    gathered."""
-    plan = _projections_plan(mixer, mesh)
-    plan |= {f".{name}": _Distributed(Shard(0)) for name in ("q_conv1d", "k_conv1d", "v_conv1d", "decay")}
-    plan[""] = _gathered(mesh, 1)  # besides: resets
-    plan[".o_norm"] = SequenceParallel(sequence_dim=2, use_local_output=True)  # [B, T, heads, V], by heads
-    plan[".erase_proj"] = _colwise(mixer.erase_proj, mesh)
-    if mixer.write_proj is not None:
-        plan[".write_proj"] = _colwise(mixer.write_proj, mesh)
-    for name in ("decay", "gate"):
-        plan[f".{name}_proj"] = _colwise(getattr(mixer, f"{name}_proj"), mesh)
-        if getattr(mixer, f"{name}_low_proj") is not None:
-            plan[f".{name}_low_proj"] = _Distributed(Replicate())
+        plan = {"": _gathered(mesh, 1)}  # besides: resets; in high precision, which the low-rank projections read
+    for name, part in mixer.named_children():
+        if name == "o_norm":
+            style = SequenceParallel(sequence_dim=2, use_local_output=True)  # [B, T, heads, V], by heads
+        elif name == "o_proj":
+            style = _rowwise(part, mesh)
+        elif name.endswith("_low_proj"):
+            # On every rank: the outputs are small, and their gradients are summed with those of the mixer's input.
+            style = _Distributed(Replicate())
+        elif name.endswith("_proj"):
+            style = _colwise(part, mesh)
+        else:  # convolutions and the decay
+            style = _Distributed(Shard(0))
+        plan[name] = style
     return plan

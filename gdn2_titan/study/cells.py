@@ -1,8 +1,5 @@
 """The grid of the recall study: mixers with as many parameters and as large a state each, on tasks. Every cell is one
-TorchTitan config, which trains alone as well.
-
-What is trained how long is fixed here, so that a study of the same seed is the same study.
-"""
+TorchTitan config, which trains alone as well; what is trained how long is fixed here."""
 
 import dataclasses
 import json
@@ -21,8 +18,6 @@ __all__ = ["MIXERS", "RECALL_TASKS", "TRACKING_TASKS", "Cell", "Experiment", "gr
 GATES = ("GDN-2", "erase only", "write only", "KDA", "Gated DeltaNet", "GDN-2 + window", "softmax")
 REFLECTING = ("GDN-2", "GDN-2, erase up to 2")
 RECALL_TASKS, TRACKING_TASKS = ("mqar", "overwrite"), ("parity", "permutations")
-
-
 FLAVOR = "recall"
 
 # Fields of [gdn2] that make the mixer, by the name it has in tables and plots.
@@ -66,12 +61,12 @@ def matched(mixer: str, shape: dict[str, Any]) -> dict[str, Any]:
 
 def toml_text(sections: dict[str, dict[str, Any]]) -> str:
     """``{"training": {"steps": 10}}`` as TOML: sections of texts, numbers, truth values and lists of them."""
-    # Of these kinds, JSON's notation is TOML's.
-    blocks = (
-        "\n".join([f"[{name}]", *(f"{field} = {json.dumps(value)}" for field, value in fields.items())])
-        for name, fields in sections.items()
-    )
-    return "\n\n".join(blocks) + "\n"
+    blocks = []
+    for name, fields in sections.items():
+        # Of these kinds, JSON's notation is TOML's.
+        lines = (f"{field} = {json.dumps(value)}\n" for field, value in fields.items())
+        blocks.append(f"[{name}]\n" + "".join(lines))
+    return "\n".join(blocks)
 
 
 @dataclass(frozen=True)
@@ -109,42 +104,34 @@ class Cell:
     def toml(self, dump_folder: Path | str) -> str:
         """Text of the config that trains it."""
         what = self.experiment
-        return toml_text(
-            {
-                "job": {
-                    "description": f"recall study: {what.task}, {self.mixer}, seed {self.seed}",
-                    "dump_folder": str(dump_folder),
-                    "custom_config_module": "gdn2_titan.titan.job_config",
-                },
-                "model": {"name": "gdn2", "flavor": FLAVOR},
-                "training": {
-                    "dataset": what.task,
-                    "local_batch_size": what.batch,
-                    "seq_len": what.seq_len,
-                    "steps": what.steps,
-                    "mixed_precision_param": "float32",
-                },
-                "task": what.task_fields | {"seed": self.seed},
-                "optimizer": {"lr": what.learning_rate, "weight_decay": 0.1},
-                "lr_scheduler": {"warmup_steps": 50, "decay_type": "cosine", "min_lr_factor": 0.1},
-                "metrics": {"log_freq": 100, "enable_tensorboard": True},
-                "gdn2": self.model_fields | {"statistics_freq": 0},
-                "validation": {
-                    "enable": True,
-                    "dataset": what.task,
-                    "local_batch_size": 32,
-                    "seq_len": what.seq_len,
-                    "freq": what.steps,
-                    "steps": 8,
-                },
-                "checkpoint": {"enable": True, "interval": 500, "keep_latest_k": 2},
-                "debug": {"seed": self.seed},
-                "activation_checkpoint": {"mode": "none"},
-            }
-        )
+        sections = {
+            "job": {
+                "description": f"recall study: {what.task}, {self.mixer}, seed {self.seed}",
+                "dump_folder": str(dump_folder), "custom_config_module": "gdn2_titan.titan.job_config",
+            },
+            "model": {"name": "gdn2", "flavor": FLAVOR},
+            "training": {
+                "dataset": what.task, "local_batch_size": what.batch, "seq_len": what.seq_len, "steps": what.steps,
+                "mixed_precision_param": "float32",
+            },
+            "task": what.task_fields | {"seed": self.seed},
+            "optimizer": {"lr": what.learning_rate, "weight_decay": 0.1},
+            "lr_scheduler": {"warmup_steps": 50, "decay_type": "cosine", "min_lr_factor": 0.1},
+            "metrics": {"log_freq": 100, "enable_tensorboard": True},
+            "gdn2": self.model_fields | {"statistics_freq": 0},
+            "validation": {
+                "enable": True, "dataset": what.task, "local_batch_size": 32, "seq_len": what.seq_len,
+                "freq": what.steps, "steps": 8,
+            },
+            "checkpoint": {"enable": True, "interval": 500, "keep_latest_k": 2},
+            "debug": {"seed": self.seed},
+            "activation_checkpoint": {"mode": "none"},
+        }  # fmt: skip
+        return toml_text(sections)
 
 
-def _experiments(quick: bool) -> list[Experiment]:
+def grid(quick: bool, seeds: int | None = None) -> list[Cell]:
+    """The cells of the study, the longest trainings first; seeds: how many of each."""
     steps, counting = (800, 300) if quick else (2400, 500)
     recall, symbols = {"steps": steps, "seq_len": 64, "batch": 16, "learning_rate": 3e-3}, {"keys": 32, "values": 8}
     tracking = {"learning_rate": 2e-3, "model_fields": {"num_heads": 4}}
@@ -152,20 +139,11 @@ def _experiments(quick: bool) -> list[Experiment]:
     swaps = {"generators": "swaps", "validation_lengths": [16, 32, 64, 128]}
     pairs = {"pairs": [2, 4, 8, 16], "validation_pairs": [4, 8, 12, 16, 20]}
     rewritten = {"writes": 2, "pairs": [2, 4, 8, 12], "validation_pairs": [4, 6, 8, 10, 12]}
-    return [
+    experiments = [
         Experiment("mqar", GATES, symbols | pairs | lengths, **recall),
         Experiment("overwrite", GATES, symbols | rewritten | lengths, **recall),
         Experiment("permutations", REFLECTING, swaps, steps=1500, seq_len=16, batch=96, **tracking),
         Experiment("parity", REFLECTING, lengths, steps=counting, seq_len=64, batch=24, **tracking),
     ]
-
-
-def grid(quick: bool, seeds: int | None = None) -> list[Cell]:
-    """The cells of the study, the longest trainings first; seeds: how many of each."""
-    seeds = seeds or (1 if quick else 3)
-    return [
-        Cell(experiment, mixer, seed)
-        for experiment in _experiments(quick)
-        for seed in range(seeds)
-        for mixer in experiment.mixers
-    ]
+    seeds = range(seeds or (1 if quick else 3))
+    return [Cell(what, mixer, seed) for what in experiments for seed in seeds for mixer in what.mixers]

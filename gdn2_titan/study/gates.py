@@ -35,11 +35,9 @@ def add_parser(subparsers: Any) -> None:
 
 def _read_text(path: str) -> str:
     try:
-        content = Path(path).read_bytes()
+        text = Path(path).read_bytes().decode("utf-8")
     except OSError as error:
         raise ConvertError(f"--text is {path}; it must be a file that can be read: {error.strerror}") from error
-    try:
-        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConvertError(f"--text is {path}; it must be UTF-8, which it is not at byte {error.start}") from error
     if not text:
@@ -78,13 +76,10 @@ def tokens_of(tokenizer: Any, text: str, encoding: Any, ids: list[int]) -> list[
 
     encoding: of text, with ``offset_mapping`` where the tokenizer can say it.
     """
-    ids, tokens, end = list(ids), [], 0
-    count = len(ids)
+    tokens, end = [], 0
     if tokenizer.bos_token_id is not None:
         tokens.append(Token(ids[0], "", tokenizer.bos_token))
-        count -= 1
-    for place in range(count):
-        token = encoding["input_ids"][place]
+    for place, token in enumerate(encoding["input_ids"][: len(ids) - len(tokens)]):
         if "offset_mapping" in encoding:
             start, stop = encoding["offset_mapping"][place]
             # From where the last one ended: some tokenizers leave the space before a word out of it.
@@ -104,16 +99,14 @@ def run(options: argparse.Namespace) -> None:
         ConvertError: one sentence about what is wrong with the options, the text or the checkpoint.
     """
     checkpoint_folder(options.model)  # a path that is not there is answered before torch is imported
-    try:
-        from tqdm import tqdm
+    from tqdm import tqdm
 
-        from gdn2_titan.convert.hf.load import load_checkpoint
+    from gdn2_titan.convert.hf.load import load_checkpoint
 
-        from .gates_figures import draw_figures
-        from .gates_page import write_page
-        from .gates_trace import trace_gates
-    except ImportError as error:
-        raise ConvertError(f"{error}; this study needs the extra 'study': pip install 'gdn2_titan[study]'") from error
+    from .gates_figures import draw_figures
+    from .gates_page import write_page
+    from .gates_trace import trace_gates
+
     check_free(options.out)
     text = _read_text(options.text)
     checkpoint, tokenizer = open_model(options)

@@ -37,20 +37,10 @@ SHORTEST = 1e-3
 class Strip(NamedTuple):
     group: str  # strips of a group stand closer together
     name: str
-    values: Any  # [rows, T]
+    values: np.ndarray  # [rows, T]
     norm: Normalize
     colours: str
     bar: str  # the legend of its colours; strips of the same legend share one
-
-
-def _height(strip: Strip) -> float:
-    return min(max(HEAD_ROW * len(strip.values), LEAST_STRIP), TALLEST_STRIP)
-
-
-def _gaps(strips: list[Strip]) -> list[float]:
-    """What is between each strip and the one before it."""
-    pairs = zip(strips, strips[1:], strict=False)
-    return [0.0, *(GAP if one.group == next.group else GROUP_GAP for one, next in pairs)]
 
 
 @functools.cache
@@ -64,55 +54,51 @@ def _drawable(text: str, longest: int) -> str:
 
 
 class _Sheet:
-    """A picture whose axes are placed in inches from its top left corner."""
+    """Where the parts of a picture of these strips go, in inches from its top left corner."""
 
-    def __init__(self, width: float, height: float) -> None:
-        self.figure = Figure((width, height), dpi=DPI, facecolor="white")
-        self.width, self.height = width, height
-
-    def axes(self, left, top, width, height):
-        bottom = self.height - top - height
-        return self.figure.add_axes((left / self.width, bottom / self.height, width / self.width, height / self.height))
-
-    def text(self, left, top, text, **options):
-        options = dict(va="top", ha="left", parse_math=False) | options
-        self.figure.text(left / self.width, 1 - top / self.height, text, **options)
-
-
-class _Places:
-    """Where the parts of a picture of these strips go."""
-
-    def __init__(self, tokens, strips, extra):
+    def __init__(self, tokens, strips, above):
         self.labels = [_drawable(token.label, LONGEST_LABEL) for token in tokens]
-        self.label_height = 0.1 + 0.068 * max(map(len, self.labels))
         lines = -(-len(tokens) // COLUMNS)
         self.columns = -(-len(tokens) // lines)  # lines of nearly the same length
         self.width = LEFT + RIGHT + max(self.columns * COLUMN, 2 * BAR_WIDTH)
         self.bars = list({strip.bar: strip for strip in strips}.values())
         self.bars_per_row = int((self.width - LEFT) // BAR_WIDTH)
         bar_rows = -(-len(self.bars) // self.bars_per_row)
-        self.extra_top = TITLE + ABOVE_EXTRA
-        self.bars_top = self.extra_top + extra + BELOW_EXTRA if extra else TITLE
+        self.bars_top = TITLE + above * (ABOVE_EXTRA + DISTRIBUTION + BELOW_EXTRA)
         self.lines_top = self.bars_top + bar_rows * BAR_ROW
-        self.line = NUMBERS + sum(map(_height, strips)) + sum(_gaps(strips)) + self.label_height + BETWEEN_LINES
+        self.placed, top = [], NUMBERS  # strips, their tops in a line of text, their heights
+        for index, strip in enumerate(strips):
+            if index:
+                top += GAP if strip.group == strips[index - 1].group else GROUP_GAP
+            height = min(max(HEAD_ROW * len(strip.values), LEAST_STRIP), TALLEST_STRIP)
+            self.placed.append((strip, top, height))
+            top += height
+        self.line = top + 0.1 + 0.068 * max(map(len, self.labels)) + BETWEEN_LINES
         self.starts = range(0, len(tokens), self.columns) if strips else range(0)
         self.height = self.lines_top + self.line * len(self.starts)
+        self.figure = Figure((self.width, self.height), dpi=DPI, facecolor="white")
+
+    def axes(self, left, top, width, height):
+        bottom = self.height - top - height
+        return self.figure.add_axes((left / self.width, bottom / self.height, width / self.width, height / self.height))
+
+    def text(self, top, text, **options):
+        self.figure.text(0.2 / self.width, 1 - top / self.height, text, va="top", parse_math=False, **options)
 
 
 def _plain_numbers(axis, norm):
     """1, 2, 5, 10, ... along a logarithmic axis, and fewer of them the more decades there are."""
     decades = np.log10(norm.vmax / norm.vmin)
-    subs = (1, 2, 5) if decades < 2.5 else (1,)
-    subs = (1, 1.5, 2, 3, 4, 5, 7) if decades < 0.8 else subs
+    subs = (1, 1.5, 2, 3, 4, 5, 7) if decades < 0.8 else (1, 2, 5) if decades < 2.5 else (1,)
     axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_minor_formatter(NullFormatter())
 
 
-def _draw_bars(sheet, places):
-    for index, strip in enumerate(places.bars):
-        row, column = divmod(index, places.bars_per_row)
-        ax = sheet.axes(LEFT + column * BAR_WIDTH, places.bars_top + row * BAR_ROW + 0.2, BAR_WIDTH - 0.55, 0.11)
+def _draw_bars(sheet):
+    for index, strip in enumerate(sheet.bars):
+        row, column = divmod(index, sheet.bars_per_row)
+        ax = sheet.axes(LEFT + column * BAR_WIDTH, sheet.bars_top + row * BAR_ROW + 0.2, BAR_WIDTH - 0.55, 0.11)
         scale = matplotlib.cm.ScalarMappable(strip.norm, strip.colours)
         bar = sheet.figure.colorbar(scale, cax=ax, orientation="horizontal")
         if isinstance(strip.norm, LogNorm):
@@ -121,46 +107,30 @@ def _draw_bars(sheet, places):
         bar.ax.set_title(strip.bar, fontsize=8.5, loc="left", pad=3)
 
 
-def _draw_line(sheet, places, strips, start):
+def _draw_line(sheet, start):
     """The strips over the tokens from ``start``, their text below."""
-    stop = min(start + places.columns, len(places.labels))
-    top = places.lines_top + places.line * (start // places.columns) + NUMBERS
-    for strip, gap in zip(strips, _gaps(strips), strict=True):
-        top += gap
-        ax = sheet.axes(LEFT, top, (stop - start) * COLUMN, _height(strip))
+    stop = min(start + sheet.columns, len(sheet.labels))
+    line_top = sheet.lines_top + sheet.line * (start // sheet.columns)
+    for index, (strip, top, height) in enumerate(sheet.placed):
+        ax = sheet.axes(LEFT, line_top + top, (stop - start) * COLUMN, height)
         values = strip.values[:, start:stop]
         ax.imshow(values, aspect="auto", cmap=strip.colours, norm=strip.norm, interpolation="nearest")
         rows = len(values)
-        step = 1 if _height(strip) / rows >= 0.14 else 2 ** int(np.ceil(np.log2(0.14 * rows / _height(strip))))
+        step = 1 if height / rows >= 0.14 else 2 ** int(np.ceil(np.log2(0.14 * rows / height)))
         ax.set_yticks(range(0, rows, step))
         ax.tick_params(labelsize=7, length=2, pad=2)
         ax.set_xticks([])
         ax.set_ylabel(f"{strip.group}\n{strip.name}", rotation=0, ha="right", va="center", fontsize=8, labelpad=6)
-        if strip is strips[0]:
+        if index == 0:
             for place in range(-(-start // 16) * 16, stop, 16):
                 ax.annotate(
                     str(place), (place - start, 1), (0, 3), xycoords=("data", "axes fraction"),
                     textcoords="offset points", ha="center", va="bottom", fontsize=7, color="0.35",
                 )  # fmt: skip
-        top += _height(strip)
     ax.set_xticks(range(stop - start))
-    for label in ax.set_xticklabels(places.labels[start:stop], fontproperties=MONOSPACE, parse_math=False):
+    for label in ax.set_xticklabels(sheet.labels[start:stop], fontproperties=MONOSPACE, parse_math=False):
         label.set_rotation(0 if len(label.get_text()) == 1 else 90)
     ax.tick_params(axis="x", length=0, pad=4)
-
-
-def _draw(path, title, subtitle, tokens, strips, extra=0.0, draw_extra=None):
-    """Write one picture. extra: height of the axes above the strips that ``draw_extra(axes)`` draws."""
-    places = _Places(tokens, strips, extra)
-    sheet = _Sheet(places.width, places.height)
-    sheet.text(0.2, 0.14, title, fontsize=13, weight="bold")
-    sheet.text(0.2, 0.4, _drawable(subtitle, int(places.width / SUBTITLE_CHARACTER)), fontsize=9, color="0.3")
-    if draw_extra is not None:
-        draw_extra(sheet.axes(LEFT, places.extra_top, places.width - LEFT - RIGHT, extra))
-    _draw_bars(sheet, places)
-    for start in places.starts:
-        _draw_line(sheet, places, strips, start)
-    sheet.figure.savefig(path)
 
 
 def _log_norm(values):
@@ -170,13 +140,10 @@ def _log_norm(values):
 
 
 def _layer_strip(trace: LayerTrace, name: str, norm: Normalize, bar: str) -> Strip:
-    quantity = QUANTITIES[name]
-    values = getattr(trace, name)
-    if quantity.scale == "log":
-        values = np.maximum(values, SHORTEST)
-    short = quantity.title.removesuffix(" gate").removesuffix(" norm")
-    colours = colours_of(quantity.scale, norm.vmax)
-    return Strip(f"layer {trace.layer}", short, values, norm, colours, bar)
+    scale, values = QUANTITIES[name].scale, getattr(trace, name)
+    values = np.maximum(values, SHORTEST) if scale == "log" else values
+    short = QUANTITIES[name].title.removesuffix(" gate").removesuffix(" norm")
+    return Strip(f"layer {trace.layer}", short, values, norm, colours_of(scale, norm.vmax), bar)
 
 
 def _gate_strips(trace: LayerTrace) -> list[Strip]:
@@ -186,15 +153,11 @@ def _gate_strips(trace: LayerTrace) -> list[Strip]:
     ]
 
 
-def _half_life_strips(norm: Normalize, trace: LayerTrace) -> list[Strip]:
-    return [_layer_strip(trace, "half_life", norm, "half-life in tokens, median over key channels")]
-
-
 def _memory_strips(trace: LayerTrace) -> list[Strip]:
     changes = ("erased", "written", "decayed")  # on one scale, so that they compare
-    top = max(getattr(trace, name).max() for name in changes) or 1.0
+    norm = Normalize(0, max(getattr(trace, name).max() for name in changes) or 1.0)
     bar = f"layer {trace.layer}: erased, written, decayed (norm)"
-    strips = [_layer_strip(trace, name, Normalize(0, top), bar) for name in changes]
+    strips = [_layer_strip(trace, name, norm, bar) for name in changes]
     norm = Normalize(0, trace.state.max() or 1.0)
     return [*strips, _layer_strip(trace, "state", norm, f"layer {trace.layer}: norm of the memory")]
 
@@ -215,16 +178,14 @@ def _draw_half_lives(traces, ax):
                 name = f"head {head}" if len(traces) * heads <= 16 else str(head)
                 ax.annotate(name, (middle, 0), (0, 2), xycoords=("data", "axes fraction"),
                             textcoords="offset points", ha="center", fontsize=7, color="0.35")  # fmt: skip
-    ax.set_yscale("log")
-    ax.set_ylim(everything.min() / 2, everything.max() * 1.5)
+    ax.set(yscale="log", ylim=(everything.min() / 2, everything.max() * 1.5), ylabel="half-life in tokens")
     _plain_numbers(ax.yaxis, Normalize(*ax.get_ylim()))
-    ax.set_ylabel("half-life in tokens")
     ax.set_xlim(-0.5, len(traces) - 0.5)
     ax.set_xticks(range(len(traces)), [f"layer {trace.layer}" for trace in traces])
     ax.grid(axis="y", color="0.88")
     ax.set_axisbelow(True)
-    ax.set_title("one dot per key channel, columns and colours are heads, the bar is a head's median", fontsize=9,
-                 loc="left")  # fmt: skip
+    title = "one dot per key channel, columns and colours are heads, the bar is a head's median"
+    ax.set_title(title, fontsize=9, loc="left")
 
 
 def _channel_strips(channels: Channels, reach: float) -> list[Strip]:
@@ -242,33 +203,37 @@ def draw_figures(
 ) -> list[str]:  # fmt: skip
     """Write the PNG files of a study and return their names.
 
-    Args:
-        tokens: T of them; traces: one of them has channels.
-        subtitle: a line that says of which model and text they are.
-        head: the value head of the channels.
-        progress: called after each picture.
+    subtitle: a line that says of which model and text they are. tokens: T of them. traces: one of them has channels.
+    head: the value head of the channels. progress: called after each picture.
     """
     names = []
 
-    def draw(name, title, strips, **options):
-        _draw(folder / name, title, subtitle, tokens, strips, **options)
+    def draw(name, title, strips, draw_above=None):
+        sheet = _Sheet(tokens, strips, draw_above is not None)
+        sheet.text(0.14, title, fontsize=13, weight="bold")
+        sheet.text(0.4, _drawable(subtitle, int(sheet.width / SUBTITLE_CHARACTER)), fontsize=9, color="0.3")
+        if draw_above is not None:
+            draw_above(sheet.axes(LEFT, TITLE + ABOVE_EXTRA, sheet.width - LEFT - RIGHT, DISTRIBUTION))
+        _draw_bars(sheet)
+        for start in sheet.starts:
+            _draw_line(sheet, start)
+        sheet.figure.savefig(folder / name)
         names.append(name)
         progress()
 
-    distribution = dict(extra=DISTRIBUTION, draw_extra=functools.partial(_draw_half_lives, traces))
     norm = _log_norm(np.concatenate([trace.half_life.ravel() for trace in traces]))
-    for name, title, strips_of, above in (
-        ("gates", "Erase and write gates", _gate_strips, {}),
-        ("memory", "What each token erases, writes and lets decay", _memory_strips, {}),
-        ("half_life", "Half-lives of the decay", functools.partial(_half_life_strips, norm), distribution),
-    ):
+    bar = "half-life in tokens, median over key channels"
+    for name, title, strips_of, draw_above in (
+        ("gates", "Erase and write gates", _gate_strips, None),
+        ("memory", "What each token erases, writes and lets decay", _memory_strips, None),
+        ("half_life", "Half-lives of the decay", lambda trace: [_layer_strip(trace, "half_life", norm, bar)],
+         functools.partial(_draw_half_lives, traces)),
+    ):  # fmt: skip
         strips = [strip for trace in traces for strip in strips_of(trace)]
-        if _Places(tokens, strips, DISTRIBUTION if above else 0).height <= TALLEST or len(traces) == 1:
-            draw(f"{name}.png", title, strips, **above)
-            continue
-        if above:
-            draw(f"{name}.png", title, [], **above)
-        for trace in traces:
+        apart = len(traces) > 1 and _Sheet(tokens, strips, draw_above is not None).height > TALLEST
+        if draw_above or not apart:
+            draw(f"{name}.png", title, [] if apart else strips, draw_above)
+        for trace in traces if apart else ():
             draw(f"{name}_layer_{trace.layer}.png", f"{title}, layer {trace.layer}", strips_of(trace))
     trace = next(trace for trace in traces if trace.channels is not None)
     title = f"Channels of layer {trace.layer}, value head {head}"

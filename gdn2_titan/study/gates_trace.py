@@ -1,6 +1,7 @@
 """What the gates of a model's GDN-2 layers do over a text, read off with hooks while the model reads it, and what each
 token erases from the memory and writes to it, by the recurrence itself."""
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from gdn2_titan.convert.errors import ConvertError
 from gdn2_titan.models.layer import SLOWEST_DECAY
@@ -73,17 +75,15 @@ class LayerTrace:
 class Memory(NamedTuple):
     """Frobenius norms [T, HV] per token and value head, and what shows that it is the same memory: o and the state."""
 
-    decayed: torch.Tensor  # ||S_{t-1}|| - ||D||, where D = Diag(exp(g_t)) S_{t-1}
-    erased: torch.Tensor  # ||k_t (b_t * k_t)^T D||
-    written: torch.Tensor  # ||k_t (w_t * v_t)^T||
-    state: torch.Tensor  # ||S_t||
-    o: torch.Tensor  # [T, HV, V]
-    final_state: torch.Tensor  # [HV, K, V]
+    decayed: Tensor  # ||S_{t-1}|| - ||D||, where D = Diag(exp(g_t)) S_{t-1}
+    erased: Tensor  # ||k_t (b_t * k_t)^T D||
+    written: Tensor  # ||k_t (w_t * v_t)^T||
+    state: Tensor  # ||S_t||
+    o: Tensor  # [T, HV, V]
+    final_state: Tensor  # [HV, K, V]
 
 
-def follow_memory(
-    q: torch.Tensor, k: torch.Tensor, g: torch.Tensor, b: torch.Tensor, v: torch.Tensor, w: torch.Tensor
-) -> Memory:
+def follow_memory(q: Tensor, k: Tensor, g: Tensor, b: Tensor, v: Tensor, w: Tensor) -> Memory:
     """A Memory of one sequence that starts with an empty state. Holds one state at a time.
 
     Args: q, k, g, b [T, H, K]; v, w [T, HV, V], of one dtype, every gate applied, q and k normalised.
@@ -112,27 +112,22 @@ def follow_memory(
 CAPTURED = ("q_conv1d", "k_conv1d", "v_conv1d", "decay_proj", "erase_proj", "write_proj")
 
 
-def _capture(mixer: Any, done: Callable[[Any, dict[str, torch.Tensor]], None]) -> list[Any]:
+def _capture(mixer: Any, done: Callable[[Any, dict[str, Tensor]], None]) -> list[Any]:
     """Hooks that call ``done(mixer, what was kept)`` after each forward of the layer."""
     kept = {}
 
-    def keep_output(name):
-        def keep(module, inputs, output):
-            output = output[0] if isinstance(output, tuple) else output  # a convolution gives its state too
-            kept[name] = output[0].double().cpu()
-
-        return keep
-
-    def keep_o(module, inputs):
-        kept["o"] = inputs[0][0].double().cpu()
+    def keep(name, module, inputs, output):
+        output = output[0] if isinstance(output, tuple) else output  # a convolution gives its state too
+        kept[name] = output[0].double().cpu()
 
     def finish(mixer, *_):
         done(mixer, kept)
         kept.clear()
 
     modules = {name: getattr(mixer, name) for name in CAPTURED}  # tied gates have one projection
-    hooks = [module.register_forward_hook(keep_output(name)) for name, module in modules.items() if module is not None]
-    return [*hooks, mixer.o_norm.register_forward_pre_hook(keep_o), mixer.register_forward_hook(finish)]
+    hooks = [m.register_forward_hook(functools.partial(keep, name)) for name, m in modules.items() if m is not None]
+    keep_o = mixer.o_norm.register_forward_pre_hook(lambda module, inputs: keep("o", module, (), inputs))
+    return [*hooks, keep_o, mixer.register_forward_hook(finish)]
 
 
 def _half_life(g):
@@ -145,10 +140,8 @@ def _trace(index, mixer, kept, head):
     q, k, v = (kept[f"{name}_conv1d"].unflatten(-1, (-1, size)) for name, size in (("q", K), ("k", K), ("v", V)))
     H, HV = q.shape[1], v.shape[1]
     g, erase = (kept[name].unflatten(-1, (H, -1)) for name in ("decay_proj", "erase_proj"))
-    if mixer.tied_gates:
-        write = erase.repeat_interleave(HV // H, dim=1)
-    else:
-        write = kept["write_proj"].unflatten(-1, (HV, -1))
+    tied = mixer.tied_gates
+    write = erase.repeat_interleave(HV // H, dim=1) if tied else kept["write_proj"].unflatten(-1, (HV, -1))
     sizes = erase.shape[-1], write.shape[-1], g.shape[-1]  # 1 where a gate is one scalar per head
     raw = q, k, v, g.expand(q.shape), erase.expand(q.shape), write.expand(v.shape)
     inputs = GDN2Inputs(*(x[None] for x in raw), mixer.decay.A_log.cpu(), mixer.decay.dt_bias.cpu().expand(H, K))
@@ -157,28 +150,25 @@ def _trace(index, mixer, kept, head):
     memory = follow_memory(q, k, g, b, v, w)
     erase, write, g = (x[..., :size] for x, size in zip((b, w, g), sizes, strict=True))
     half_life = _half_life(g)
-    o = kept["o"]
     numbers = dict(
-        erase=erase.mean(-1).T,
-        write=write.mean(-1).T,
-        half_life=torch.from_numpy(np.median(half_life.numpy(), -1)).T,
-        half_lives=_half_life(g.mean(0)),
-        **{name: getattr(memory, name).T for name in ("decayed", "erased", "written", "state")},
-    )
-    channels = None
-    if head is not None:
-        of_head = erase[:, head // (HV // H)], write[:, head], half_life[:, head // (HV // H)]
-        channels = Channels(*(x.numpy() for x in of_head))
-    deviation = float((memory.o - o).abs().max() / o.abs().max().clamp_min(1e-300))
+        erase=erase.mean(-1).T, write=write.mean(-1).T, half_life=torch.from_numpy(np.median(half_life, -1)).T,
+        half_lives=_half_life(g.mean(0)), decayed=memory.decayed.T, erased=memory.erased.T, written=memory.written.T,
+        state=memory.state.T,
+    )  # fmt: skip
+    deviation = float((memory.o - kept["o"]).abs().max() / kept["o"].abs().max().clamp_min(1e-300))
     if not math.isfinite(deviation) or not all(x.isfinite().all() for x in numbers.values()):
         raise ConvertError(f"layer {index} gives numbers that are not finite; the model must not have diverged")
-    numbers = {name: np.ascontiguousarray(x.numpy()) for name, x in numbers.items()}
+    numbers = {name: np.ascontiguousarray(x) for name, x in numbers.items()}
+    channels = None
+    if head is not None:
+        key_head = head // (HV // H)
+        channels = Channels(erase[:, key_head].numpy(), write[:, head].numpy(), half_life[:, key_head].numpy())
     return LayerTrace(index, mixer.erase_scale, **numbers, deviation=deviation, channels=channels)
 
 
 @torch.no_grad()
 def trace_gates(
-    model: Any, ids: torch.Tensor, layer: int, head: int, progress: Callable[[], Any] = lambda: None
+    model: Any, ids: Tensor, layer: int, head: int, progress: Callable[[], Any] = lambda: None
 ) -> list[LayerTrace]:
     """[LayerTrace] of every GDN-2 layer of a GDN2ForCausalLM that reads ids [1, T].
 
@@ -190,17 +180,14 @@ def trace_gates(
     """
     traces, hooks = [], []
 
-    def done(index):
-        def of(mixer, kept):
-            traces.append(_trace(index, mixer, kept, head if index == layer else None))
-            progress()
-
-        return of
+    def done(index, mixer, kept):
+        traces.append(_trace(index, mixer, kept, head if index == layer else None))
+        progress()
 
     try:
         for index, block in enumerate(model.model.layers):
             if block.kind == "gdn2":
-                hooks += _capture(block.mixer, done(index))
+                hooks += _capture(block.mixer, functools.partial(done, index))
         model(input_ids=ids, use_cache=False, logits_to_keep=1)
     finally:
         for hook in hooks:

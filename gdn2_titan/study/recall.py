@@ -1,6 +1,7 @@
 """``python -m gdn2_titan.study recall --out DIR``: trains a grid of small models on recall tasks, and reports."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,9 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         ConvertError: the folder has another study, or trainings failed.
     """
-    try:
-        from .cells import grid
-        from .report import write_report
-        from .training import CONFIG, default_jobs, train_all
-    except ImportError as error:
-        raise ConvertError(f"{error}; this study needs the extra 'study': pip install 'gdn2_titan[study]'") from error
+    from .cells import grid
+    from .results import write_report
+    from .training import CONFIG, train_all
 
     out = Path(options.out).absolute()
     cells = grid(options.quick, options.seeds)
@@ -42,5 +40,5 @@ def run(options: argparse.Namespace) -> None:
         config = folder / CONFIG
         if config.exists() and config.read_text(encoding="utf-8") != text:
             raise ConvertError(f"--out is {out}, which has another study ({config} differs); it must be a new folder")
-    train_all(texts, options.jobs or default_jobs())
+    train_all(texts, options.jobs or len(os.sched_getaffinity(0)))
     print(write_report(out, cells, list(folders)))

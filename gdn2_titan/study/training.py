@@ -20,7 +20,7 @@ from gdn2_titan.convert.atomic import write_text
 from gdn2_titan.convert.errors import ConvertError
 from gdn2_titan.titan.job_config import build, parse
 
-__all__ = ["CONFIG", "LOG", "RESULT", "default_jobs", "train_all", "train_cell"]
+__all__ = ["CONFIG", "LOG", "RESULT", "train_all", "train_cell"]
 
 CONFIG, RESULT, LOG = "config.toml", "result.json", "log.txt"
 
@@ -28,10 +28,8 @@ CONFIG, RESULT, LOG = "config.toml", "result.json", "log.txt"
 def train_cell(folder: Path, toml: str) -> bool:
     """Train the config ``toml`` in ``folder`` unless its result is there, and write the result.
 
-    A killed training continues from its checkpoint. Meant for a process of its own: output goes to the log.
-
-    Returns:
-        Whether there is a result now; if not, the log has the reason.
+    A killed training continues from its checkpoint. Meant for a process of its own: output goes to the log. Returns
+    whether there is a result now; if not, the log has the reason.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOG, "a") as log:
@@ -43,17 +41,17 @@ def train_cell(folder: Path, toml: str) -> bool:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
         try:
-            results, count = _train(folder / CONFIG)
+            result = _train(folder / CONFIG)
         except BaseException:
             traceback.print_exc()
             sys.stderr.flush()
             return False
-        write_text(folder / RESULT, json.dumps({"parameters": count, "results": results}, indent=1) + "\n")
+        write_text(folder / RESULT, json.dumps(result, indent=1) + "\n")
     return True
 
 
-def _train(config_file: Path) -> tuple[list[dict[str, Any]], int]:
-    """(results of the validator, number of parameters) of a training to its end."""
+def _train(config_file: Path) -> dict[str, Any]:
+    """Number of parameters, and results of the validator, of a training to its end."""
     # One thread, whatever the machine: sums in another order would be other numbers.
     torch.set_num_threads(1)
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
@@ -64,22 +62,15 @@ def _train(config_file: Path) -> tuple[list[dict[str, Any]], int]:
         if not trainer.validator.results:  # killed between the last step's checkpoint and its validation
             trainer.validator.validate(trainer.model_parts, trainer.step)
         count = sum(p.numel() for part in trainer.model_parts for p in part.parameters())
-        return trainer.validator.results, count
+        return {"parameters": count, "results": trainer.validator.results}
     finally:
         trainer.close()
         with contextlib.suppress(Exception):
             torch.distributed.destroy_process_group()
 
 
-def default_jobs() -> int:
-    """As many trainings at a time as there are cores for this process."""
-    return len(os.sched_getaffinity(0))
-
-
 def train_all(folders: dict[Path, str], jobs: int) -> None:
-    """Train every cell that has no result yet, ``jobs`` at a time, showing how far it is.
-
-    folders: {folder: text of its config}.
+    """Train every cell of {folder: text of its config} that has no result yet, ``jobs`` at a time.
 
     Raises:
         ConvertError: trainings failed; all others have been done.
@@ -89,22 +80,22 @@ def train_all(folders: dict[Path, str], jobs: int) -> None:
     context.set_forkserver_preload([__name__])
     failed = []
     todo = {folder: text for folder, text in folders.items() if not (folder / RESULT).exists()}
-    with tqdm(total=len(folders), initial=len(folders) - len(todo), unit="training", smoothing=0) as progress:
-        with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
-            running = {pool.submit(train_cell, folder, text): folder for folder, text in todo.items()}
-            try:
-                for done in as_completed(running):
-                    folder = running[done]
-                    progress.set_postfix_str(folder.name)
-                    progress.update()
-                    if not done.result():
-                        failed.append(folder)
-            except BrokenProcessPool as error:
-                raise ConvertError("a training was killed from outside; the same command goes on from here") from error
-            except KeyboardInterrupt:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+    with (
+        tqdm(total=len(folders), initial=len(folders) - len(todo), unit="training", smoothing=0) as progress,
+        ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool,
+    ):
+        running = {pool.submit(train_cell, folder, text): folder for folder, text in todo.items()}
+        try:
+            for done in as_completed(running):
+                progress.set_postfix_str(running[done].name)
+                progress.update()
+                if not done.result():
+                    failed.append(running[done])
+        except BrokenProcessPool as error:
+            raise ConvertError("a training was killed from outside; the same command goes on from here") from error
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     if failed:
-        raise ConvertError(
-            f"{len(failed)} of {len(folders)} trainings failed; {failed[0] / LOG} says why the first did"
-        )
+        reason = f"{failed[0] / LOG} says why the first did"
+        raise ConvertError(f"{len(failed)} of {len(folders)} trainings failed; {reason}")

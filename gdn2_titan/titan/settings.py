@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gdn2_titan.models import GDN2ModelArgs
-from gdn2_titan.models.overrides import ModelOverrides, model_args_of
+from gdn2_titan.models.flavors import ModelOverrides, model_args_of
 from gdn2_titan.parallel.float8 import EXCLUDE, MXFP8_RECIPES, SMALLEST_SIDE
 
 __all__ = ["GDN2", "Data", "Float8Linear", "MXLinear", "Settings", "Task"]
