@@ -232,7 +232,7 @@ def test_softmax_layers_do_without_flex_attention_where_the_others_do(arrange, b
     if arrange is not None:
         arrange(monkeypatch)
     made = []
-    for name in ("_dense_mask", "_block_mask", "_dense_mask_of_rows", "_block_mask_of_rows", "_context_rows"):
+    for name in ("_block_mask", "_dense_mask_of_rows", "_block_mask_of_rows", "_context_rows"):
         monkeypatch.setattr(masks, name, lambda *args, name=name: made.append(name) or ())
     if way == "shared":
         masks.context_mask(1, 8, 4, None, SequenceShards("", 0, 2, 1), CUDA, backend)
