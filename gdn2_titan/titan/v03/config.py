@@ -20,7 +20,7 @@ from ..cpu import settle_device
 from ..errors import ConfigError
 from .activation_checkpoint import policy_of_fields
 from .components import TitanModel, hook_converters, parallelize, pipeline
-from .fields import COUNTERPARTS, WITHOUT, get, put
+from .fields import COUNTERPARTS, WITHOUT, owner
 from .trainer import GDN2Trainer, JobConfig, check
 
 __all__ = ["JobConfig", "build", "parse", "trainer_config", "validate"]
@@ -46,7 +46,7 @@ def trainer_config(job_config: Any) -> GDN2Trainer.Config:
     check_range("activation_checkpoint.selective_ac_option", job_config.activation_checkpoint.selective_ac_option)
     config = GDN2Trainer.Config(model_spec=model_spec(flavor))
     for place, counterpart in COUNTERPARTS.items():
-        put(config, counterpart, get(job_config, place))
+        setattr(*owner(config, counterpart), getattr(*owner(job_config, place)))
     config.activation_checkpoint = policy_of_fields(job_config.activation_checkpoint)
     return config
 

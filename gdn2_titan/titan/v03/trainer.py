@@ -32,7 +32,7 @@ from .components import (
     WatchedLoss,
     deal_out,
 )
-from .fields import COUNTERPARTS, check_own_fields, get, in_words_of_03, job_config_class, put
+from .fields import COUNTERPARTS, check_own_fields, in_words_of_03, job_config_class, owner
 
 __all__ = ["GDN2Trainer", "JobConfig", "check", "fill", "settings_of", "settle_timeouts"]
 
@@ -140,7 +140,7 @@ def settings_of(config: GDN2Trainer.Config) -> Settings:
     for name, value in fields_of_policy(config.activation_checkpoint).items():
         setattr(said.activation_checkpoint, name, value)
     for place, counterpart in COUNTERPARTS.items():
-        put(said, place, get(config, counterpart))
+        setattr(*owner(said, place), getattr(*owner(config, counterpart)))
     return Settings.of(said)
 
 
