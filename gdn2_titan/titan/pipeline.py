@@ -69,14 +69,8 @@ def check_pipeline(settings: Settings, n_layers: int) -> None:
     csv, name = parallelism.pipeline_parallel_schedule_csv, parallelism.pipeline_parallel_schedule
     if csv and not os.path.isfile(csv):
         raise ConfigError(f"parallelism.pipeline_parallel_schedule_csv is {csv!r}; it must be a readable file")
-    try:
-        schedule = get_schedule_class(name)
-    except ValueError as error:
-        raise ConfigError(
-            f"parallelism.pipeline_parallel_schedule is {name!r}; it must be one of torch's schedules, such as '1F1B' "
-            "or 'Interleaved1F1B'"
-        ) from error
-    if microbatch < 1 or training.local_batch_size % microbatch:
+    schedule = get_schedule_class(name)
+    if training.local_batch_size % microbatch:
         raise ConfigError(
             f"parallelism.pipeline_parallel_microbatch_size is {microbatch}; it must divide training.local_batch_size "
             f"= {training.local_batch_size}"

@@ -92,7 +92,7 @@ OR_NONE = {
 
 # Fields of which any value of their type is right, and why.
 ANY = {
-    "model_spec": "the config function's, with its flavor checked",
+    "model_spec": "the config function's, with its flavor checked as model.flavor",
     "activation_checkpoint": "a policy, with what it says checked as [activation_checkpoint]",
     "profiler.trace_post_processor": "a function of the user's",
     "override.imports": "modules of the user's",

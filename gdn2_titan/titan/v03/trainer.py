@@ -13,8 +13,6 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.trainer import Trainer
 
-from gdn2_titan.models import flavors
-
 from .. import pipeline
 from ..byte_tokenizer import BYTE_TOKENIZER_DIR
 from ..checkpoint import keeps_decays_and_knows_old_names
@@ -153,8 +151,6 @@ def fill(config: GDN2Trainer.Config, settings: Settings) -> None:
 def check(config: GDN2Trainer.Config) -> None:
     """Raise ConfigError for what cannot train, before anything is built."""
     check_own_fields(config)
-    if config.model_spec.flavor not in flavors:
-        raise ConfigError(f"model_spec.flavor is {config.model_spec.flavor!r}; it must be one of {', '.join(flavors)}")
     degree = config.parallelism.pipeline_parallel_degree
     if degree > 1 and not pipeline.RUNS:
         raise ConfigError(
