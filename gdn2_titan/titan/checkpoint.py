@@ -31,14 +31,9 @@ from gdn2_titan.models.old_names import current_name
 from .settings import Settings
 
 __all__ = [
-    "CurrentNamesHFReader",
-    "CurrentNamesReader",
-    "GDN2StateDictAdapter",
-    "exact_decays",
-    "keeps_decays_and_knows_old_names",
-    "reading_old_names",
-    "write_checkpoint_files",
-]
+    "CurrentNamesHFReader", "CurrentNamesReader", "GDN2StateDictAdapter", "exact_decays",
+    "keeps_decays_and_knows_old_names", "reading_old_names", "write_checkpoint_files",
+]  # fmt: skip
 
 
 def keeps_decays_and_knows_old_names(manager_cls: type) -> type:

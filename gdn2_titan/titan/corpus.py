@@ -53,15 +53,9 @@ def check_source(section: str, dataset: str, dataset_path: str | None, text_colu
 
 
 def load_source(
-    section: str,
-    dataset: str,
-    dataset_path: str | None,
-    *,
-    held_out: bool,
-    text_column: str = "text",
-    hf_subset: str | None = None,
-    hf_split: str = "train",
-) -> Dataset | IterableDataset:
+    section: str, dataset: str, dataset_path: str | None, *, held_out: bool, text_column: str = "text",
+    hf_subset: str | None = None, hf_split: str = "train",
+) -> Dataset | IterableDataset:  # fmt: skip
     """Load the documents that a configuration names.
 
     Args:

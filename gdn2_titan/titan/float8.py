@@ -50,11 +50,9 @@ class LinearConverter:
         gathered = name == FLOAT8 and linear.enable_fsdp_float8_all_gather and parallel_dims.fsdp_enabled
         self.precompute = gathered and linear.precompute_float8_dynamic_scale_for_fsdp
         self.options = {
-            "emulate": linear.emulate,
-            "fsdp_all_gather": gathered,
-            "exclude": linear.filter_fqns,
+            "emulate": linear.emulate, "fsdp_all_gather": gathered, "exclude": linear.filter_fqns,
             "smallest_side": linear.smallest_side,
-        }
+        }  # fmt: skip
         if self.recipe == "rowwise":
             # Without it a compiled backward may round a recomputed activation to another float8 number, and end in
             # NaN (github.com/pytorch/pytorch/issues/150859).

@@ -68,19 +68,10 @@ class PackedText(torch.utils.data.IterableDataset, Stateful):
     """
 
     def __init__(
-        self,
-        data: Dataset | IterableDataset,
-        tokenizer: BaseTokenizer,
-        seq_len: int,
-        *,
-        batch_size: int = 1,
-        dp_rank: int = 0,
-        dp_world_size: int = 1,
-        infinite: bool = False,
-        with_resets: bool = True,
-        text_column: str = "text",
-        shuffle_seed: int = 0,
-    ) -> None:
+        self, data: Dataset | IterableDataset, tokenizer: BaseTokenizer, seq_len: int, *, batch_size: int = 1,
+        dp_rank: int = 0, dp_world_size: int = 1, infinite: bool = False, with_resets: bool = True,
+        text_column: str = "text", shuffle_seed: int = 0,
+    ) -> None:  # fmt: skip
         self._encode = DocumentTokens(tokenizer)
         self._seq_len = seq_len
         self._batch_size = batch_size

@@ -63,15 +63,9 @@ def check_lengths(settings: Settings) -> None:
 
 
 def apply_plans(
-    model: torch.nn.Module,
-    parallel_dims: ParallelDims,
-    settings: Settings,
-    *,
-    loss_parallel: bool,
-    async_tensor_parallel: Callable[[DeviceMesh], None],
-    checkpoint: Callable[[torch.nn.Module], None],
-    shards: bool,
-) -> torch.nn.Module:
+    model: torch.nn.Module, parallel_dims: ParallelDims, settings: Settings, *, loss_parallel: bool,
+    async_tensor_parallel: Callable[[DeviceMesh], None], checkpoint: Callable[[torch.nn.Module], None], shards: bool,
+) -> torch.nn.Module:  # fmt: skip
     """Context and tensor parallelism, activation checkpointing, compilation, sharding, in this order, for the model or
     a pipeline stage of it.
 

@@ -46,11 +46,9 @@ def modules_of_stages(parallelism: Any, n_layers: int) -> list[list[str]]:
     stages = parallelism.module_fqns_per_model_part
     if stages is None:
         stages = _shares(
-            _number_of_stages(parallelism, n_layers),
-            n_layers,
-            parallelism.pipeline_parallel_first_stage_less_layers,
+            _number_of_stages(parallelism, n_layers), n_layers, parallelism.pipeline_parallel_first_stage_less_layers,
             parallelism.pipeline_parallel_last_stage_less_layers,
-        )
+        )  # fmt: skip
     return [["lm_head" if name == "output" else name for name in stage] for stage in stages]
 
 

@@ -62,11 +62,9 @@ def _check_processes(settings: Settings) -> None:
     parallelism = settings.parallelism
     rest = world = number_of_processes()
     for name in (
-        "pipeline_parallel_degree",
-        "context_parallel_degree",
-        "tensor_parallel_degree",
+        "pipeline_parallel_degree", "context_parallel_degree", "tensor_parallel_degree",
         "data_parallel_replicate_degree",
-    ):
+    ):  # fmt: skip
         degree = getattr(parallelism, name)
         if degree < 1 or rest % degree:
             of = (

@@ -28,17 +28,9 @@ from ..settings import Settings
 from ..validation import TaskValidation
 
 __all__ = [
-    "GDN2MetricsProcessor",
-    "GDN2Validator",
-    "TitanModel",
-    "TitanModelArgs",
-    "WatchedLoss",
-    "build_loss",
-    "build_lr_schedulers",
-    "build_optimizers",
-    "register_converters",
-    "titan_flavors",
-]
+    "GDN2MetricsProcessor", "GDN2Validator", "TitanModel", "TitanModelArgs", "WatchedLoss", "build_loss",
+    "build_lr_schedulers", "build_optimizers", "register_converters", "titan_flavors",
+]  # fmt: skip
 
 
 class TitanModel(GDN2Model):
@@ -52,11 +44,8 @@ class TitanModel(GDN2Model):
         return (extra_inputs or {}).pop("resets", None)
 
     def forward(
-        self,
-        tokens: torch.Tensor,
-        attention_masks: torch.Tensor | None = None,
-        positions: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        self, tokens: torch.Tensor, attention_masks: torch.Tensor | None = None, positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """positions: comes under context parallelism, to every stage; the model knows them from its shards."""
         return super().forward(tokens, attention_masks)
 
@@ -107,11 +96,9 @@ class GroupedOptimizers(OptimizersContainer):
     """TorchTitan's container with two parameter groups per model part."""
 
     def __init__(
-        self,
-        model_parts: list[torch.nn.Module],
-        optimizer_cls: type[torch.optim.Optimizer],
+        self, model_parts: list[torch.nn.Module], optimizer_cls: type[torch.optim.Optimizer],
         optimizer_kwargs: dict[str, Any],
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.model_parts = model_parts
         self.optimizers = []
         everything = []

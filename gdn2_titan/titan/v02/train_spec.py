@@ -46,12 +46,9 @@ def parallelize(model: torch.nn.Module, parallel_dims: ParallelDims, job_config:
 
     def checkpoint(model):
         apply_ac(
-            model,
-            job_config.activation_checkpoint,
-            model_compile_enabled=settings.compiles("model"),
-            op_sac_save_list=SAVED_OPS,
-            base_folder=job_config.job.dump_folder,
-        )
+            model, job_config.activation_checkpoint, model_compile_enabled=settings.compiles("model"),
+            op_sac_save_list=SAVED_OPS, base_folder=job_config.job.dump_folder,
+        )  # fmt: skip
 
     return apply_plans(
         model,
@@ -77,14 +74,9 @@ def _per_token(loss_fn: Callable[..., torch.Tensor], tokens: int) -> Callable[..
 
 
 def pipeline(
-    model: torch.nn.Module,
-    parallel_dims: ParallelDims,
-    job_config: Any,
-    device: torch.device,
-    model_args: Any,
-    parallelize_fn: Callable[..., torch.nn.Module],
-    loss_fn: Callable[..., torch.Tensor],
-) -> tuple[Any, ...]:
+    model: torch.nn.Module, parallel_dims: ParallelDims, job_config: Any, device: torch.device, model_args: Any,
+    parallelize_fn: Callable[..., torch.nn.Module], loss_fn: Callable[..., torch.Tensor],
+) -> tuple[Any, ...]:  # fmt: skip
     """TorchTitan's ``pipelining_fn``. Counts the tokens of the global batch that are learnt: with text every position,
     with a recall task its answers."""
     training = job_config.training
@@ -96,14 +88,9 @@ def pipeline(
     stages = modules_of_stages(job_config.parallelism, model_args.n_layers)
     named = dataclasses.replace(job_config.parallelism, module_fqns_per_model_part=stages)
     return pipeline_llm(
-        model,
-        parallel_dims,
-        dataclasses.replace(job_config, parallelism=named),
-        device,
-        model_args,
-        parallelize_fn,
+        model, parallel_dims, dataclasses.replace(job_config, parallelism=named), device, model_args, parallelize_fn,
         _per_token(loss_fn, sequences * learnt),
-    )
+    )  # fmt: skip
 
 
 def deal_out_resets() -> None:
@@ -139,19 +126,12 @@ def _build_tokenizer(job_config: Any) -> BaseTokenizer:
 def get_train_spec() -> titan_specs.TrainSpec:
     """TorchTitan's TrainSpec of the model, for a fork that registers it itself."""
     return titan_specs.TrainSpec(
-        model_cls=TitanModel,
-        model_args=titan_flavors(),
-        parallelize_fn=parallelize,
-        pipelining_fn=pipeline,
-        build_optimizers_fn=build_optimizers,
-        build_lr_schedulers_fn=build_lr_schedulers,
-        build_dataloader_fn=for_trainer(build_dataloader),
-        build_tokenizer_fn=_build_tokenizer,
-        build_loss_fn=build_loss,
-        build_validator_fn=refusing(GDN2Validator),
-        build_metrics_processor_fn=GDN2MetricsProcessor,
-        state_dict_adapter=GDN2StateDictAdapter,
-    )
+        model_cls=TitanModel, model_args=titan_flavors(), parallelize_fn=parallelize, pipelining_fn=pipeline,
+        build_optimizers_fn=build_optimizers, build_lr_schedulers_fn=build_lr_schedulers,
+        build_dataloader_fn=for_trainer(build_dataloader), build_tokenizer_fn=_build_tokenizer,
+        build_loss_fn=build_loss, build_validator_fn=refusing(GDN2Validator),
+        build_metrics_processor_fn=GDN2MetricsProcessor, state_dict_adapter=GDN2StateDictAdapter,
+    )  # fmt: skip
 
 
 def register(name: str = "gdn2") -> None:

@@ -38,19 +38,9 @@ from ..settings import Settings
 from ..validation import TaskValidation
 
 __all__ = [
-    "GDN2MetricsProcessor",
-    "GDN2Validator",
-    "GroupedOptimizers",
-    "LRSchedulers",
-    "TitanModel",
-    "TrainingData",
-    "WatchedLoss",
-    "converters_of",
-    "deal_out",
-    "hook_converters",
-    "parallelize",
-    "pipeline",
-]
+    "GDN2MetricsProcessor", "GDN2Validator", "GroupedOptimizers", "LRSchedulers", "TitanModel", "TrainingData",
+    "WatchedLoss", "converters_of", "deal_out", "hook_converters", "parallelize", "pipeline",
+]  # fmt: skip
 
 # TorchTitan builds each part from its own section alone: what a part reads of others, the trainer fills in here before.
 Filled = Annotated[Settings | None, tyro.conf.Suppress]
@@ -126,12 +116,9 @@ class GroupedOptimizers(OptimizersContainer):
     def __init__(self, config: Config, *, model_parts: list[torch.nn.Module]) -> None:
         self.model_parts, self.optimizers = model_parts, []
         options = {
-            "lr": config.lr,
-            "betas": (config.beta1, config.beta2),
-            "eps": config.eps,
-            "weight_decay": config.weight_decay,
-            **self._build_impl_kwargs(config),
-        }
+            "lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps,
+            "weight_decay": config.weight_decay, **self._build_impl_kwargs(config),
+        }  # fmt: skip
         everything = []
         for part in model_parts:
             named = [(canonical_fqn(name), p) for name, p in part.named_parameters() if p.requires_grad]
@@ -235,14 +222,9 @@ class GDN2Validator(TaskValidation, Validator):
 
 
 def parallelize(
-    model: torch.nn.Module,
-    *,
-    parallel_dims: ParallelDims,
-    compile_config: Any,
-    ac_config: Any,
-    dump_folder: str,
+    model: torch.nn.Module, *, parallel_dims: ParallelDims, compile_config: Any, ac_config: Any, dump_folder: str,
     **_: Any,
-) -> torch.nn.Module:
+) -> torch.nn.Module:  # fmt: skip
     """TorchTitan's ``parallelize_fn``, for the model or a pipeline stage of it."""
     settings = model.config._settings
     for converter in converters_of(settings, parallel_dims):

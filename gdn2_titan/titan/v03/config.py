@@ -54,14 +54,10 @@ def trainer_config(job_config: Any) -> GDN2Trainer.Config:
 def model_spec(flavor: str) -> ModelSpec:
     """TorchTitan's ModelSpec of a flavor."""
     return ModelSpec(
-        name="gdn2",
-        flavor=flavor,
-        model=TitanModel.Config(args=dataclasses.replace(flavors[flavor])),
-        parallelize_fn=parallelize,
-        pipelining_fn=pipeline,
-        post_optimizer_build_fn=hook_converters,
+        name="gdn2", flavor=flavor, model=TitanModel.Config(args=dataclasses.replace(flavors[flavor])),
+        parallelize_fn=parallelize, pipelining_fn=pipeline, post_optimizer_build_fn=hook_converters,
         state_dict_adapter=lambda config, folder: GDN2StateDictAdapter(config.args, folder),
-    )
+    )  # fmt: skip
 
 
 def parse(arguments: Sequence[str]) -> Any:
