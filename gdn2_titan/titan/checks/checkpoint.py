@@ -14,12 +14,7 @@ from .combinations import number_of_processes
 __all__ = ["check_checkpoint"]
 
 # Without checkpoint.enable they would be silently left out, and the training would start from nothing.
-NEED_ENABLE = {
-    "initial_load_path": None,
-    "initial_load_in_hf": False,
-    "load_step": -1,
-    "create_seed_checkpoint": False,
-}
+NEED_ENABLE = {"initial_load_path": None, "initial_load_in_hf": False, "load_step": -1, "create_seed_checkpoint": False}
 
 
 def check_checkpoint(settings: Settings) -> None:
@@ -46,10 +41,7 @@ def check_checkpoint(settings: Settings) -> None:
 
 def _check_formats(checkpoint: Any) -> None:
     """TorchTitan itself finds these out at the last step, with the training done and its weights not yet saved."""
-    for name, other in (
-        ("last_save_in_hf", "last_save_model_only"),
-        ("initial_load_in_hf", "initial_load_model_only"),
-    ):
+    for name, other in (("last_save_in_hf", "last_save_model_only"), ("initial_load_in_hf", "initial_load_model_only")):
         if not getattr(checkpoint, name):
             continue
         if not getattr(checkpoint, other):

@@ -1,6 +1,7 @@
 """Refuses settings that cannot train, before anything is built: one sentence with field, value, what is allowed."""
 
 import dataclasses
+import operator
 import os
 from typing import Any
 
@@ -61,18 +62,11 @@ def _check_model(settings: Settings) -> None:
 def _check_processes(settings: Settings) -> None:
     parallelism = settings.parallelism
     rest = world = number_of_processes()
-    for name in (
-        "pipeline_parallel_degree", "context_parallel_degree", "tensor_parallel_degree",
-        "data_parallel_replicate_degree",
-    ):  # fmt: skip
-        degree = getattr(parallelism, name)
+    for name in ("pipeline_parallel", "context_parallel", "tensor_parallel", "data_parallel_replicate"):
+        degree = getattr(parallelism, f"{name}_degree")
         if degree < 1 or rest % degree:
-            of = (
-                f"the {world} processes"
-                if rest == world
-                else f"the {rest} of {world} processes that other degrees leave"
-            )
-            raise ConfigError(f"parallelism.{name} is {degree}; it must divide {of}")
+            left = f"{rest} of {world} processes that other degrees leave" if rest < world else f"{world} processes"
+            raise ConfigError(f"parallelism.{name}_degree is {degree}; it must divide the {left}")
         rest //= degree
     replicate, shard = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
     if shard not in (-1, rest):
@@ -108,25 +102,16 @@ def _check_shares(settings: Settings) -> None:
     if parallelism.context_parallel_degree > 1 and args.backend == "reference":
         allowed = "'auto', 'triton' or 'torch'"
         raise ConfigError(f"gdn2.backend is 'reference'; with context parallelism it must be {allowed}")
-    if parallelism.enable_async_tensor_parallel:
-        if not settings.compiles("model"):
-            raise ConfigError(
-                "parallelism.enable_async_tensor_parallel is true; then compile.enable must be true and "
-                "compile.components must have 'model'"
-            )
-        if accelerator() is None:
-            raise ConfigError(
-                "parallelism.enable_async_tensor_parallel is true; it must be false on a machine without an accelerator"
-            )
     checkpointing = settings.activation_checkpoint
-    whole = checkpointing.mode == "full" or (
-        checkpointing.mode == "selective" and checkpointing.selective_ac_option != "op"
-    )
-    if checkpointing.mode == "memory_budget" and not settings.compiles("model"):
-        raise ConfigError(
-            "activation_checkpoint.mode is 'memory_budget'; then compile.enable must be true and compile.components "
-            "must have 'model'"
-        )
+    for asked, said in (
+        (parallelism.enable_async_tensor_parallel, "parallelism.enable_async_tensor_parallel is true"),
+        (checkpointing.mode == "memory_budget", "activation_checkpoint.mode is 'memory_budget'"),
+    ):
+        if asked and not settings.compiles("model"):
+            raise ConfigError(f"{said}; then compile.enable must be true and compile.components must have 'model'")
+    _check_accelerator(settings, "parallelism.enable_async_tensor_parallel")
+    by_op = checkpointing.mode == "selective" and checkpointing.selective_ac_option == "op"
+    whole = checkpointing.mode in ("full", "selective") and not by_op
     if degree > 1 and whole and settings.compiles("model") and torch.__version__.startswith("2.13."):
         raise ConfigError(
             f"activation_checkpoint.mode is {checkpointing.mode!r}; with tensor parallelism, compile.enable and "
@@ -136,19 +121,21 @@ def _check_shares(settings: Settings) -> None:
         check_pipeline(settings, args.n_layers)
 
 
+def _check_accelerator(settings: Settings, field: str) -> None:
+    if operator.attrgetter(field)(settings) and accelerator() is None:
+        raise ConfigError(f"{field} is true; it must be false on a machine without an accelerator")
+
+
 def _check_rest(settings: Settings) -> None:
-    if accelerator() is None:
-        for name in ("enable_profiling", "enable_memory_snapshot"):
-            if getattr(settings.profiling, name):
-                raise ConfigError(f"profiling.{name} is true; it must be false on a machine without an accelerator")
-        for name in ("enable_cpu_offload", "gc_debug"):
-            if getattr(settings.training, name):
-                raise ConfigError(f"training.{name} is true; it must be false on a machine without an accelerator")
-        if settings.checkpoint.enable and settings.checkpoint.async_mode == "async_with_pinned_mem":
-            raise ConfigError(
-                "checkpoint.async_mode is 'async_with_pinned_mem'; on a machine without an accelerator it must be "
-                "'disabled' or 'async'"
-            )
+    for field in ("profiling.enable_profiling", "profiling.enable_memory_snapshot", "training.enable_cpu_offload",
+                  "training.gc_debug"):  # fmt: skip
+        _check_accelerator(settings, field)
+    checkpoint = settings.checkpoint
+    if accelerator() is None and checkpoint.enable and checkpoint.async_mode == "async_with_pinned_mem":
+        raise ConfigError(
+            "checkpoint.async_mode is 'async_with_pinned_mem'; on a machine without an accelerator it must be "
+            "'disabled' or 'async'"
+        )
     check_combinations(settings)
     check_checkpoint(settings)
     field, path = "model.hf_assets_path", settings.model.hf_assets_path

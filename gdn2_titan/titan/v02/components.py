@@ -23,7 +23,7 @@ from gdn2_titan.models.flops import flops_per_token, parameter_counts
 
 from ..float8 import NAMES, LinearConverter
 from ..metrics import GateMetrics
-from ..optimizer import OPTIMIZERS, decay_groups, hold_last_rate
+from ..optimizer import OPTIMIZERS, decay_groups, hold_last_rate, trained
 from ..settings import Settings
 from ..validation import TaskValidation
 
@@ -100,32 +100,19 @@ class GroupedOptimizers(OptimizersContainer):
         optimizer_kwargs: dict[str, Any],
     ) -> None:  # fmt: skip
         self.model_parts = model_parts
-        self.optimizers = []
-        everything = []
-        for part in model_parts:
-            named = [(name, p) for name, p in part.named_parameters() if p.requires_grad]
-            self.optimizers.append(optimizer_cls(decay_groups(named, with_names=False), **optimizer_kwargs))
-            everything += [p for _, p in named]
+        self.optimizers = [optimizer_cls(decay_groups(part), **optimizer_kwargs) for part in model_parts]
         self._validate_length(len(model_parts))
-        self._post_init(everything, optimizer_kwargs)
+        self._post_init(trained(model_parts), optimizer_kwargs)
 
 
 def build_optimizers(
     model_parts: list[torch.nn.Module], optimizer_config: Any, parallel_dims: ParallelDims | None
 ) -> GroupedOptimizers:
     """TorchTitan's ``build_optimizers_fn``: the [optimizer] section, Adam or AdamW."""
-    return GroupedOptimizers(
-        model_parts,
-        OPTIMIZERS[optimizer_config.name],
-        {
-            "lr": optimizer_config.lr,
-            "betas": (optimizer_config.beta1, optimizer_config.beta2),
-            "eps": optimizer_config.eps,
-            "weight_decay": optimizer_config.weight_decay,
-            "fused": optimizer_config.implementation == "fused",
-            "foreach": optimizer_config.implementation == "foreach",
-        },
-    )
+    options = {name: getattr(optimizer_config, name) for name in ("lr", "eps", "weight_decay")}
+    options |= {"betas": (optimizer_config.beta1, optimizer_config.beta2)}
+    options |= {name: optimizer_config.implementation == name for name in ("fused", "foreach")}
+    return GroupedOptimizers(model_parts, OPTIMIZERS[optimizer_config.name], options)
 
 
 class LRSchedulers(lr_scheduler.LRSchedulersContainer):

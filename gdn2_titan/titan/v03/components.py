@@ -31,7 +31,7 @@ from ..dataloader import ReshardingDataloader, build_dataloader, for_trainer
 from ..errors import refusing
 from ..float8 import NAMES, LinearConverter
 from ..metrics import GateMetrics
-from ..optimizer import OPTIMIZERS, decay_groups, hold_last_rate
+from ..optimizer import OPTIMIZERS, decay_groups, hold_last_rate, trained
 from ..parallelize import apply_plans
 from ..pipeline import modules_of_stages
 from ..settings import Settings
@@ -114,17 +114,11 @@ class GroupedOptimizers(OptimizersContainer):
         implementation: Literal["for-loop", "foreach", "fused"] = "fused"
 
     def __init__(self, config: Config, *, model_parts: list[torch.nn.Module]) -> None:
-        self.model_parts, self.optimizers = model_parts, []
-        options = {
-            "lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps,
-            "weight_decay": config.weight_decay, **self._build_impl_kwargs(config),
-        }  # fmt: skip
-        everything = []
-        for part in model_parts:
-            named = [(canonical_fqn(name), p) for name, p in part.named_parameters() if p.requires_grad]
-            self.optimizers.append(OPTIMIZERS[config.name](decay_groups(named, with_names=True), **options))
-            everything += [p for _, p in named]
-        self._post_init(everything)
+        options = {name: getattr(config, name) for name in ("lr", "eps", "weight_decay")}
+        options |= {"betas": (config.beta1, config.beta2)} | self._build_impl_kwargs(config)
+        cls, self.model_parts = OPTIMIZERS[config.name], model_parts
+        self.optimizers = [cls(decay_groups(part, canonical_fqn), **options) for part in model_parts]
+        self._post_init(trained(model_parts))
 
 
 class LRSchedulers(LRSchedulersContainer):
