@@ -99,21 +99,15 @@ def _load_files(kind: str, files: list[str], text_column: str) -> Dataset:
             gen_kwargs={"kind": kind, "files": tuple(files), "stamps": stamps_of(files), "column": text_column},
             writer_batch_size=100,  # documents held in memory at a time
         )
-    except DatasetGenerationError as error:
+    except (DatasetGenerationError, OSError) as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, (ConfigError, OSError)):
             cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
         if isinstance(cause, ConfigError):
             raise cause from error
-        if isinstance(cause, OSError):
-            raise ConfigError(_no_cache(cause)) from error
-        raise
-    except OSError as error:
-        raise ConfigError(_no_cache(error)) from error
-
-
-def _no_cache(error: OSError) -> str:
-    return (
-        f"the documents cannot be written to {datasets.config.HF_DATASETS_CACHE} ({error.strerror or error}); the "
-        "environment variable HF_DATASETS_CACHE must name a folder with room for them."
-    )
+        raise ConfigError(
+            f"the documents cannot be written to {datasets.config.HF_DATASETS_CACHE} ({cause.strerror or cause}); the "
+            "environment variable HF_DATASETS_CACHE must name a folder with room for them."
+        ) from error

@@ -28,9 +28,7 @@ class Accuracy:
     def __init__(
         self, cp_mesh: DeviceMesh | None, dp_mesh: DeviceMesh | None, apart: tuple[int, str, str] | None = None
     ) -> None:
-        self._cp_mesh, self._dp_mesh = cp_mesh, dp_mesh
-        self._apart = apart
-        self._counts = []
+        self._cp_mesh, self._dp_mesh, self._apart, self._counts = cp_mesh, dp_mesh, apart, []
 
     @torch.no_grad()
     def __call__(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
@@ -69,11 +67,10 @@ def _greatest(logits: torch.Tensor, answered: torch.Tensor) -> torch.Tensor:
     if not isinstance(logits, DTensor):
         return logits[answered].argmax(-1)
     # The few answers are gathered, not all of the logits.
-    placements, mesh = logits.placements, logits.device_mesh
     local = logits.to_local()[answered]
     shape = torch.Size((local.shape[0], logits.shape[-1]))
-    vocabulary = [Shard(1) if p.is_shard(2) or p.is_shard(-1) else p for p in placements]
-    answers = DTensor.from_local(local, mesh, vocabulary, run_check=False, shape=shape, stride=(shape[1], 1))
+    placed = [Shard(1) if p.is_shard(2) or p.is_shard(-1) else p for p in logits.placements]
+    answers = DTensor.from_local(local, logits.device_mesh, placed, run_check=False, shape=shape, stride=(shape[1], 1))
     return answers.full_tensor().argmax(-1)
 
 

@@ -57,10 +57,8 @@ class TaskDataset(torch.utils.data.IterableDataset, Stateful):
     ) -> None:  # fmt: skip
         self._task, self._length, self._held_out = task, length, held_out
         self._seed = zlib.crc32(task.name.encode()), seed, int(held_out)
-        self._batch_size = batch_size
-        self._rank, self._ranks = dp_rank, dp_world_size
-        self._sequences = 0
-        self._resuming = False
+        self._batch_size, self._rank, self._ranks = batch_size, dp_rank, dp_world_size
+        self._sequences, self._resuming = 0, False
 
     def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and labels, int64 [length], of the sequence with that number."""

@@ -88,15 +88,13 @@ class WatchedLoss(BaseLoss):
         # On shards of the vocabulary it communicates, which compiling it gains nothing for.
         if config._settings.parallelism.tensor_parallel_degree == 1:
             self._maybe_compile(compile_config)
-        elif compile_config is not None and compile_config.enable and "loss" in compile_config.components:
+        elif config._settings.compiles("loss"):
             logger.info("The loss is not compiled: it is computed on shards of the vocabulary")
 
-    def __call__(
-        self, pred: torch.Tensor, labels: torch.Tensor, global_valid_tokens: Any = None, **kwargs: Any
-    ) -> tuple[torch.Tensor, ...]:
+    def __call__(self, pred: torch.Tensor, labels: torch.Tensor, *rest: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         if self.watcher is not None:
             self.watcher(pred, labels)
-        return super().__call__(pred, labels, global_valid_tokens, **kwargs)
+        return super().__call__(pred, labels, *rest, **kwargs)
 
 
 class GroupedOptimizers(OptimizersContainer):
@@ -169,9 +167,7 @@ def deal_out(
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """(tokens, labels, {"resets": ...}) as the model takes them: under context parallelism, this rank's share of each
     sequence. The stock trainer asks for positions to deal out, which this model knows from its shards."""
-    tensors = {"input": input_dict["input"], "labels": labels}
-    if "resets" in input_dict:
-        tensors["resets"] = input_dict["resets"]
+    tensors = {name: input_dict[name] for name in ("input", "resets") if name in input_dict} | {"labels": labels}
     if cp_mesh is not None:
         shares, _ = cp_shard(cp_mesh, tuple(tensors.values()), None, None if balancer == "none" else balancer)
         tensors = dict(zip(tensors, shares, strict=True))
