@@ -72,17 +72,14 @@ def _set(settings: Settings) -> dict[str, Any]:
 
 def task_of(settings: Settings) -> Task | None:
     """The task to train on, or None where training.dataset is none. Unchecked."""
-    cls = TASKS.get(settings.training.dataset)
-    if cls is None:
+    if (cls := TASKS.get(settings.training.dataset)) is None:
         return None
-    own = {field.name for field in dataclasses.fields(cls)}
-    return cls(**{name: value for name, value in _set(settings).items() if name in own})
+    return cls(**{f.name: x for f in dataclasses.fields(cls) if (x := getattr(settings.task, f.name)) is not None})
 
 
 def training_condition(settings: Settings) -> Condition | None:
     """The Condition that training.dataset is trained under, or None where it is no task."""
-    task = task_of(settings)
-    if task is None:
+    if (task := task_of(settings)) is None:
         return None
     return Condition(task, settings.training.seq_len, "training.seq_len", task.sizes and f"task.{task.sizes}")
 

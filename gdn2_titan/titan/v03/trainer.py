@@ -20,16 +20,8 @@ from ..checks.settings import check_settings
 from ..errors import ConfigError, refusing
 from ..settings import GDN2, Data, Float8Linear, MXLinear, Settings, Task
 from ..tokens import check_tokenizer
+from . import components
 from .activation_checkpoint import Policy, fields_of_policy
-from .components import (
-    GDN2MetricsProcessor,
-    GDN2Validator,
-    GroupedOptimizers,
-    LRSchedulers,
-    TrainingData,
-    WatchedLoss,
-    deal_out,
-)
 from .fields import COUNTERPARTS, check_own_fields, in_words_of_03, job_config_class, owner
 
 __all__ = ["GDN2Trainer", "JobConfig", "check", "fill", "settings_of", "settle_timeouts"]
@@ -88,17 +80,17 @@ class GDN2Trainer(Trainer):
         gdn2: GDN2 = field(default_factory=GDN2)
         data: Data = field(default_factory=Data)
         task: Task = field(default_factory=Task)
-        metrics: GDN2MetricsProcessor.Config = field(default_factory=GDN2MetricsProcessor.Config)
-        dataloader: TrainingData = field(default_factory=TrainingData)
-        optimizer: GroupedOptimizers.Config = field(default_factory=GroupedOptimizers.Config)
-        lr_scheduler: LRSchedulers.Config = field(default_factory=LRSchedulers.Config)
+        metrics: components.GDN2MetricsProcessor.Config = field(default_factory=components.GDN2MetricsProcessor.Config)
+        dataloader: components.TrainingData = field(default_factory=components.TrainingData)
+        optimizer: components.GroupedOptimizers.Config = field(default_factory=components.GroupedOptimizers.Config)
+        lr_scheduler: components.LRSchedulers.Config = field(default_factory=components.LRSchedulers.Config)
         training: Training = field(default_factory=Training)
         parallelism: Parallelism = field(default_factory=Parallelism)
         checkpoint: Checkpoints.Config = field(default_factory=Checkpoints.Config)
         compile: Compile = field(default_factory=Compile)
         activation_checkpoint: Policy = None
-        validator: GDN2Validator.Config = field(default_factory=GDN2Validator.Config)
-        loss: WatchedLoss.Config = field(default_factory=WatchedLoss.Config)
+        validator: components.GDN2Validator.Config = field(default_factory=components.GDN2Validator.Config)
+        loss: components.WatchedLoss.Config = field(default_factory=components.WatchedLoss.Config)
 
         def __post_init__(self):
             """Our check refuses what the stock one does and more, in a sentence with the section's name."""
@@ -119,7 +111,7 @@ class GDN2Trainer(Trainer):
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         mesh = self.parallel_dims.get_optional_mesh("cp")
         balancer = self.config.parallelism.context_parallel_load_balancer
-        inputs, labels, extra = deal_out(input_dict, labels, mesh, balancer)
+        inputs, labels, extra = components.deal_out(input_dict, labels, mesh, balancer)
         self.ntokens_seen += labels.numel()
         return inputs, labels, extra
 
