@@ -79,10 +79,8 @@ def load_source(
     try:
         return load_dataset(dataset, hf_subset, split=hf_split, streaming=True)
     except Exception as error:  # no network, no such repository, subset or split: of many libraries
-        raise ConfigError(
-            f"{section}.dataset = {dataset!r} with subset {hf_subset!r} and split {hf_split!r} cannot be opened: "
-            f"{reason(error)}."
-        ) from error
+        raise ConfigError(f"{section}.dataset = {dataset!r} with subset {hf_subset!r} and split {hf_split!r} cannot be "
+                          f"opened: {reason(error)}.") from error  # fmt: skip
 
 
 def _rows_of(kind: str, files: tuple[str, ...], stamps: tuple[tuple[int, int], ...], column: str) -> Iterator[dict]:

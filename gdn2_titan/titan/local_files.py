@@ -227,10 +227,8 @@ def check_unicode(text: str, place: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ConfigError(
-            f"{place}, has the lone surrogate \\u{ord(text[error.start]):04x}, half of a character; it must be "
-            "text in Unicode."
-        ) from error
+        raise ConfigError(f"{place}, has the lone surrogate \\u{ord(text[error.start]):04x}, half of a character; it "
+                          "must be text in Unicode.") from error  # fmt: skip
 
 
 def _no_text(column: str, kind: str, place: str) -> ConfigError:

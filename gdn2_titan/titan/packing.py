@@ -135,11 +135,9 @@ class PackedText(torch.utils.data.IterableDataset, Stateful):
                     yield example
 
         if self._documents.shared and windows < self._ranks * self._batch_size:
-            raise ConfigError(
-                f"the documents have too few tokens for one batch of {self._batch_size} sequences of {self._seq_len} "
-                f"tokens on each of {self._ranks} data-parallel ranks; allowed: more text, a smaller local_batch_size "
-                "or a smaller seq_len."
-            )
+            raise ConfigError(f"the documents have too few tokens for one batch of {self._batch_size} sequences of "
+                              f"{self._seq_len} tokens on each of {self._ranks} data-parallel ranks; allowed: more "
+                              "text, a smaller local_batch_size or a smaller seq_len.")  # fmt: skip
 
     def _example(self, tokens: list[int], base: int, start: int, begins: deque[tuple[int, dict[str, Any]]]) -> Example:
         """The window that begins at position ``start``."""

@@ -30,10 +30,8 @@ def layout_of(parallelism: Any) -> str:
     """
     balancer = parallelism.context_parallel_load_balancer
     if balancer not in LAYOUTS:
-        raise ConfigError(
-            f"parallelism.context_parallel_load_balancer is {balancer!r}; it must be 'headtail' or 'none', which give "
-            "a rank unbroken segments of the sequence"
-        )
+        raise ConfigError(f"parallelism.context_parallel_load_balancer is {balancer!r}; it must be 'headtail' or "
+                          "'none', which give a rank unbroken segments of the sequence")  # fmt: skip
     return LAYOUTS[balancer]
 
 

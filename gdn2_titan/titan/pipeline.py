@@ -60,10 +60,8 @@ def check_pipeline(settings: Settings, n_layers: int) -> None:
         raise ConfigError(f"parallelism.pipeline_parallel_schedule_csv is {csv!r}; it must be a readable file")
     schedule = schedules.get_schedule_class(name)
     if training.local_batch_size % microbatch:
-        raise ConfigError(
-            f"parallelism.pipeline_parallel_microbatch_size is {microbatch}; it must divide training.local_batch_size "
-            f"= {training.local_batch_size}"
-        )
+        raise ConfigError(f"parallelism.pipeline_parallel_microbatch_size is {microbatch}; it must divide "
+                          f"training.local_batch_size = {training.local_batch_size}")  # fmt: skip
     microbatches = training.local_batch_size // microbatch
     stages = parallelism.module_fqns_per_model_part
     count = len(stages) if stages is not None else _number_of_stages(parallelism, n_layers)
@@ -96,10 +94,8 @@ def check_pipeline(settings: Settings, n_layers: int) -> None:
             raise ConfigError(f"activation_checkpoint.selective_ac_option is 'op'; {because} a number of layers")
     validation = settings.validation
     if validation.enable and issubclass(schedule, V_SHAPED):
-        raise ConfigError(
-            f"validation.enable is true; with parallelism.pipeline_parallel_schedule = {name!r} it must be false: "
-            "torch runs that schedule's backward in a validation too"
-        )
+        raise ConfigError(f"validation.enable is true; with parallelism.pipeline_parallel_schedule = {name!r} it must "
+                          "be false: torch runs that schedule's backward in a validation too")  # fmt: skip
     if validation.enable:
         _check_shapes(settings)
     task = task_of(settings)
@@ -115,10 +111,8 @@ def _check_modules(modules: list[list[str]], n_layers: int, said: list[list[str]
     order = ["tok_embeddings", *(f"layers.{layer}" for layer in range(n_layers)), "norm", "lm_head"]
     place = {name: i for i, name in enumerate(order)}
     if [name for stage in modules for name in sorted(stage, key=lambda name: place.get(name, -1))] != order:
-        raise ConfigError(
-            f"parallelism.module_fqns_per_model_part is {said!r}; it must have each of {', '.join(order)} once, in "
-            "this order of stages"
-        )
+        raise ConfigError(f"parallelism.module_fqns_per_model_part is {said!r}; it must have each of "
+                          f"{', '.join(order)} once, in this order of stages")  # fmt: skip
 
 
 def _check_shapes(settings: Settings) -> None:

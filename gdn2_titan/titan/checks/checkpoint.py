@@ -64,26 +64,20 @@ def _check_begin(settings: Settings, folder: str) -> None:
     step = checkpoint.load_step
     if step != -1 and step not in own:
         there = ", ".join(map(str, own)) or "there is none"
-        raise ConfigError(
-            f"checkpoint.load_step is {step}; it must be -1 (the latest) or the step of a checkpoint in {folder!r}: "
-            f"{there}"
-        )
+        raise ConfigError(f"checkpoint.load_step is {step}; it must be -1 (the latest) or the step of a checkpoint in "
+                          f"{folder!r}: {there}")  # fmt: skip
     if step == -1 and exported and exported[-1] > max(own, default=-1):
         allowed = f"it must be one of {', '.join(map(str, own))}" if own else "job.dump_folder must be another folder"
-        raise ConfigError(
-            f"checkpoint.load_step is -1, the latest, which in {folder!r} is step {exported[-1]}, in Hugging Face's "
-            f"format and none to continue from; {allowed}"
-        )
+        raise ConfigError(f"checkpoint.load_step is -1, the latest, which in {folder!r} is step {exported[-1]}, in "
+                          f"Hugging Face's format and none to continue from; {allowed}")  # fmt: skip
     if own or not (checkpoint.initial_load_path or checkpoint.initial_load_in_hf):
         return
     field, path = "checkpoint.initial_load_path", checkpoint.initial_load_path
     if not path:
         field, path = "model.hf_assets_path", settings.model.hf_assets_path
     if IS_V02 and os.path.exists(folder):
-        raise ConfigError(
-            f"{field} is {path!r}; TorchTitan reads it only where the folder of checkpoints is not there yet: "
-            f"{folder!r}, which has none, must be removed"
-        )
+        raise ConfigError(f"{field} is {path!r}; TorchTitan reads it only where the folder of checkpoints is not there "
+                          f"yet: {folder!r}, which has none, must be removed")  # fmt: skip
     _check_weights(field, path, checkpoint.initial_load_in_hf)
 
 

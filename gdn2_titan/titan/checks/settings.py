@@ -70,10 +70,8 @@ def _check_processes(settings: Settings) -> None:
         rest //= degree
     replicate, shard = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
     if shard not in (-1, rest):
-        raise ConfigError(
-            f"parallelism.data_parallel_shard_degree is {shard}; it must be -1, or {rest} so that all degrees multiply "
-            f"to the {world} processes"
-        )
+        raise ConfigError(f"parallelism.data_parallel_shard_degree is {shard}; it must be -1, or {rest} so that all "
+                          f"degrees multiply to the {world} processes")  # fmt: skip
     if replicate > 1 and rest * parallelism.context_parallel_degree == 1:
         raise ConfigError(
             f"parallelism.data_parallel_replicate_degree is {replicate}; with {world} processes it must be less, "
@@ -132,20 +130,16 @@ def _check_rest(settings: Settings) -> None:
         _check_accelerator(settings, field)
     checkpoint = settings.checkpoint
     if accelerator() is None and checkpoint.enable and checkpoint.async_mode == "async_with_pinned_mem":
-        raise ConfigError(
-            "checkpoint.async_mode is 'async_with_pinned_mem'; on a machine without an accelerator it must be "
-            "'disabled' or 'async'"
-        )
+        raise ConfigError("checkpoint.async_mode is 'async_with_pinned_mem'; on a machine without an accelerator it "
+                          "must be 'disabled' or 'async'")  # fmt: skip
     check_combinations(settings)
     check_checkpoint(settings)
     field, path = "model.hf_assets_path", settings.model.hf_assets_path
     if IS_V02 and settings.model.tokenizer_path:
         field, path = "model.tokenizer_path", settings.model.tokenizer_path
     if not any(os.path.isfile(os.path.join(path, name)) for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
-        raise ConfigError(
-            f"{field} is {path!r}; it must be a folder that holds a Hugging Face tokenizer "
-            "(tokenizer.json), or be left out for the byte-level tokenizer of this package"
-        )
+        raise ConfigError(f"{field} is {path!r}; it must be a folder that holds a Hugging Face tokenizer "
+                          "(tokenizer.json), or be left out for the byte-level tokenizer of this package")  # fmt: skip
     check_tokenizer_json(path)
     data = settings.data
     if data.shuffle_seed < 0:
@@ -163,7 +157,5 @@ def check_vocabulary(settings: Settings, tokenizer: BaseTokenizer) -> None:
     path, flavor = settings.model.hf_assets_path, settings.model.flavor
     vocabulary, room = tokenizer.get_vocab_size(), flavors[flavor].vocab_size
     if vocabulary > room:
-        raise ConfigError(
-            f"model.hf_assets_path is {path!r}, a tokenizer of {vocabulary} symbols; flavor {flavor!r} has room for "
-            f"at most {room}"
-        )
+        raise ConfigError(f"model.hf_assets_path is {path!r}, a tokenizer of {vocabulary} symbols; flavor {flavor!r} "
+                          f"has room for at most {room}")  # fmt: skip

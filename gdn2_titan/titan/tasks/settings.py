@@ -122,10 +122,8 @@ def check_task(settings: Settings, vocab_size: int) -> None:
                 + (f"it takes: {', '.join(takes)}" if task else f"allowed with: {', '.join(_takers(name))}")
             )
     if validation.enable and validation.dataset in TASKS and validation.dataset != dataset:
-        raise ConfigError(
-            f"validation.dataset is {validation.dataset!r}; a task is validated where it is trained: training.dataset "
-            f"must be the same, and is {dataset!r}"
-        )
+        raise ConfigError(f"validation.dataset is {validation.dataset!r}; a task is validated where it is trained: "
+                          f"training.dataset must be the same, and is {dataset!r}")  # fmt: skip
     if task is None:
         return
     section = settings.task
@@ -136,10 +134,8 @@ def check_task(settings: Settings, vocab_size: int) -> None:
     if not validation.enable or validation.dataset != dataset:
         return
     if validation.steps == -1:
-        raise ConfigError(
-            f"validation.steps is -1; with validation.dataset = {dataset!r}, whose sequences have no end, it must be "
-            "at least 1"
-        )
+        raise ConfigError(f"validation.steps is -1; with validation.dataset = {dataset!r}, whose sequences have no "
+                          "end, it must be at least 1")  # fmt: skip
     lengths = section.validation_lengths
     if lengths and (min(lengths) < 1 or len(set(lengths)) < len(lengths)):
         raise ConfigError(f"task.validation_lengths is {lengths}; it must be a list of different numbers of at least 1")

@@ -145,10 +145,8 @@ def check(config: GDN2Trainer.Config) -> None:
     check_own_fields(config)
     degree = config.parallelism.pipeline_parallel_degree
     if degree > 1 and not pipeline.RUNS:
-        raise ConfigError(
-            f"parallelism.pipeline_parallel_degree is {degree}; with TorchTitan 0.3 and torch {torch.__version__} it "
-            "must be 1, torch 2.14 has the pipelines that it needs"
-        )
+        raise ConfigError(f"parallelism.pipeline_parallel_degree is {degree}; with TorchTitan 0.3 and torch "
+                          f"{torch.__version__} it must be 1, torch 2.14 has the pipelines that it needs")  # fmt: skip
 
 
 def settle_timeouts() -> None:
