@@ -24,15 +24,12 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 def check_source(section: str, dataset: str, dataset_path: str | None, text_column: str | None = None) -> None:
     """Refuse a source of data that cannot be used, without loading it: of files, only beginnings are read.
 
-    Args:
-        section: ``"training"`` or ``"validation"``, to name the field in the message.
-        dataset: ``"stdlib"``, ``"files"``, the name of a Hugging Face repository or of a recall task.
-        dataset_path: file, folder or glob, for ``"files"`` and only for it.
-        text_column: the column with the text, in JSON lines and Parquet; None does not look into the files.
+    section: "training" or "validation". dataset: "stdlib", "files", the name of a Hugging Face repository or of a
+    recall task. dataset_path: file, folder or glob, for "files" and only for it. text_column: the column with the
+    text, in JSON lines and Parquet; None does not look into the files.
 
     Raises:
-        ConfigError: naming ``<section>.dataset`` or ``<section>.dataset_path``, its value and what is allowed, or the
-            file that cannot be read.
+        ConfigError: naming the field, its value and what is allowed, or the file that cannot be read.
     """
     if dataset == "files":
         kind, files = find_files(section, dataset_path)
@@ -58,11 +55,8 @@ def load_source(
 ) -> Dataset | IterableDataset:  # fmt: skip
     """Load the documents that a configuration names.
 
-    Args:
-        section, dataset, dataset_path: as for :func:`check_source`.
-        held_out: for ``"stdlib"``, the validation split instead of the training split.
-        text_column: the column with the text, in JSON lines, Parquet and Hugging Face repositories.
-        hf_subset, hf_split: the subset (None for the default one) and split of a Hugging Face repository.
+    held_out: for "stdlib", the validation split instead of the training split. hf_subset, hf_split: of a Hugging Face
+    repository; None is its default subset. The rest is as for :func:`check_source`.
 
     Returns:
         A map-style ``Dataset`` whose only column is ``"text"`` for ``"stdlib"`` and ``"files"``; for a Hugging Face

@@ -78,15 +78,14 @@ class LinearConverter:
 def _known_converters() -> list[str]:
     if not IS_V02:
         return list(NAMES)
-    from torchtitan.protocols.model_converter import _registry_model_converter_cls
+    from torchtitan.protocols.model_converter import _registry_model_converter_cls as known
 
-    return [name for name in _registry_model_converter_cls if "grouped_mm" not in name]
+    return [name for name in known if "grouped_mm" not in name]
 
 
 def check_float8(settings: Settings) -> None:
     """Raise ConfigError for converters that cannot be used. Converts nothing."""
-    converters = settings.model.converters
-    allowed = _known_converters()
+    converters, allowed = settings.model.converters, _known_converters()
     for name in converters:
         if name not in allowed:
             raise ConfigError(f"model.converters has {name!r}; it must be a list of: {', '.join(allowed)}")
@@ -121,14 +120,12 @@ def _check_hardware(settings: Settings, name: str, linear: Any) -> None:
     if not able and not linear.emulate:
         wanted = "sm_89 or newer" if name == FLOAT8 else "sm_100 or newer, or gfx950"
         raise ConfigError(f"{name}.emulate is false; on a machine without a GPU of {wanted} it must be true")
-    training, parallelism = settings.training, settings.parallelism
-    multiple = 16 if name == FLOAT8 else 32
     high_precision = _recipe(linear, name).endswith(("gw_hp", "wgrad_with_hp"))
     if high_precision or (name == FLOAT8 and linear.emulate):
         return
-    batch = training.local_batch_size
-    if parallelism.pipeline_parallel_degree > 1:
-        batch = parallelism.pipeline_parallel_microbatch_size
+    training, parallelism, multiple = settings.training, settings.parallelism, 16 if name == FLOAT8 else 32
+    pipelined = parallelism.pipeline_parallel_degree > 1
+    batch = parallelism.pipeline_parallel_microbatch_size if pipelined else training.local_batch_size
     tokens = batch * training.seq_len // parallelism.context_parallel_degree
     if tokens % multiple:
         raise ConfigError(f"training.seq_len is {training.seq_len}, which gives microbatches of {tokens} tokens on "

@@ -7,8 +7,6 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torchtitan.components.loss import IGNORE_INDEX
-from torchtitan.components.tokenizer import BaseTokenizer
-from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
 from .dataloader import build_task_dataloader, build_validation_dataloader, for_trainer
@@ -99,11 +97,9 @@ class TaskValidation:
         without_pipeline = {"pp_schedule": None, "pp_has_first_stage": None, "pp_has_last_stage": None}
         for name, part in (without_pipeline | parts).items():
             setattr(self, name, part)
-        parallel_dims: ParallelDims = parts["parallel_dims"]
-        tokenizer: BaseTokenizer = parts["tokenizer"]
-        self._of_validation = dp_world_size, dp_rank, tokenizer, settings
-        self._cp_mesh = parallel_dims.get_optional_mesh("cp")
-        self._dp_mesh = parallel_dims.get_optional_mesh("batch")
+        self._of_validation = dp_world_size, dp_rank, self.tokenizer, settings
+        self._cp_mesh = self.parallel_dims.get_optional_mesh("cp")
+        self._dp_mesh = self.parallel_dims.get_optional_mesh("batch")
         self._conditions = [
             (condition, build_task_dataloader(condition, *self._of_validation)) for condition in conditions(settings)
         ]

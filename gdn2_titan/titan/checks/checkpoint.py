@@ -26,12 +26,10 @@ def check_checkpoint(settings: Settings) -> None:
                 raise ConfigError(f"checkpoint.{name} is {value!r}; then checkpoint.enable must be true")
         return
     _check_formats(checkpoint)
-    if checkpoint.load_only:
-        for name in ("create_seed_checkpoint", "enable_first_step_checkpoint"):
-            if getattr(checkpoint, name):
-                raise ConfigError(
-                    f"checkpoint.{name} is true; with checkpoint.load_only, which saves nothing, it must be false"
-                )
+    for name in ("create_seed_checkpoint", "enable_first_step_checkpoint"):
+        if checkpoint.load_only and getattr(checkpoint, name):
+            raise ConfigError(f"checkpoint.{name} is true; with checkpoint.load_only, which saves nothing, it must be "
+                              "false")  # fmt: skip
     if checkpoint.create_seed_checkpoint and (processes := number_of_processes()) > 1:
         raise ConfigError(f"checkpoint.create_seed_checkpoint is true; with {processes} processes it must be false")
     folder = os.path.join(settings.job.dump_folder, checkpoint.folder)

@@ -1,8 +1,4 @@
-"""Which values TorchTitan's settings may have: the one table of all their fields, under the names of TOML files.
-
-Some say what is allowed here, some are checked where they meet others, some take any value of their type, and some must
-be left alone because nothing that trains this model reads them.
-"""
+"""Which values TorchTitan's settings may have: all their fields, under the names of TOML files."""
 
 import dataclasses
 import functools
@@ -14,7 +10,7 @@ from typing import Any
 
 from gdn2_titan.convert.toml_table import ConfigError, describe, fits
 
-__all__ = ["ANY", "ELSEWHERE", "FIELDS", "IGNORED", "RANGES", "Allowed", "check_range", "check_ranges"]
+__all__ = ["ANY", "ELSEWHERE", "FIELDS", "IGNORED", "RANGES", "Allowed", "check_range", "check_ranges", "each"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,17 +55,17 @@ MOMENT = Allowed("at least 0 and less than 1", lambda value: 0 <= value < 1)
 TIMEOUT = Allowed("at least 1 and at most 1000000000", lambda value: 1 <= value <= 10**9)
 TEXT = Allowed("not empty", lambda value: value.strip() != "")
 
-def _in(section: str, values: dict[str, Any]) -> dict[str, Any]:
+def each(section: str, values: dict[str, Any]) -> dict[str, Any]:
     """{field: value} of {"name name": value}."""
     return {f"{section}.{name}": value for names, value in values.items() for name in names.split()}
 
 
 RANGES: dict[str, Allowed] = {
     "job.save_config_file": Allowed("the name of a file", lambda value: value is None or os.path.basename(value) != ""),
-    **_in("profiling", {"profile_freq profiler_active": COUNT, "profiler_warmup": SIZE}),
+    **each("profiling", {"profile_freq profiler_active": COUNT, "profiler_warmup": SIZE}),
     "metrics.log_freq": COUNT,
     "optimizer.name": _one_of("Adam", "AdamW"),
-    **_in("optimizer", {"lr weight_decay": AMOUNT, "beta1 beta2": MOMENT}),
+    **each("optimizer", {"lr weight_decay": AMOUNT, "beta1 beta2": MOMENT}),
     # 0 divides 0 by 0 where a weight has had no gradient yet.
     "optimizer.eps": Allowed("a finite number of more than 0", lambda value: 0 < value < math.inf),
     "optimizer.implementation": _one_of("for-loop", "foreach", "fused"),
@@ -78,14 +74,14 @@ RANGES: dict[str, Allowed] = {
     "lr_scheduler.decay_ratio": _or_none(SHARE),
     "lr_scheduler.decay_type": _one_of("linear", "sqrt", "cosine"),
     "lr_scheduler.min_lr_factor": SHARE,
-    **_in("training", {"local_batch_size seq_len steps gc_freq": COUNT}),
+    **each("training", {"local_batch_size seq_len steps gc_freq": COUNT}),
     "training.global_batch_size": Allowed("-1 or at least 1", lambda value: value == -1 or value >= 1),
     "training.max_norm": Allowed("more than 0 (inf clips nothing)", lambda value: value > 0),
-    **_in("training", {"dtype mixed_precision_param": _one_of("bfloat16", "float32")}),
+    **each("training", {"dtype mixed_precision_param": _one_of("bfloat16", "float32")}),
     "training.mixed_precision_reduce": _one_of("float32"),
-    **_in("training.dataloader", {"num_workers": SIZE, "prefetch_factor": _or_none(COUNT)}),
+    **each("training.dataloader", {"num_workers": SIZE, "prefetch_factor": _or_none(COUNT)}),
     "parallelism.fsdp_reshard_after_forward": _one_of("default", "always", "never"),
-    **_in("parallelism", {"pipeline_parallel_first_stage_less_layers pipeline_parallel_last_stage_less_layers": SIZE}),
+    **each("parallelism", {"pipeline_parallel_first_stage_less_layers pipeline_parallel_last_stage_less_layers": SIZE}),
     "parallelism.pipeline_parallel_layers_per_stage": _or_none(COUNT),
     "parallelism.pipeline_parallel_microbatch_size": COUNT,
     "parallelism.pipeline_parallel_schedule": Allowed(
@@ -106,11 +102,11 @@ RANGES: dict[str, Allowed] = {
     "activation_checkpoint.memory_budget": SHARE,
     "activation_checkpoint.determinism_check": _one_of("default", "none"),
     "compile.components": _names_of("model", "loss"),
-    **_in("quantize.linear", {"float8.smallest_side mx.smallest_side": SIZE}),
-    **_in("comm", {"init_timeout_seconds train_timeout_seconds": TIMEOUT, "trace_buf_size": SIZE}),
-    **_in("validation", {"local_batch_size seq_len freq": COUNT}),
+    **each("quantize.linear", {"float8.smallest_side mx.smallest_side": SIZE}),
+    **each("comm", {"init_timeout_seconds train_timeout_seconds": TIMEOUT, "trace_buf_size": SIZE}),
+    **each("validation", {"local_batch_size seq_len freq": COUNT}),
     "validation.steps": Allowed("-1 (all of the data) or at least 1", lambda value: value == -1 or value >= 1),
-    **_in("validation.dataloader", {"num_workers": SIZE, "prefetch_factor": _or_none(COUNT)}),
+    **each("validation.dataloader", {"num_workers": SIZE, "prefetch_factor": _or_none(COUNT)}),
     "debug.seed": _or_none(Allowed("at least 0 and less than 2**63", lambda value: 0 <= value < 2**63)),
 }
 
@@ -122,15 +118,15 @@ _SCRIPT = "only another program of TorchTitan's reads it"
 IGNORED: dict[str, tuple[Any, str]] = {
     "parallelism.context_parallel_rotate_method": ("allgather", "this model's ranks hand on states, not keys"),
     "parallelism.pipeline_parallel_expert_parallel_overlap": (True, _MOE),
-    **_in("parallelism", {"expert_parallel_degree expert_tensor_parallel_degree": (1, _MOE)}),
+    **each("parallelism", {"expert_parallel_degree expert_tensor_parallel_degree": (1, _MOE)}),
     "parallelism.expert_parallel_comm_backend": ("standard", _MOE),
     "debug.moe_force_load_balance": (False, _MOE),
-    **_in("quantize.grouped_mm", {"float8.fqns mx.fqns": ([], _MOE), "mx.recipe_name": ("mxfp8", _MOE)}),
+    **each("quantize.grouped_mm", {"float8.fqns mx.fqns": ([], _MOE), "mx.recipe_name": ("mxfp8", _MOE)}),
     "checkpoint.enable_ft_dataloader_checkpoints": (True, _FT),
-    **_in("fault_tolerance", {"enable": (False, _FT), "process_group": ("gloo", _FT), "min_replica_size": (1, _FT)}),
-    **_in("fault_tolerance", {"process_group_timeout_ms": (10000, _FT), "replica_id group_size": (0, _FT)}),
+    **each("fault_tolerance", {"enable": (False, _FT), "process_group": ("gloo", _FT), "min_replica_size": (1, _FT)}),
+    **each("fault_tolerance", {"process_group_timeout_ms": (10000, _FT), "replica_id group_size": (0, _FT)}),
     "fault_tolerance.semi_sync_method": (None, _FT),
-    **_in("memory_estimation", {"enable disable_fake_mode": (False, _SCRIPT)}),
+    **each("memory_estimation", {"enable disable_fake_mode": (False, _SCRIPT)}),
     "experimental.custom_args_module": ("", "job.custom_config_module names the module"),
     "optimizer.early_step_in_backward": (False, "gradients are clipped, and weight decay is per group"),
     "comm.mode": ("default", "the model's operators need the other ranks"),

@@ -186,15 +186,13 @@ class GDN2Validator(TaskValidation, Validator):
         self, input_dict: dict[str, torch.Tensor], labels: torch.Tensor, model_parts: list[torch.nn.Module]
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any], dict[str, Any]]:
         # The stock one leaves the resets out where a model's masks are not asked for by type.
-        extra_inputs = {name: x for name, x in input_dict.items() if name != "input"}
-        inputs = input_dict["input"]
-        extra = {"attention_masks": model_parts[0].get_attention_masks(inputs, self.tokenizer, extra_inputs)}
+        inputs, extra = input_dict["input"], {"attention_masks": input_dict.get("resets")}
         if self._cp_mesh is not None:
             balancer = self.job_config.parallelism.context_parallel_load_balancer
             inputs, labels, extra = prepare_context_parallel_input(
                 inputs, labels, extra, self._cp_mesh, inputs.device, balancer
             )
-        return inputs, labels, extra_inputs, extra
+        return inputs, labels, {}, extra
 
 
 _STOCK_CONVERTERS = {name: model_converter._registry_model_converter_cls[name] for name in NAMES}

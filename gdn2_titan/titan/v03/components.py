@@ -207,8 +207,8 @@ class GDN2Validator(TaskValidation, Validator):
     def post_dataloading_process(
         self, input_dict: dict[str, torch.Tensor], labels: torch.Tensor, model_parts: list[torch.nn.Module]
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        mesh = self.parallel_dims.get_optional_mesh("cp")
-        return deal_out(input_dict, labels, mesh, self.parallelism.context_parallel_load_balancer)
+        balancer = self.parallelism.context_parallel_load_balancer
+        return deal_out(input_dict, labels, self._cp_mesh, balancer)
 
 
 def parallelize(

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any
 
-from ..checks.ranges import COUNT, FIELDS, IGNORED, SIZE
+from ..checks.ranges import COUNT, FIELDS, IGNORED, SIZE, each
 from ..errors import ConfigError
 
 __all__ = ["ANY", "COUNTERPARTS", "ONLY", "OR_NONE", "WITHOUT", "check_own_fields", "in_words_of_03",
@@ -83,11 +83,8 @@ ONLY = {
 
 # Numbers that may be None.
 OR_NONE = {
-    "profiler.profiler_repeat": SIZE,
-    "profiler.profiler_skip_first": SIZE,
-    "profiler.profiler_skip_first_wait": SIZE,
-    "profiler.memory_snapshot_freq": COUNT,
-    "profiler.memory_snapshot_max_entries": COUNT,
+    **each("profiler", {"profiler_repeat profiler_skip_first profiler_skip_first_wait": SIZE}),
+    **each("profiler", {"memory_snapshot_freq memory_snapshot_max_entries": COUNT}),
 }
 
 # Fields of which any value of their type is right, and why.
