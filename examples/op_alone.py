@@ -27,8 +27,15 @@ class Mixer(nn.Module):
         )
         op = chunk_gdn2 if state is None else fused_recurrent_gdn2
         o, state = op(
-            q, k, F.silu(v), g, b, w, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True,
-            use_gate_in_kernel=True, A_log=self.A_log, dt_bias=self.dt_bias, use_sigmoid_in_kernel=True, resets=resets,
+            q, k, F.silu(v), g, b, w,
+            initial_state=state,
+            output_final_state=True,
+            use_qk_l2norm_in_kernel=True,
+            use_gate_in_kernel=True,
+            A_log=self.A_log,
+            dt_bias=self.dt_bias,
+            use_sigmoid_in_kernel=True,
+            resets=resets,
         )  # fmt: skip
         return self.out(o.flatten(2)), state
 
