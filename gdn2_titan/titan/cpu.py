@@ -17,12 +17,8 @@ import torch
 __all__ = ["accelerator", "settle_device"]
 
 # Every TorchTitan 0.2.2 module that keeps the device in a name of its own and that our models run through.
-HOLDERS = (
-    "torchtitan.tools.utils",
-    "torchtitan.components.metrics",
-    "torchtitan.distributed.utils",
-    "torchtitan.distributed.parallel_dims",
-)
+HOLDERS = ("torchtitan.tools.utils", "torchtitan.components.metrics", "torchtitan.distributed.utils",
+           "torchtitan.distributed.parallel_dims")  # fmt: skip
 # MPS is left out: torch.distributed has no backend for it.
 TRAINABLE = ("cuda", "xpu", "hpu", "npu", "mtia")
 

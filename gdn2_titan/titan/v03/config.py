@@ -1,8 +1,7 @@
 """The way of a TOML file into a Trainer.Config of TorchTitan 0.3, from which on only that is read."""
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import tyro
@@ -54,7 +53,7 @@ def trainer_config(job_config: Any) -> GDN2Trainer.Config:
 def model_spec(flavor: str) -> ModelSpec:
     """TorchTitan's ModelSpec of a flavor."""
     return ModelSpec(
-        name="gdn2", flavor=flavor, model=TitanModel.Config(args=dataclasses.replace(flavors[flavor])),
+        name="gdn2", flavor=flavor, model=TitanModel.Config(args=replace(flavors[flavor])),
         parallelize_fn=parallelize, pipelining_fn=pipeline, post_optimizer_build_fn=hook_converters,
         state_dict_adapter=lambda config, folder: GDN2StateDictAdapter(config.args, folder),
     )  # fmt: skip

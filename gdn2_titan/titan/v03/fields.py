@@ -3,13 +3,12 @@ written into it; and the settings that TOML files have not."""
 
 import contextlib
 import copy
-import dataclasses
 import functools
 import operator
 import re
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import asdict, dataclass, field, make_dataclass
 from typing import Any
 
 from ..checks.ranges import COUNT, FIELDS, IGNORED, SIZE, each
@@ -66,8 +65,6 @@ COUNTERPARTS: dict[str, str] = {
     **{section: section for section in OURS},
 }
 
-_TYPES = "only spmd_backend 'spmd_types' reads it"
-
 # Field: the one value that it may have, and why.
 ONLY = {
     "training.disable_cuda_graphs": (True, "captured steps are not supported"),
@@ -77,7 +74,7 @@ ONLY = {
     "parallelism.context_parallel_ptrr_mask_key": (None, "only load balancer 'ptrr' reads it"),
     "optimizer.param_groups": ([], "which parameters decay is the model's own"),
     "optimizer.optimizer_factory_kwargs_by_name": ({}, "optimizer.name and the fields beside it say all"),
-    "debug.spmd_typechecking": (False, _TYPES),
+    "debug.spmd_typechecking": (False, "only spmd_backend 'spmd_types' reads it"),
     "debug.batch_invariant": (False, "TorchTitan does not train in that mode"),
 }
 
@@ -176,7 +173,7 @@ def _dataclass(name: str, tree: dict[str, Any]) -> type:
 
 class _ToDict:
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return asdict(self)
 
 
 BASES = {"job": (Job,), "model": (Model,), "JobConfig": (_ToDict,)}

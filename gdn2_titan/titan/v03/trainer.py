@@ -159,8 +159,6 @@ def _set_timeouts(timeout: timedelta, parallel_dims: ParallelDims) -> None:
     dist.barrier(device_ids=None if dist_utils.device_type == "cpu" else [dist_utils.device_module.current_device()])
     dist_utils.device_module.synchronize()
     groups = [mesh.get_group() for mesh in parallel_dims.get_all_one_dimensional_meshes().values()] + [None]
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
     for group in groups:
-        if hasattr(dist, "set_timeout"):
-            dist.set_timeout(timeout, group)
-        else:
-            dist.distributed_c10d._set_pg_timeout(timeout, group)
+        set_timeout(timeout, group)
