@@ -1,8 +1,6 @@
 """Texts, an oracle of how they are packed, the loaders' settings, and what every resume is held to."""
 
-import dataclasses
 import json
-from types import SimpleNamespace
 
 import torch.distributed.checkpoint as dcp
 from datasets import Dataset, load_dataset
@@ -73,23 +71,14 @@ def stream(tmp_path, texts=TEXTS, files=1):
 
 
 def config(section="training", *, workers=0, batch=2, seq_len=T, resets=True, dataset="files", path=None, **data):
-    data = {
-        "text_column": "text",
-        "hf_subset": None,
-        "hf_split": "train",
-        "hf_validation_split": "validation",
-        "shuffle_seed": 0,
-    } | data
-    settings = SimpleNamespace(
-        dataset=dataset,
-        dataset_path=path,
-        local_batch_size=batch,
-        seq_len=seq_len,
-        dataloader=dataclasses.replace(JobConfig().training.dataloader, num_workers=workers),
-    )
-    return SimpleNamespace(
-        **{section: settings}, data=SimpleNamespace(**data), gdn2=SimpleNamespace(document_resets=resets)
-    )
+    job_config = JobConfig()
+    part = getattr(job_config, section)
+    part.dataset, part.dataset_path, part.local_batch_size, part.seq_len = dataset, path, batch, seq_len
+    part.dataloader.num_workers = workers
+    job_config.gdn2.document_resets = resets
+    for name, value in data.items():
+        setattr(job_config.data, name, value)
+    return job_config
 
 
 def batches(windows, size):

@@ -35,11 +35,7 @@ def build() -> tuple[str, str]:
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (BOS, EOS, PAD)])
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": BOS,
-        "eos_token": EOS,
-        "pad_token": PAD,
-        "add_bos_token": False,
-        "add_eos_token": False,
+        **{"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "add_bos_token": False, "add_eos_token": False},
         # Otherwise transformers takes the space before a full stop or a comma out of decoded text.
         "clean_up_tokenization_spaces": False,
     }

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader, HuggingFaceStorageReader, LoadPlan, LoadPlanner, Metadata
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.futures import Future
 from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
@@ -31,14 +32,9 @@ from gdn2_titan.models.old_names import current_name
 from .settings import Settings
 
 __all__ = [
-    "CurrentNamesHFReader",
-    "CurrentNamesReader",
-    "GDN2StateDictAdapter",
-    "exact_decays",
-    "keeps_decays_and_knows_old_names",
-    "reading_old_names",
-    "write_checkpoint_files",
-]
+    "CurrentNamesHFReader", "CurrentNamesReader", "GDN2StateDictAdapter", "exact_decays",
+    "keeps_decays_and_knows_old_names", "reading_old_names", "write_checkpoint_files",
+]  # fmt: skip
 
 
 def keeps_decays_and_knows_old_names(manager_cls: type) -> type:
@@ -60,13 +56,9 @@ def keeps_decays_and_knows_old_names(manager_cls: type) -> type:
 
 def exact_decays(state_dict: dict, model: Stateful) -> dict:
     """A state dict that is about to be saved, with A_log and dt_bias as the model has them where they were rounded."""
-    narrow = [
-        name
-        for name, value in state_dict.items()
-        if name.endswith(tuple(f".decay.{decay}" for decay in DECAYS))
-        and isinstance(value, torch.Tensor)
-        and value.dtype.itemsize < 4
-    ]
+    decays = tuple(f".decay.{decay}" for decay in DECAYS)
+    found = {name: x for name, x in state_dict.items() if name.endswith(decays) and isinstance(x, torch.Tensor)}
+    narrow = [name for name, x in found.items() if x.dtype.itemsize < 4]
     if not narrow:
         return state_dict
     held = model.state_dict()
@@ -87,13 +79,12 @@ class _CurrentNames:
         return dataclasses.replace(metadata, state_dict_metadata={names[name]: entries[name] for name in entries})
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        items = []
-        for item in plan.items:
-            name = self.stored.get(item.storage_index.fqn)
-            if name is not None:
-                item = dataclasses.replace(item, storage_index=dataclasses.replace(item.storage_index, fqn=name))
-            items.append(item)
-        return super().read_data(dataclasses.replace(plan, items=items), planner)
+        def as_stored(item: ReadItem) -> ReadItem:
+            index = item.storage_index
+            named = dataclasses.replace(index, fqn=self.stored.get(index.fqn, index.fqn))
+            return dataclasses.replace(item, storage_index=named)
+
+        return super().read_data(dataclasses.replace(plan, items=list(map(as_stored, plan.items))), planner)
 
 
 class CurrentNamesReader(_CurrentNames, FileSystemReader):
@@ -106,9 +97,8 @@ class CurrentNamesHFReader(_CurrentNames, HuggingFaceStorageReader):
 
 def _reader(state_dict: dict[str, Any], checkpoint_id: str) -> CurrentNamesReader | None:
     """A CurrentNamesReader if the checkpoint has names that are not today's and nobody wants them, else None."""
-    if any(current_name(name) != name for name in state_dict) or not FileSystemReader.validate_checkpoint_id(
-        checkpoint_id
-    ):
+    old = any(current_name(name) != name for name in state_dict)
+    if old or not FileSystemReader.validate_checkpoint_id(checkpoint_id):
         return None
     reader = CurrentNamesReader(checkpoint_id)
     try:

@@ -24,15 +24,12 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 def check_source(section: str, dataset: str, dataset_path: str | None, text_column: str | None = None) -> None:
     """Refuse a source of data that cannot be used, without loading it: of files, only beginnings are read.
 
-    Args:
-        section: ``"training"`` or ``"validation"``, to name the field in the message.
-        dataset: ``"stdlib"``, ``"files"``, the name of a Hugging Face repository or of a recall task.
-        dataset_path: file, folder or glob, for ``"files"`` and only for it.
-        text_column: the column with the text, in JSON lines and Parquet; None does not look into the files.
+    section: "training" or "validation". dataset: "stdlib", "files", the name of a Hugging Face repository or of a
+    recall task. dataset_path: file, folder or glob, for "files" and only for it. text_column: the column with the
+    text, in JSON lines and Parquet; None does not look into the files.
 
     Raises:
-        ConfigError: naming ``<section>.dataset`` or ``<section>.dataset_path``, its value and what is allowed, or the
-            file that cannot be read.
+        ConfigError: naming the field, its value and what is allowed, or the file that cannot be read.
     """
     if dataset == "files":
         kind, files = find_files(section, dataset_path)
@@ -53,22 +50,13 @@ def check_source(section: str, dataset: str, dataset_path: str | None, text_colu
 
 
 def load_source(
-    section: str,
-    dataset: str,
-    dataset_path: str | None,
-    *,
-    held_out: bool,
-    text_column: str = "text",
-    hf_subset: str | None = None,
-    hf_split: str = "train",
-) -> Dataset | IterableDataset:
+    section: str, dataset: str, dataset_path: str | None, *, held_out: bool, text_column: str = "text",
+    hf_subset: str | None = None, hf_split: str = "train",
+) -> Dataset | IterableDataset:  # fmt: skip
     """Load the documents that a configuration names.
 
-    Args:
-        section, dataset, dataset_path: as for :func:`check_source`.
-        held_out: for ``"stdlib"``, the validation split instead of the training split.
-        text_column: the column with the text, in JSON lines, Parquet and Hugging Face repositories.
-        hf_subset, hf_split: the subset (None for the default one) and split of a Hugging Face repository.
+    held_out: for "stdlib", the validation split instead of the training split. hf_subset, hf_split: of a Hugging Face
+    repository; None is its default subset. The rest is as for :func:`check_source`.
 
     Returns:
         A map-style ``Dataset`` whose only column is ``"text"`` for ``"stdlib"`` and ``"files"``; for a Hugging Face
@@ -85,10 +73,8 @@ def load_source(
     try:
         return load_dataset(dataset, hf_subset, split=hf_split, streaming=True)
     except Exception as error:  # no network, no such repository, subset or split: of many libraries
-        raise ConfigError(
-            f"{section}.dataset = {dataset!r} with subset {hf_subset!r} and split {hf_split!r} cannot be opened: "
-            f"{reason(error)}."
-        ) from error
+        raise ConfigError(f"{section}.dataset = {dataset!r} with subset {hf_subset!r} and split {hf_split!r} cannot be "
+                          f"opened: {reason(error)}.") from error  # fmt: skip
 
 
 def _rows_of(kind: str, files: tuple[str, ...], stamps: tuple[tuple[int, int], ...], column: str) -> Iterator[dict]:
@@ -105,21 +91,15 @@ def _load_files(kind: str, files: list[str], text_column: str) -> Dataset:
             gen_kwargs={"kind": kind, "files": tuple(files), "stamps": stamps_of(files), "column": text_column},
             writer_batch_size=100,  # documents held in memory at a time
         )
-    except DatasetGenerationError as error:
+    except (DatasetGenerationError, OSError) as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, (ConfigError, OSError)):
             cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
         if isinstance(cause, ConfigError):
             raise cause from error
-        if isinstance(cause, OSError):
-            raise ConfigError(_no_cache(cause)) from error
-        raise
-    except OSError as error:
-        raise ConfigError(_no_cache(error)) from error
-
-
-def _no_cache(error: OSError) -> str:
-    return (
-        f"the documents cannot be written to {datasets.config.HF_DATASETS_CACHE} ({error.strerror or error}); the "
-        "environment variable HF_DATASETS_CACHE must name a folder with room for them."
-    )
+        raise ConfigError(
+            f"the documents cannot be written to {datasets.config.HF_DATASETS_CACHE} ({cause.strerror or cause}); the "
+            "environment variable HF_DATASETS_CACHE must name a folder with room for them."
+        ) from error

@@ -4,68 +4,42 @@ TorchTitan settles its device when it is imported and takes CUDA for granted. ``
 places where that choice was stored, with a stand-in for ``torch.cuda`` that answers what TorchTitan asks of it.
 """
 
+import importlib
 import os
 import platform
 import resource
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
 __all__ = ["accelerator", "settle_device"]
 
 # Every TorchTitan 0.2.2 module that keeps the device in a name of its own and that our models run through.
-HOLDERS = (
-    "torchtitan.tools.utils",
-    "torchtitan.components.metrics",
-    "torchtitan.distributed.utils",
-    "torchtitan.distributed.parallel_dims",
-)
+HOLDERS = ("torchtitan.tools.utils", "torchtitan.components.metrics", "torchtitan.distributed.utils",
+           "torchtitan.distributed.parallel_dims")  # fmt: skip
 # MPS is left out: torch.distributed has no backend for it.
 TRAINABLE = ("cuda", "xpu", "hpu", "npu", "mtia")
 
 
-class CPUDevice:
-    """What TorchTitan asks a device module, answered for the CPU."""
+def _memory_stats(device: Any = None) -> dict[str, int]:
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit  # of the process, since its start
+    return {"active_bytes.all.peak": peak, "reserved_bytes.all.peak": peak, "num_alloc_retries": 0, "num_ooms": 0}
 
-    @staticmethod
-    def set_device(device):
-        pass
 
-    @staticmethod
-    def current_device():
-        return 0
-
-    @staticmethod
-    def get_device_name(device=None):
-        return f"CPU {platform.processor() or platform.machine()}"
-
-    @staticmethod
-    def get_device_properties(device=None):
-        return SimpleNamespace(total_memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-
-    @staticmethod
-    def memory_stats(device=None):
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit  # of the process, since its start
-        return {
-            "active_bytes.all.peak": peak,
-            "reserved_bytes.all.peak": peak,
-            "num_alloc_retries": 0,
-            "num_ooms": 0,
-        }
-
-    @staticmethod
-    def reset_peak_memory_stats():
-        pass
-
-    @staticmethod
-    def empty_cache():
-        pass
-
-    @staticmethod
-    def synchronize():
-        pass
+_MEMORY = SimpleNamespace(total_memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+# What TorchTitan asks a device module, answered for the CPU.
+CPU_DEVICE = SimpleNamespace(
+    current_device=lambda: 0,
+    get_device_name=lambda device=None: f"CPU {platform.processor() or platform.machine()}",
+    get_device_properties=lambda device=None: _MEMORY,
+    memory_stats=_memory_stats,
+    **dict.fromkeys(
+        ("set_device", "reset_peak_memory_stats", "empty_cache", "synchronize"), lambda *arguments, **named: None
+    ),
+)
 
 
 def accelerator() -> str | None:
@@ -78,10 +52,8 @@ def settle_device() -> None:
     """Make TorchTitan use the CPU unless there is an accelerator. Call it once, before the trainer is built."""
     if accelerator() is not None:
         return
-    import importlib
-
     for name in HOLDERS:
         module = importlib.import_module(name)
-        for attribute, value in (("device_type", "cpu"), ("device_module", CPUDevice)):
+        for attribute, value in (("device_type", "cpu"), ("device_module", CPU_DEVICE)):
             if hasattr(module, attribute):
                 setattr(module, attribute, value)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets import IterableDataset
 from torchtitan.components.dataloader import ParallelAwareDataloader
@@ -78,11 +78,10 @@ def build_dataloader(
     Raises:
         ConfigError: if the source of documents cannot be used.
     """
-    settings = Settings.of(job_config)
-    task = training_condition(settings)
-    if task is not None:
-        return _build_task("training", task, dp_world_size, dp_rank, tokenizer, settings)
-    return _build("training", dp_world_size, dp_rank, tokenizer, settings, infinite)
+    settings, ranks = Settings.of(job_config), _Ranks(dp_rank, dp_world_size)
+    if (condition := training_condition(settings)) is not None:
+        return _of_task("training", condition, ranks, tokenizer, settings)
+    return _of_text("training", ranks, tokenizer, settings, infinite)
 
 
 def build_validation_dataloader(
@@ -96,7 +95,7 @@ def build_validation_dataloader(
         ConfigError: if the source of documents cannot be used, or if a single pass over a stream is asked for on more
             than one rank, where ranks run out at different times and the others would wait for ever.
     """
-    return _build("validation", dp_world_size, dp_rank, tokenizer, Settings.of(job_config), infinite)
+    return _of_text("validation", _Ranks(dp_rank, dp_world_size), tokenizer, Settings.of(job_config), infinite)
 
 
 def build_task_dataloader(
@@ -108,66 +107,51 @@ def build_task_dataloader(
     Raises:
         ConfigError: if with this tokenizer the length is too short.
     """
-    return _build_task("validation", condition, dp_world_size, dp_rank, tokenizer, Settings.of(job_config))
+    ranks = _Ranks(dp_rank, dp_world_size)
+    return _of_task("validation", condition, ranks, tokenizer, Settings.of(job_config))
 
 
-def _build_task(
-    part: str,
-    condition: Condition,
-    dp_world_size: int,
-    dp_rank: int,
-    tokenizer: BaseTokenizer,
-    settings: Settings,
+class _Ranks(NamedTuple):
+    dp_rank: int
+    dp_world_size: int
+
+
+def _of_task(
+    part: str, condition: Condition, ranks: _Ranks, tokenizer: BaseTokenizer, settings: Settings
 ) -> ReshardingDataloader:
-    section = getattr(settings, part)
-    held_out = part == "validation"
+    section, held_out = getattr(settings, part), part == "validation"
     condition.task.prepare(of_plain_text(tokenizer), held_out)
     condition.check_length()
+    seed, batch_size = settings.task.seed or 0, section.local_batch_size
     sequences = TaskDataset(
-        condition.task,
-        condition.length,
-        settings.task.seed or 0,
-        held_out=held_out,
-        batch_size=section.local_batch_size,
-        dp_rank=dp_rank,
-        dp_world_size=dp_world_size,
+        condition.task, condition.length, seed, held_out=held_out, batch_size=batch_size, **ranks._asdict()
     )
-    loader_settings = asdict(section.dataloader) | {"batch_size": section.local_batch_size}
-    return ReshardingDataloader(sequences, dp_rank=dp_rank, dp_world_size=dp_world_size, **loader_settings)
+    return _loader(sequences, section, ranks)
 
 
-def _build(
-    part: str, dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, settings: Settings, infinite: bool
+def _of_text(
+    part: str, ranks: _Ranks, tokenizer: BaseTokenizer, settings: Settings, infinite: bool
 ) -> ReshardingDataloader:
-    section, data = getattr(settings, part), settings.data
-    held_out = part == "validation"
+    section, data, held_out = getattr(settings, part), settings.data, part == "validation"
     source = load_source(
-        part,
-        section.dataset,
-        section.dataset_path,
-        held_out=held_out,
-        text_column=data.text_column,
-        hf_subset=data.hf_subset,
-        hf_split=data.hf_validation_split if held_out else data.hf_split,
-    )
+        part, section.dataset, section.dataset_path, held_out=held_out, text_column=data.text_column,
+        hf_subset=data.hf_subset, hf_split=data.hf_validation_split if held_out else data.hf_split,
+    )  # fmt: skip
     streaming = isinstance(source, IterableDataset)
-    if streaming and not infinite and dp_world_size > 1:
+    if streaming and not infinite and ranks.dp_world_size > 1:
         raise ConfigError(
-            f"{part}.dataset = {section.dataset!r} is a stream, which {dp_world_size} data-parallel ranks cannot "
+            f"{part}.dataset = {section.dataset!r} is a stream, which {ranks.dp_world_size} data-parallel ranks cannot "
             "read once to the end in step; allowed: reading it without end, for validation with validation.steps > 0."
         )
     packed = PackedText(
-        source,
-        of_plain_text(tokenizer),
-        section.seq_len,
-        batch_size=section.local_batch_size,
-        dp_rank=dp_rank,
-        dp_world_size=dp_world_size,
-        infinite=infinite,
-        with_resets=settings.gdn2.document_resets,
-        text_column=data.text_column if streaming else "text",
-        shuffle_seed=data.shuffle_seed,
-    )
+        source, of_plain_text(tokenizer), section.seq_len, batch_size=section.local_batch_size, infinite=infinite,
+        with_resets=settings.gdn2.document_resets, text_column=data.text_column if streaming else "text",
+        shuffle_seed=data.shuffle_seed, **ranks._asdict(),
+    )  # fmt: skip
+    return _loader(packed, section, ranks)
+
+
+def _loader(dataset: PackedText | TaskDataset, section: Any, ranks: _Ranks) -> ReshardingDataloader:
     # An incomplete batch would change the shapes that compiled and pipelined models were built for.
-    loader_settings = asdict(section.dataloader) | {"batch_size": section.local_batch_size, "drop_last": True}
-    return ReshardingDataloader(packed, dp_rank=dp_rank, dp_world_size=dp_world_size, **loader_settings)
+    options = asdict(section.dataloader) | {"batch_size": section.local_batch_size, "drop_last": True}
+    return ReshardingDataloader(dataset, *ranks, **options)

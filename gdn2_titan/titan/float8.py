@@ -50,11 +50,9 @@ class LinearConverter:
         gathered = name == FLOAT8 and linear.enable_fsdp_float8_all_gather and parallel_dims.fsdp_enabled
         self.precompute = gathered and linear.precompute_float8_dynamic_scale_for_fsdp
         self.options = {
-            "emulate": linear.emulate,
-            "fsdp_all_gather": gathered,
-            "exclude": linear.filter_fqns,
+            "emulate": linear.emulate, "fsdp_all_gather": gathered, "exclude": linear.filter_fqns,
             "smallest_side": linear.smallest_side,
-        }
+        }  # fmt: skip
         if self.recipe == "rowwise":
             # Without it a compiled backward may round a recomputed activation to another float8 number, and end in
             # NaN (github.com/pytorch/pytorch/issues/150859).
@@ -66,10 +64,8 @@ class LinearConverter:
         of_linear, of_all = float8_share(model, names, self.seq_len)
         how = self.recipe + (", emulated" if self.options["emulate"] else "")
         gathered = "; weights are gathered in float8" if self.options["fsdp_all_gather"] else ""
-        logger.info(
-            f"Converted {len(names)} of {total} linear layers ({how}): {of_linear:.1%} of the FLOPs in linear layers, "
-            f"{of_all:.1%} of all forward FLOPs{gathered}"
-        )
+        logger.info(f"Converted {len(names)} of {total} linear layers ({how}): {of_linear:.1%} of the FLOPs in linear "
+                    f"layers, {of_all:.1%} of all forward FLOPs{gathered}")  # fmt: skip
 
     def post_optimizer_hook(self, model: torch.nn.Module | list[torch.nn.Module]) -> None:
         if self.precompute:
@@ -82,15 +78,14 @@ class LinearConverter:
 def _known_converters() -> list[str]:
     if not IS_V02:
         return list(NAMES)
-    from torchtitan.protocols.model_converter import _registry_model_converter_cls
+    from torchtitan.protocols.model_converter import _registry_model_converter_cls as known
 
-    return [name for name in _registry_model_converter_cls if "grouped_mm" not in name]
+    return [name for name in known if "grouped_mm" not in name]
 
 
 def check_float8(settings: Settings) -> None:
     """Raise ConfigError for converters that cannot be used. Converts nothing."""
-    converters = settings.model.converters
-    allowed = _known_converters()
+    converters, allowed = settings.model.converters, _known_converters()
     for name in converters:
         if name not in allowed:
             raise ConfigError(f"model.converters has {name!r}; it must be a list of: {', '.join(allowed)}")
@@ -107,20 +102,14 @@ def _check_converter(settings: Settings, name: str, linear: Any) -> None:
     if "auto_filter_small_kn" in linear.filter_fqns:
         raise ConfigError(f"{name}.filter_fqns has 'auto_filter_small_kn'; for this model set {name}.smallest_side")
     if name == FLOAT8 and linear.enable_fsdp_float8_all_gather and recipe != "tensorwise":
-        raise ConfigError(
-            f"{name}.enable_fsdp_float8_all_gather is true; with recipe_name {recipe!r} it must be false, only "
-            "'tensorwise' has it"
-        )
+        raise ConfigError(f"{name}.enable_fsdp_float8_all_gather is true; with recipe_name {recipe!r} it must be "
+                          "false, only 'tensorwise' has it")  # fmt: skip
     if name == FLOAT8 and linear.precompute_float8_dynamic_scale_for_fsdp and not linear.enable_fsdp_float8_all_gather:
-        raise ConfigError(
-            f"{name}.precompute_float8_dynamic_scale_for_fsdp is true; it must be false, or "
-            "enable_fsdp_float8_all_gather true as well"
-        )
+        raise ConfigError(f"{name}.precompute_float8_dynamic_scale_for_fsdp is true; it must be false, or "
+                          "enable_fsdp_float8_all_gather true as well")  # fmt: skip
     if name == MX and linear.mxfp8_dim1_cast_kernel_choice != MXLinear.mxfp8_dim1_cast_kernel_choice:
-        raise ConfigError(
-            f"{name}.mxfp8_dim1_cast_kernel_choice is {linear.mxfp8_dim1_cast_kernel_choice!r}; it must be left out, "
-            "torchao chooses the kernel itself"
-        )
+        raise ConfigError(f"{name}.mxfp8_dim1_cast_kernel_choice is {linear.mxfp8_dim1_cast_kernel_choice!r}; it must "
+                          "be left out, torchao chooses the kernel itself")  # fmt: skip
     if name == MX and not has_mxfp8():
         raise ConfigError(f"model.converters has {name!r}; it needs a torchao with MXFP8 linear layers, as 0.18 has")
     _check_hardware(settings, name, linear)
@@ -131,17 +120,13 @@ def _check_hardware(settings: Settings, name: str, linear: Any) -> None:
     if not able and not linear.emulate:
         wanted = "sm_89 or newer" if name == FLOAT8 else "sm_100 or newer, or gfx950"
         raise ConfigError(f"{name}.emulate is false; on a machine without a GPU of {wanted} it must be true")
-    training, parallelism = settings.training, settings.parallelism
-    multiple = 16 if name == FLOAT8 else 32
     high_precision = _recipe(linear, name).endswith(("gw_hp", "wgrad_with_hp"))
     if high_precision or (name == FLOAT8 and linear.emulate):
         return
-    batch = training.local_batch_size
-    if parallelism.pipeline_parallel_degree > 1:
-        batch = parallelism.pipeline_parallel_microbatch_size
+    training, parallelism, multiple = settings.training, settings.parallelism, 16 if name == FLOAT8 else 32
+    pipelined = parallelism.pipeline_parallel_degree > 1
+    batch = parallelism.pipeline_parallel_microbatch_size if pipelined else training.local_batch_size
     tokens = batch * training.seq_len // parallelism.context_parallel_degree
     if tokens % multiple:
-        raise ConfigError(
-            f"training.seq_len is {training.seq_len}, which gives microbatches of {tokens} tokens on each rank; with "
-            f"{name} they must be multiples of {multiple}"
-        )
+        raise ConfigError(f"training.seq_len is {training.seq_len}, which gives microbatches of {tokens} tokens on "
+                          f"each rank; with {name} they must be multiples of {multiple}")  # fmt: skip

@@ -138,8 +138,7 @@ def documents_of(kind: str, files: tuple[str, ...], column: str) -> Iterator[str
     Raises:
         ConfigError: naming the file, and the line of JSON lines, that cannot be read or holds no text.
     """
-    read = {"text": _text_documents, "json": _json_documents, "parquet": _parquet_documents}[kind]
-    return read(files, column)
+    return {"text": _text_documents, "json": _json_documents, "parquet": _parquet_documents}[kind](files, column)
 
 
 @contextlib.contextmanager
@@ -167,7 +166,7 @@ def _text_documents(files: tuple[str, ...], _: str) -> Iterator[str]:
 def _rows(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, row) of JSON lines, or of a file with one list of objects, or one object."""
     with _reading(file), open(file, "rb") as stream:
-        number, first = 0, True
+        first = True
         for number, line in enumerate(stream, 1):
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
@@ -180,18 +179,15 @@ def _rows(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 # A list, or an object written over several lines.
                 if not first or line.strip()[:1] not in (b"[", b"{"):
                     raise
-                try:
-                    whole = json.loads((line + stream.read()).decode("utf-8"))
-                except ValueError:
-                    whole = None
-                if not isinstance(whole, (list, dict)):
+                row = None
+                with contextlib.suppress(ValueError):
+                    row = json.loads((line + stream.read()).decode("utf-8"))
+                if not isinstance(row, (list, dict)):
                     raise
-                row = whole
-            if first and isinstance(row, list):
-                for index, entry in enumerate(row):
-                    yield (place := f"{file}, entry {index + 1}"), _object(place, entry)
-            else:
-                yield (place := f"{file}, line {number}"), _object(place, row)
+            is_list = first and isinstance(row, list)
+            for index, entry in enumerate(row if is_list else [row], 1):
+                place = f"{file}, entry {index}" if is_list else f"{file}, line {number}"
+                yield place, _object(place, entry)
             first = False
 
 
@@ -231,10 +227,8 @@ def check_unicode(text: str, place: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ConfigError(
-            f"{place}, has the lone surrogate \\u{ord(text[error.start]):04x}, half of a character; it must be "
-            "text in Unicode."
-        ) from error
+        raise ConfigError(f"{place}, has the lone surrogate \\u{ord(text[error.start]):04x}, half of a character; it "
+                          "must be text in Unicode.") from error  # fmt: skip
 
 
 def _no_text(column: str, kind: str, place: str) -> ConfigError:

@@ -56,10 +56,8 @@ class GateMetrics:
     def finish(self, step: int) -> None:
         """Once a step, between its forward and the next one's, and before its checkpoint."""
         write_checkpoint_files(self._settings, self.model_args, step)
-        if self.recording:
-            statistics = self._statistics()
-            if statistics:
-                self.logger.log(statistics, step)
+        if self.recording and (statistics := self._statistics()):
+            self.logger.log(statistics, step)
         self._record(self.statistics_freq > 0 and (step + 1) % self.statistics_freq == 0)
 
     def _statistics(self) -> dict[str, float]:
@@ -77,16 +75,9 @@ class GateMetrics:
         dist.all_gather_object(stages, found, group)
         return {name: value for stage in stages for name, value in stage.items()}
 
-    def log(
-        self,
-        step: int,
-        global_avg_loss: float,
-        global_max_loss: float,
-        grad_norm: float,
-        extra_metrics: dict[str, Any] | None = None,
-    ) -> None:
+    def log(self, step: int, global_avg_loss: float, global_max_loss: float, *rest: Any, **named: Any) -> None:
         # TorchTitan divides the loss of a context-parallel rank by the tokens of whole sequences; it has a share.
-        super().log(step, global_avg_loss, global_max_loss * self.parallel_dims.cp, grad_norm, extra_metrics)
+        super().log(step, global_avg_loss, global_max_loss * self.parallel_dims.cp, *rest, **named)
         self.flush()
 
     def flush(self) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch.optim import Adam, AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-__all__ = ["OPTIMIZERS", "decay_groups", "hold_last_rate", "is_decayed"]
+__all__ = ["OPTIMIZERS", "decay_groups", "hold_last_rate", "is_decayed", "trained"]
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"Adam": Adam, "AdamW": AdamW}
 
@@ -17,17 +17,23 @@ def is_decayed(name: str, param: torch.Tensor) -> bool:
     return param.ndim > 1 and not name.endswith("dt_bias")
 
 
-def decay_groups(named: list[tuple[str, torch.nn.Parameter]], *, with_names: bool) -> list[dict[str, Any]]:
+def decay_groups(model: torch.nn.Module, name_of: Callable[[str], str] | None = None) -> list[dict[str, Any]]:
     """The optimizer's groups of parameters that decay, and of A_log, dt_bias, norms and biases, which do not.
 
-    with_names: whether groups say their parameters' names, by which TorchTitan 0.3 keeps the state in checkpoints.
+    name_of: where groups say their parameters' names, by which TorchTitan 0.3 keeps the state in checkpoints: how they
+    follow from the model's.
     """
     groups = []
     for decayed, options in ((True, {}), (False, {"weight_decay": 0.0})):
-        found = [(name, p) for name, p in named if is_decayed(name, p) == decayed]
-        names = {"param_names": [name for name, _ in found]} if with_names else {}
-        groups.append({"params": [p for _, p in found]} | names | options)
+        found = {n: p for n, p in model.named_parameters() if p.requires_grad and is_decayed(n, p) == decayed}
+        names = {"param_names": [name_of(name) for name in found]} if name_of else {}
+        groups.append({"params": list(found.values())} | names | options)
     return [group for group in groups if group["params"]]
+
+
+def trained(model_parts: list[torch.nn.Module]) -> list[torch.nn.Parameter]:
+    """The parameters of all parts that an optimizer changes."""
+    return [p for part in model_parts for p in part.parameters() if p.requires_grad]
 
 
 def hold_last_rate(schedulers: Iterable[LambdaLR], last_step: int) -> None:

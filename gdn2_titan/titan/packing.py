@@ -1,8 +1,7 @@
 """Documents packed end to end into sequences of one length, and the order in which they are read.
 
-A mark is a small dictionary of plain values that names one document; ``read(mark)`` of a reader starts with that
-document. Readers have ``shared``: whether every data-parallel rank and loader worker reads the same documents in the
-same order.
+A mark is a small dictionary of plain values that names one document, with which ``read(mark)`` of a reader starts. A
+reader is ``shared`` where every data-parallel rank and loader worker reads the same documents in the same order.
 """
 
 import copy
@@ -33,9 +32,7 @@ class PackedText(torch.utils.data.IterableDataset, Stateful):
     ``input`` one token later. ``resets`` is True exactly at the first token of each document; at the start of a
     window only if a document begins there.
 
-    Windows of ``seq_len + 1`` tokens start ``seq_len`` apart: the last label of a window is the first input of the
-    next, so every token but the very first is a target once. With windows ``seq_len + 1`` apart, one token in
-    ``seq_len + 1`` would never be predicted.
+    The last label of a window is the first input of the next, so every token but the very first is a target once.
 
     **Order.** A map-style dataset gives ONE sequence of windows, whatever the number of ranks; of R ranks, rank r has
     windows r, r + R, r + 2R, ..., so the k-th batches of all ranks together are the k-th batch of a single process with
@@ -43,24 +40,19 @@ class PackedText(torch.utils.data.IterableDataset, Stateful):
     take whole batches in turn, so batches do not depend on their number either. A streaming dataset is split by
     documents instead, between ranks and by ``datasets`` itself between workers.
 
-    **Ends.** ``iter()`` starts from the first document, or from a state loaded since the last ``iter()``. A pass that
-    is not infinite leaves out the tokens that do not fill one window on every rank, so all ranks have equally many.
-
-    **State.** ``state_dict()`` is a place in the documents: a few plain values, for a map-style dataset the same
-    on all ranks, from which the following windows are read again exactly as they were.
+    **Ends.** ``iter()`` starts from the first document, or from a state loaded since the last ``iter()``: a place in
+    the documents, for a map-style dataset the same on all ranks, from which the following windows are read again
+    exactly as they were. A pass that is not infinite leaves out the tokens that do not fill one window on every rank.
 
     Args:
         data: map-style or streaming dataset; a streaming one must not be split by rank yet.
-        tokenizer: of Hugging Face's files, see ``tokens.DocumentTokens``; any other is called as
-            ``encode(text, add_bos=True, add_eos=True)``.
-        seq_len: tokens per window.
-        batch_size: windows per batch of the loader that reads this.
+        tokenizer: see ``tokens.DocumentTokens``.
+        seq_len, batch_size: tokens per window; windows per batch of the loader that reads this.
         dp_rank, dp_world_size: data-parallel rank and number of ranks.
         infinite: start the next epoch when one ends; tokens left over go before it.
         with_resets: without it the dictionary has only ``"input"``.
         text_column: the column with the text.
-        shuffle_seed: seed of the order of a map-style dataset's documents, different in each epoch; a streaming
-            dataset is not shuffled.
+        shuffle_seed: of the order of a map-style dataset's documents, different in each epoch.
 
     Raises:
         ConfigError: while iterating, if a single pass over a map-style dataset does not fill one batch on every rank,
@@ -68,24 +60,12 @@ class PackedText(torch.utils.data.IterableDataset, Stateful):
     """
 
     def __init__(
-        self,
-        data: Dataset | IterableDataset,
-        tokenizer: BaseTokenizer,
-        seq_len: int,
-        *,
-        batch_size: int = 1,
-        dp_rank: int = 0,
-        dp_world_size: int = 1,
-        infinite: bool = False,
-        with_resets: bool = True,
-        text_column: str = "text",
-        shuffle_seed: int = 0,
-    ) -> None:
-        self._encode = DocumentTokens(tokenizer)
-        self._seq_len = seq_len
-        self._batch_size = batch_size
-        self._infinite = infinite
-        self._with_resets = with_resets
+        self, data: Dataset | IterableDataset, tokenizer: BaseTokenizer, seq_len: int, *, batch_size: int = 1,
+        dp_rank: int = 0, dp_world_size: int = 1, infinite: bool = False, with_resets: bool = True,
+        text_column: str = "text", shuffle_seed: int = 0,
+    ) -> None:  # fmt: skip
+        self._encode, self._seq_len, self._batch_size = DocumentTokens(tokenizer), seq_len, batch_size
+        self._infinite, self._with_resets = infinite, with_resets
         self._documents: MapDocuments | StreamDocuments
         if isinstance(data, Dataset):
             self._documents = MapDocuments(data, text_column, shuffle_seed)
@@ -125,8 +105,7 @@ class PackedText(torch.utils.data.IterableDataset, Stateful):
         info = get_worker_info() if self._documents.shared else None
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         round_tokens = self._ranks * self._seq_len  # one window for each rank
-        windows = self._state["windows"]
-        skip = self._state["offset"]
+        windows, skip = self._state["windows"], self._state["offset"]
 
         # Positions count from the first token of this pass that belongs to a window; earlier ones are negative.
         tokens: list[int] = []  # the tokens from position `base` on
@@ -156,11 +135,9 @@ class PackedText(torch.utils.data.IterableDataset, Stateful):
                     yield example
 
         if self._documents.shared and windows < self._ranks * self._batch_size:
-            raise ConfigError(
-                f"the documents have too few tokens for one batch of {self._batch_size} sequences of {self._seq_len} "
-                f"tokens on each of {self._ranks} data-parallel ranks; allowed: more text, a smaller local_batch_size "
-                "or a smaller seq_len."
-            )
+            raise ConfigError(f"the documents have too few tokens for one batch of {self._batch_size} sequences of "
+                              f"{self._seq_len} tokens on each of {self._ranks} data-parallel ranks; allowed: more "
+                              "text, a smaller local_batch_size or a smaller seq_len.")  # fmt: skip
 
     def _example(self, tokens: list[int], base: int, start: int, begins: deque[tuple[int, dict[str, Any]]]) -> Example:
         """The window that begins at position ``start``."""

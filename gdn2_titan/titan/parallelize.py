@@ -10,14 +10,7 @@ from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
-from gdn2_titan.parallel import (
-    apply_compile,
-    apply_context_parallel,
-    apply_fsdp,
-    apply_memory_budget,
-    apply_tensor_parallel,
-    sum_gradients,
-)
+from gdn2_titan import parallel
 
 from .errors import ConfigError
 from .settings import Settings
@@ -37,10 +30,8 @@ def layout_of(parallelism: Any) -> str:
     """
     balancer = parallelism.context_parallel_load_balancer
     if balancer not in LAYOUTS:
-        raise ConfigError(
-            f"parallelism.context_parallel_load_balancer is {balancer!r}; it must be 'headtail' or 'none', which give "
-            "a rank unbroken segments of the sequence"
-        )
+        raise ConfigError(f"parallelism.context_parallel_load_balancer is {balancer!r}; it must be 'headtail' or "
+                          "'none', which give a rank unbroken segments of the sequence")  # fmt: skip
     return LAYOUTS[balancer]
 
 
@@ -63,15 +54,9 @@ def check_lengths(settings: Settings) -> None:
 
 
 def apply_plans(
-    model: torch.nn.Module,
-    parallel_dims: ParallelDims,
-    settings: Settings,
-    *,
-    loss_parallel: bool,
-    async_tensor_parallel: Callable[[DeviceMesh], None],
-    checkpoint: Callable[[torch.nn.Module], None],
-    shards: bool,
-) -> torch.nn.Module:
+    model: torch.nn.Module, parallel_dims: ParallelDims, settings: Settings, *, loss_parallel: bool,
+    async_tensor_parallel: Callable[[DeviceMesh], None], checkpoint: Callable[[torch.nn.Module], None], shards: bool,
+) -> torch.nn.Module:  # fmt: skip
     """Context and tensor parallelism, activation checkpointing, compilation, sharding, in this order, for the model or
     a pipeline stage of it.
 
@@ -81,24 +66,24 @@ def apply_plans(
     training, parallelism = settings.training, settings.parallelism
     if parallel_dims.cp_enabled:
         layout = layout_of(parallelism)
-        apply_context_parallel(model, parallel_dims.get_mesh("cp"), layout)
+        parallel.apply_context_parallel(model, parallel_dims.get_mesh("cp"), layout)
         logger.info(f"Applied context parallelism to the model, with {layout} shards")
     if parallel_dims.tp_enabled:
         mesh = parallel_dims.get_mesh("tp")
-        apply_tensor_parallel(model, mesh, loss_parallel=loss_parallel)
+        parallel.apply_tensor_parallel(model, mesh, loss_parallel=loss_parallel)
         async_tensor_parallel(mesh)
         logger.info("Applied tensor parallelism to the model")
     if settings.activation_checkpoint.mode != "none":
         checkpoint(model)
     if settings.activation_checkpoint.mode == "memory_budget":
-        apply_memory_budget(settings.activation_checkpoint.memory_budget)
+        parallel.apply_memory_budget(settings.activation_checkpoint.memory_budget)
     if settings.compiles("model"):
-        apply_compile(model, settings.compile.backend)
+        parallel.apply_compile(model, settings.compile.backend)
         logger.info("Compiling each block with torch.compile")
     if shards:
         reshard = parallelism.fsdp_reshard_after_forward
         names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
-        apply_fsdp(
+        parallel.apply_fsdp(
             model,
             parallel_dims.get_mesh(names),
             param_dtype=TORCH_DTYPE_MAP[training.mixed_precision_param],
@@ -108,6 +93,6 @@ def apply_plans(
             reshard_last=reshard == "always",
             cpu_offload=training.enable_cpu_offload,
         )
-        sum_gradients(model)  # TorchTitan divides the loss by the global number of tokens
+        parallel.sum_gradients(model)  # TorchTitan divides the loss by the global number of tokens
         logger.info("Applied HSDP to the model" if parallel_dims.dp_replicate_enabled else "Applied FSDP to the model")
     return model

@@ -5,14 +5,7 @@ import math
 import os
 from typing import Any
 
-from torch.distributed.pipelining.schedules import (
-    PipelineScheduleSingle,
-    Schedule1F1B,
-    ScheduleDualPipeV,
-    ScheduleInterleavedZeroBubble,
-    ScheduleZBVZeroBubble,
-    get_schedule_class,
-)
+from torch.distributed.pipelining import schedules
 from torchtitan.distributed import pipeline_parallel
 
 from .errors import ConfigError
@@ -24,21 +17,19 @@ __all__ = ["RUNS", "check_pipeline", "modules_of_stages", "rank_with_loss"]
 
 _shares = getattr(pipeline_parallel, ("" if IS_V02 else "_") + "generate_llm_fqn_per_model_part")
 # TorchTitan 0.3 hands microbatches over as torch 2.14's schedules take them.
-RUNS: bool = IS_V02 or "arg_mbs" in inspect.signature(PipelineScheduleSingle.step).parameters
+RUNS: bool = IS_V02 or "arg_mbs" in inspect.signature(schedules.PipelineScheduleSingle.step).parameters
 # The first and the last stage are on one rank.
-V_SHAPED = (ScheduleZBVZeroBubble, ScheduleDualPipeV)
-SPLIT_BACKWARD = (*V_SHAPED, ScheduleInterleavedZeroBubble)
+V_SHAPED = (schedules.ScheduleZBVZeroBubble, schedules.ScheduleDualPipeV)
+SPLIT_BACKWARD = (*V_SHAPED, schedules.ScheduleInterleavedZeroBubble)
 
 
 def _number_of_stages(parallelism: Any, n_layers: int) -> int:
     """Stages over all ranks, as TorchTitan counts them."""
-    if parallelism.pipeline_parallel_layers_per_stage is not None:
-        ends = (
-            parallelism.pipeline_parallel_first_stage_less_layers + parallelism.pipeline_parallel_last_stage_less_layers
-        )
-        return math.ceil((n_layers + ends) / parallelism.pipeline_parallel_layers_per_stage)
-    single = issubclass(get_schedule_class(parallelism.pipeline_parallel_schedule), PipelineScheduleSingle)
-    return parallelism.pipeline_parallel_degree * (1 if single else 2)
+    if (layers := parallelism.pipeline_parallel_layers_per_stage) is not None:
+        first = parallelism.pipeline_parallel_first_stage_less_layers
+        return math.ceil((n_layers + first + parallelism.pipeline_parallel_last_stage_less_layers) / layers)
+    schedule = schedules.get_schedule_class(parallelism.pipeline_parallel_schedule)
+    return parallelism.pipeline_parallel_degree * (1 if issubclass(schedule, schedules.PipelineScheduleSingle) else 2)
 
 
 def modules_of_stages(parallelism: Any, n_layers: int) -> list[list[str]]:
@@ -46,18 +37,16 @@ def modules_of_stages(parallelism: Any, n_layers: int) -> list[list[str]]:
     stages = parallelism.module_fqns_per_model_part
     if stages is None:
         stages = _shares(
-            _number_of_stages(parallelism, n_layers),
-            n_layers,
-            parallelism.pipeline_parallel_first_stage_less_layers,
+            _number_of_stages(parallelism, n_layers), n_layers, parallelism.pipeline_parallel_first_stage_less_layers,
             parallelism.pipeline_parallel_last_stage_less_layers,
-        )
+        )  # fmt: skip
     return [["lm_head" if name == "output" else name for name in stage] for stage in stages]
 
 
 def rank_with_loss(parallelism: Any, processes: int) -> int:
     """The first rank of the last stage, which alone knows the loss; a V-shaped schedule ends where it began."""
     degree = parallelism.pipeline_parallel_degree
-    if issubclass(get_schedule_class(parallelism.pipeline_parallel_schedule), V_SHAPED):
+    if issubclass(schedules.get_schedule_class(parallelism.pipeline_parallel_schedule), V_SHAPED):
         return 0
     return processes // degree * (degree - 1)
 
@@ -69,22 +58,14 @@ def check_pipeline(settings: Settings, n_layers: int) -> None:
     csv, name = parallelism.pipeline_parallel_schedule_csv, parallelism.pipeline_parallel_schedule
     if csv and not os.path.isfile(csv):
         raise ConfigError(f"parallelism.pipeline_parallel_schedule_csv is {csv!r}; it must be a readable file")
-    try:
-        schedule = get_schedule_class(name)
-    except ValueError as error:
-        raise ConfigError(
-            f"parallelism.pipeline_parallel_schedule is {name!r}; it must be one of torch's schedules, such as '1F1B' "
-            "or 'Interleaved1F1B'"
-        ) from error
-    if microbatch < 1 or training.local_batch_size % microbatch:
-        raise ConfigError(
-            f"parallelism.pipeline_parallel_microbatch_size is {microbatch}; it must divide training.local_batch_size "
-            f"= {training.local_batch_size}"
-        )
+    schedule = schedules.get_schedule_class(name)
+    if training.local_batch_size % microbatch:
+        raise ConfigError(f"parallelism.pipeline_parallel_microbatch_size is {microbatch}; it must divide "
+                          f"training.local_batch_size = {training.local_batch_size}")  # fmt: skip
     microbatches = training.local_batch_size // microbatch
     stages = parallelism.module_fqns_per_model_part
     count = len(stages) if stages is not None else _number_of_stages(parallelism, n_layers)
-    single = issubclass(schedule, PipelineScheduleSingle)
+    single = issubclass(schedule, schedules.PipelineScheduleSingle)
     if count != degree if single else (count % degree or count < 2 * degree):
         allowed = f"{degree}, one for each rank" if single else f"a multiple of {degree}, at least two for each rank"
         field = "module_fqns_per_model_part" if stages is not None else "pipeline_parallel_layers_per_stage"
@@ -98,7 +79,7 @@ def check_pipeline(settings: Settings, n_layers: int) -> None:
     if stages is not None:
         _check_modules(modules, n_layers, stages)
     batch = f"training.local_batch_size is {training.local_batch_size}, or {microbatches} microbatches of {microbatch}"
-    if microbatches < count and issubclass(schedule, (Schedule1F1B, ScheduleDualPipeV)):
+    if microbatches < count and issubclass(schedule, (schedules.Schedule1F1B, schedules.ScheduleDualPipeV)):
         raise ConfigError(f"{batch}; schedule {name!r} wants at least one for each of {count} stages")
     if not single and microbatches % max(1, microbatches // degree):
         raise ConfigError(
@@ -113,10 +94,8 @@ def check_pipeline(settings: Settings, n_layers: int) -> None:
             raise ConfigError(f"activation_checkpoint.selective_ac_option is 'op'; {because} a number of layers")
     validation = settings.validation
     if validation.enable and issubclass(schedule, V_SHAPED):
-        raise ConfigError(
-            f"validation.enable is true; with parallelism.pipeline_parallel_schedule = {name!r} it must be false: "
-            "torch runs that schedule's backward in a validation too"
-        )
+        raise ConfigError(f"validation.enable is true; with parallelism.pipeline_parallel_schedule = {name!r} it must "
+                          "be false: torch runs that schedule's backward in a validation too")  # fmt: skip
     if validation.enable:
         _check_shapes(settings)
     task = task_of(settings)
@@ -132,10 +111,8 @@ def _check_modules(modules: list[list[str]], n_layers: int, said: list[list[str]
     order = ["tok_embeddings", *(f"layers.{layer}" for layer in range(n_layers)), "norm", "lm_head"]
     place = {name: i for i, name in enumerate(order)}
     if [name for stage in modules for name in sorted(stage, key=lambda name: place.get(name, -1))] != order:
-        raise ConfigError(
-            f"parallelism.module_fqns_per_model_part is {said!r}; it must have each of {', '.join(order)} once, in "
-            "this order of stages"
-        )
+        raise ConfigError(f"parallelism.module_fqns_per_model_part is {said!r}; it must have each of "
+                          f"{', '.join(order)} once, in this order of stages")  # fmt: skip
 
 
 def _check_shapes(settings: Settings) -> None:

@@ -74,33 +74,31 @@ class Task:
 
 
 @dataclass
-class Float8Linear:
+class _Linear:
+    filter_fqns: list[str] = field(default_factory=lambda: list(EXCLUDE))
+    """Linear layers whose names contain one of these stay in high precision"""
+    smallest_side: int = SMALLEST_SIDE
+    """Linear layers with a shorter side stay in high precision"""
+    emulate: bool = False
+    """Round to the numbers of the format, multiply in high precision: on any device, compiled or not"""
+
+
+@dataclass
+class Float8Linear(_Linear):
     enable_fsdp_float8_all_gather: bool = False
     """Gather weights in float8 under FSDP; with recipe "tensorwise" only"""
     precompute_float8_dynamic_scale_for_fsdp: bool = False
     """Compute the scales of all gathered weights at once after each optimizer step"""
     recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
     """How tensors are scaled; "tensorwise" if unset"""
-    filter_fqns: list[str] = field(default_factory=lambda: list(EXCLUDE))
-    """Linear layers whose names contain one of these stay in high precision"""
-    smallest_side: int = SMALLEST_SIDE
-    """Linear layers with a shorter side stay in high precision"""
-    emulate: bool = False
-    """Round to float8, multiply in high precision: on any device, compiled or not"""
 
 
 @dataclass
-class MXLinear:
+class MXLinear(_Linear):
     mxfp8_dim1_cast_kernel_choice: Literal["triton", "cuda", "torch"] = "triton"
     """To be left out: torchao chooses the kernel itself"""
     recipe_name: Literal[MXFP8_RECIPES] = MXFP8_RECIPES[0]
     """The second computes the weights' gradients in high precision"""
-    filter_fqns: list[str] = field(default_factory=lambda: list(EXCLUDE))
-    """Linear layers whose names contain one of these stay in high precision"""
-    smallest_side: int = SMALLEST_SIDE
-    """Linear layers with a shorter side stay in high precision"""
-    emulate: bool = False
-    """Round to MXFP8, multiply in high precision: on any device, compiled or not"""
 
 
 @dataclass

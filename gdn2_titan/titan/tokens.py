@@ -29,10 +29,8 @@ def check_tokenizer(path: str) -> None:
     try:
         HuggingFaceTokenizer(tokenizer_path=path)
     except Exception as error:  # damaged files are arbitrary bytes, and their readers raise nearly anything
-        raise ConfigError(
-            f"model.hf_assets_path is {path!r}, whose files make no tokenizer ({reason(error)}); it must be a folder "
-            "that holds a Hugging Face tokenizer (tokenizer.json)"
-        ) from error
+        raise ConfigError(f"model.hf_assets_path is {path!r}, whose files make no tokenizer ({reason(error)}); it must "
+                          "be a folder that holds a Hugging Face tokenizer (tokenizer.json)") from error  # fmt: skip
 
 
 def of_plain_text(tokenizer: BaseTokenizer) -> BaseTokenizer:

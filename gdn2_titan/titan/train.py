@@ -8,7 +8,7 @@ import sys
 
 from gdn2_titan.convert.toml_table import read_toml
 
-from .checks.command_line import config_file
+from .checks.command_line import config_file, options_of
 from .errors import refusing
 from .torchtitan_version import IS_V02
 
@@ -21,9 +21,8 @@ def _custom_config_module() -> None:
     path = config_file(sys.argv)
     job = {} if path is None else read_toml(path).get("job", {})
     named = isinstance(job, dict) and job.get("custom_config_module")
-    flags = ("--job.custom_config_module", "--job.custom-config-module")
-    if not named and not any(argument.startswith(flags) for argument in sys.argv):
-        sys.argv.append(f"{flags[0]}=gdn2_titan.titan.job_config")
+    if not named and "job.custom_config_module" not in dict(options_of(sys.argv)):
+        sys.argv.append("--job.custom_config_module=gdn2_titan.titan.job_config")
 
 
 @refusing

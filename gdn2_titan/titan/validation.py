@@ -7,8 +7,6 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torchtitan.components.loss import IGNORE_INDEX
-from torchtitan.components.tokenizer import BaseTokenizer
-from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
 from .dataloader import build_task_dataloader, build_validation_dataloader, for_trainer
@@ -28,9 +26,7 @@ class Accuracy:
     def __init__(
         self, cp_mesh: DeviceMesh | None, dp_mesh: DeviceMesh | None, apart: tuple[int, str, str] | None = None
     ) -> None:
-        self._cp_mesh, self._dp_mesh = cp_mesh, dp_mesh
-        self._apart = apart
-        self._counts = []
+        self._cp_mesh, self._dp_mesh, self._apart, self._counts = cp_mesh, dp_mesh, apart, []
 
     @torch.no_grad()
     def __call__(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
@@ -69,11 +65,10 @@ def _greatest(logits: torch.Tensor, answered: torch.Tensor) -> torch.Tensor:
     if not isinstance(logits, DTensor):
         return logits[answered].argmax(-1)
     # The few answers are gathered, not all of the logits.
-    placements, mesh = logits.placements, logits.device_mesh
     local = logits.to_local()[answered]
     shape = torch.Size((local.shape[0], logits.shape[-1]))
-    vocabulary = [Shard(1) if p.is_shard(2) or p.is_shard(-1) else p for p in placements]
-    answers = DTensor.from_local(local, mesh, vocabulary, run_check=False, shape=shape, stride=(shape[1], 1))
+    placed = [Shard(1) if p.is_shard(2) or p.is_shard(-1) else p for p in logits.placements]
+    answers = DTensor.from_local(local, logits.device_mesh, placed, run_check=False, shape=shape, stride=(shape[1], 1))
     return answers.full_tensor().argmax(-1)
 
 
@@ -102,11 +97,9 @@ class TaskValidation:
         without_pipeline = {"pp_schedule": None, "pp_has_first_stage": None, "pp_has_last_stage": None}
         for name, part in (without_pipeline | parts).items():
             setattr(self, name, part)
-        parallel_dims: ParallelDims = parts["parallel_dims"]
-        tokenizer: BaseTokenizer = parts["tokenizer"]
-        self._of_validation = dp_world_size, dp_rank, tokenizer, settings
-        self._cp_mesh = parallel_dims.get_optional_mesh("cp")
-        self._dp_mesh = parallel_dims.get_optional_mesh("batch")
+        self._of_validation = dp_world_size, dp_rank, self.tokenizer, settings
+        self._cp_mesh = self.parallel_dims.get_optional_mesh("cp")
+        self._dp_mesh = self.parallel_dims.get_optional_mesh("batch")
         self._conditions = [
             (condition, build_task_dataloader(condition, *self._of_validation)) for condition in conditions(settings)
         ]

@@ -14,12 +14,7 @@ from .combinations import number_of_processes
 __all__ = ["check_checkpoint"]
 
 # Without checkpoint.enable they would be silently left out, and the training would start from nothing.
-NEED_ENABLE = {
-    "initial_load_path": None,
-    "initial_load_in_hf": False,
-    "load_step": -1,
-    "create_seed_checkpoint": False,
-}
+NEED_ENABLE = {"initial_load_path": None, "initial_load_in_hf": False, "load_step": -1, "create_seed_checkpoint": False}
 
 
 def check_checkpoint(settings: Settings) -> None:
@@ -31,12 +26,10 @@ def check_checkpoint(settings: Settings) -> None:
                 raise ConfigError(f"checkpoint.{name} is {value!r}; then checkpoint.enable must be true")
         return
     _check_formats(checkpoint)
-    if checkpoint.load_only:
-        for name in ("create_seed_checkpoint", "enable_first_step_checkpoint"):
-            if getattr(checkpoint, name):
-                raise ConfigError(
-                    f"checkpoint.{name} is true; with checkpoint.load_only, which saves nothing, it must be false"
-                )
+    for name in ("create_seed_checkpoint", "enable_first_step_checkpoint"):
+        if checkpoint.load_only and getattr(checkpoint, name):
+            raise ConfigError(f"checkpoint.{name} is true; with checkpoint.load_only, which saves nothing, it must be "
+                              "false")  # fmt: skip
     if checkpoint.create_seed_checkpoint and (processes := number_of_processes()) > 1:
         raise ConfigError(f"checkpoint.create_seed_checkpoint is true; with {processes} processes it must be false")
     folder = os.path.join(settings.job.dump_folder, checkpoint.folder)
@@ -46,10 +39,7 @@ def check_checkpoint(settings: Settings) -> None:
 
 def _check_formats(checkpoint: Any) -> None:
     """TorchTitan itself finds these out at the last step, with the training done and its weights not yet saved."""
-    for name, other in (
-        ("last_save_in_hf", "last_save_model_only"),
-        ("initial_load_in_hf", "initial_load_model_only"),
-    ):
+    for name, other in (("last_save_in_hf", "last_save_model_only"), ("initial_load_in_hf", "initial_load_model_only")):
         if not getattr(checkpoint, name):
             continue
         if not getattr(checkpoint, other):
@@ -72,26 +62,20 @@ def _check_begin(settings: Settings, folder: str) -> None:
     step = checkpoint.load_step
     if step != -1 and step not in own:
         there = ", ".join(map(str, own)) or "there is none"
-        raise ConfigError(
-            f"checkpoint.load_step is {step}; it must be -1 (the latest) or the step of a checkpoint in {folder!r}: "
-            f"{there}"
-        )
+        raise ConfigError(f"checkpoint.load_step is {step}; it must be -1 (the latest) or the step of a checkpoint in "
+                          f"{folder!r}: {there}")  # fmt: skip
     if step == -1 and exported and exported[-1] > max(own, default=-1):
         allowed = f"it must be one of {', '.join(map(str, own))}" if own else "job.dump_folder must be another folder"
-        raise ConfigError(
-            f"checkpoint.load_step is -1, the latest, which in {folder!r} is step {exported[-1]}, in Hugging Face's "
-            f"format and none to continue from; {allowed}"
-        )
+        raise ConfigError(f"checkpoint.load_step is -1, the latest, which in {folder!r} is step {exported[-1]}, in "
+                          f"Hugging Face's format and none to continue from; {allowed}")  # fmt: skip
     if own or not (checkpoint.initial_load_path or checkpoint.initial_load_in_hf):
         return
     field, path = "checkpoint.initial_load_path", checkpoint.initial_load_path
     if not path:
         field, path = "model.hf_assets_path", settings.model.hf_assets_path
     if IS_V02 and os.path.exists(folder):
-        raise ConfigError(
-            f"{field} is {path!r}; TorchTitan reads it only where the folder of checkpoints is not there yet: "
-            f"{folder!r}, which has none, must be removed"
-        )
+        raise ConfigError(f"{field} is {path!r}; TorchTitan reads it only where the folder of checkpoints is not there "
+                          f"yet: {folder!r}, which has none, must be removed")  # fmt: skip
     _check_weights(field, path, checkpoint.initial_load_in_hf)
 
 

@@ -20,10 +20,8 @@ def check_combinations(settings: Settings) -> None:
     profiling, metrics = settings.profiling, settings.metrics
     cycle = profiling.profiler_warmup + profiling.profiler_active
     if profiling.enable_profiling and profiling.profile_freq < cycle:
-        raise ConfigError(
-            f"profiling.profile_freq is {profiling.profile_freq}; it must be at least {cycle}, the sum of "
-            "profiling.profiler_warmup and profiling.profiler_active"
-        )
+        raise ConfigError(f"profiling.profile_freq is {profiling.profile_freq}; it must be at least {cycle}, the sum "
+                          "of profiling.profiler_warmup and profiling.profiler_active")  # fmt: skip
     if metrics.enable_wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("metrics.enable_wandb is true; it must be false where wandb is not installed")
     for part in ("training", "validation"):
@@ -58,10 +56,8 @@ def _check_custom_modules(settings: Settings) -> None:
     if IS_V02:
         check_module("experimental.custom_import", settings.experimental.custom_import)
     elif (module := settings.job.custom_config_module) not in ("", "gdn2_titan.titan.job_config"):
-        raise ConfigError(
-            f"job.custom_config_module is {module!r}; with TorchTitan 0.3, which reads no such module, it must be left "
-            "out, or be 'gdn2_titan.titan.job_config'"
-        )
+        raise ConfigError(f"job.custom_config_module is {module!r}; with TorchTitan 0.3, which reads no such module, "
+                          "it must be left out, or be 'gdn2_titan.titan.job_config'")  # fmt: skip
 
 
 def check_module(field: str, name: str) -> None:

@@ -13,16 +13,9 @@ from .ranges import check_range
 
 __all__ = ["check_arguments", "check_table", "config_file", "options_of"]
 
-FLAGS = ("--job.config_file", "--job.config-file")
-
-
 def config_file(argv: Sequence[str]) -> str | None:
     """The TOML file named on a command line, or None."""
-    for i, argument in enumerate(argv):
-        flag, _, value = argument.partition("=")
-        if flag in FLAGS:
-            return value if value else (argv[i + 1] if i + 1 < len(argv) else None)
-    return None
+    return next((values[0] for name, values in options_of(argv) if name == "job.config_file" and values), None)
 
 
 def check_table(table: dict[str, Any], cls: type) -> None:

@@ -1,8 +1,4 @@
-"""Which values TorchTitan's settings may have: the one table of all their fields, under the names of TOML files.
-
-Some say what is allowed here, some are checked where they meet others, some take any value of their type, and some must
-be left alone because nothing that trains this model reads them.
-"""
+"""Which values TorchTitan's settings may have: all their fields, under the names of TOML files."""
 
 import dataclasses
 import functools
@@ -14,7 +10,7 @@ from typing import Any
 
 from gdn2_titan.convert.toml_table import ConfigError, describe, fits
 
-__all__ = ["ANY", "ELSEWHERE", "IGNORED", "RANGES", "Allowed", "check_range", "check_ranges"]
+__all__ = ["ANY", "ELSEWHERE", "FIELDS", "IGNORED", "RANGES", "Allowed", "check_range", "check_ranges", "each"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,39 +55,33 @@ MOMENT = Allowed("at least 0 and less than 1", lambda value: 0 <= value < 1)
 TIMEOUT = Allowed("at least 1 and at most 1000000000", lambda value: 1 <= value <= 10**9)
 TEXT = Allowed("not empty", lambda value: value.strip() != "")
 
+def each(section: str, values: dict[str, Any]) -> dict[str, Any]:
+    """{field: value} of {"name name": value}."""
+    return {f"{section}.{name}": value for names, value in values.items() for name in names.split()}
+
+
 RANGES: dict[str, Allowed] = {
     "job.save_config_file": Allowed("the name of a file", lambda value: value is None or os.path.basename(value) != ""),
-    "profiling.profile_freq": COUNT,
-    "profiling.profiler_active": COUNT,
-    "profiling.profiler_warmup": SIZE,
+    **each("profiling", {"profile_freq profiler_active": COUNT, "profiler_warmup": SIZE}),
     "metrics.log_freq": COUNT,
     "optimizer.name": _one_of("Adam", "AdamW"),
-    "optimizer.lr": AMOUNT,
-    "optimizer.beta1": MOMENT,
-    "optimizer.beta2": MOMENT,
+    **each("optimizer", {"lr weight_decay": AMOUNT, "beta1 beta2": MOMENT}),
     # 0 divides 0 by 0 where a weight has had no gradient yet.
     "optimizer.eps": Allowed("a finite number of more than 0", lambda value: 0 < value < math.inf),
-    "optimizer.weight_decay": AMOUNT,
     "optimizer.implementation": _one_of("for-loop", "foreach", "fused"),
     "lr_scheduler.warmup_steps": SIZE,
     "lr_scheduler.total_steps": _or_none(COUNT),
     "lr_scheduler.decay_ratio": _or_none(SHARE),
     "lr_scheduler.decay_type": _one_of("linear", "sqrt", "cosine"),
     "lr_scheduler.min_lr_factor": SHARE,
-    "training.local_batch_size": COUNT,
+    **each("training", {"local_batch_size seq_len steps gc_freq": COUNT}),
     "training.global_batch_size": Allowed("-1 or at least 1", lambda value: value == -1 or value >= 1),
-    "training.seq_len": COUNT,
     "training.max_norm": Allowed("more than 0 (inf clips nothing)", lambda value: value > 0),
-    "training.steps": COUNT,
-    "training.dtype": _one_of("bfloat16", "float32"),
-    "training.mixed_precision_param": _one_of("bfloat16", "float32"),
+    **each("training", {"dtype mixed_precision_param": _one_of("bfloat16", "float32")}),
     "training.mixed_precision_reduce": _one_of("float32"),
-    "training.gc_freq": COUNT,
-    "training.dataloader.num_workers": SIZE,
-    "training.dataloader.prefetch_factor": _or_none(COUNT),
+    **each("training.dataloader", {"num_workers": SIZE, "prefetch_factor": _or_none(COUNT)}),
     "parallelism.fsdp_reshard_after_forward": _one_of("default", "always", "never"),
-    "parallelism.pipeline_parallel_first_stage_less_layers": SIZE,
-    "parallelism.pipeline_parallel_last_stage_less_layers": SIZE,
+    **each("parallelism", {"pipeline_parallel_first_stage_less_layers pipeline_parallel_last_stage_less_layers": SIZE}),
     "parallelism.pipeline_parallel_layers_per_stage": _or_none(COUNT),
     "parallelism.pipeline_parallel_microbatch_size": COUNT,
     "parallelism.pipeline_parallel_schedule": Allowed(
@@ -112,17 +102,11 @@ RANGES: dict[str, Allowed] = {
     "activation_checkpoint.memory_budget": SHARE,
     "activation_checkpoint.determinism_check": _one_of("default", "none"),
     "compile.components": _names_of("model", "loss"),
-    "quantize.linear.float8.smallest_side": SIZE,
-    "quantize.linear.mx.smallest_side": SIZE,
-    "comm.init_timeout_seconds": TIMEOUT,
-    "comm.train_timeout_seconds": TIMEOUT,
-    "comm.trace_buf_size": SIZE,
-    "validation.local_batch_size": COUNT,
-    "validation.seq_len": COUNT,
-    "validation.freq": COUNT,
+    **each("quantize.linear", {"float8.smallest_side mx.smallest_side": SIZE}),
+    **each("comm", {"init_timeout_seconds train_timeout_seconds": TIMEOUT, "trace_buf_size": SIZE}),
+    **each("validation", {"local_batch_size seq_len freq": COUNT}),
     "validation.steps": Allowed("-1 (all of the data) or at least 1", lambda value: value == -1 or value >= 1),
-    "validation.dataloader.num_workers": SIZE,
-    "validation.dataloader.prefetch_factor": _or_none(COUNT),
+    **each("validation.dataloader", {"num_workers": SIZE, "prefetch_factor": _or_none(COUNT)}),
     "debug.seed": _or_none(Allowed("at least 0 and less than 2**63", lambda value: 0 <= value < 2**63)),
 }
 
@@ -134,23 +118,15 @@ _SCRIPT = "only another program of TorchTitan's reads it"
 IGNORED: dict[str, tuple[Any, str]] = {
     "parallelism.context_parallel_rotate_method": ("allgather", "this model's ranks hand on states, not keys"),
     "parallelism.pipeline_parallel_expert_parallel_overlap": (True, _MOE),
-    "parallelism.expert_parallel_degree": (1, _MOE),
-    "parallelism.expert_tensor_parallel_degree": (1, _MOE),
+    **each("parallelism", {"expert_parallel_degree expert_tensor_parallel_degree": (1, _MOE)}),
     "parallelism.expert_parallel_comm_backend": ("standard", _MOE),
     "debug.moe_force_load_balance": (False, _MOE),
-    "quantize.grouped_mm.float8.fqns": ([], _MOE),
-    "quantize.grouped_mm.mx.recipe_name": ("mxfp8", _MOE),
-    "quantize.grouped_mm.mx.fqns": ([], _MOE),
+    **each("quantize.grouped_mm", {"float8.fqns mx.fqns": ([], _MOE), "mx.recipe_name": ("mxfp8", _MOE)}),
     "checkpoint.enable_ft_dataloader_checkpoints": (True, _FT),
-    "fault_tolerance.enable": (False, _FT),
-    "fault_tolerance.process_group": ("gloo", _FT),
-    "fault_tolerance.process_group_timeout_ms": (10000, _FT),
-    "fault_tolerance.replica_id": (0, _FT),
-    "fault_tolerance.group_size": (0, _FT),
-    "fault_tolerance.min_replica_size": (1, _FT),
+    **each("fault_tolerance", {"enable": (False, _FT), "process_group": ("gloo", _FT), "min_replica_size": (1, _FT)}),
+    **each("fault_tolerance", {"process_group_timeout_ms": (10000, _FT), "replica_id group_size": (0, _FT)}),
     "fault_tolerance.semi_sync_method": (None, _FT),
-    "memory_estimation.enable": (False, _SCRIPT),
-    "memory_estimation.disable_fake_mode": (False, _SCRIPT),
+    **each("memory_estimation", {"enable disable_fake_mode": (False, _SCRIPT)}),
     "experimental.custom_args_module": ("", "job.custom_config_module names the module"),
     "optimizer.early_step_in_backward": (False, "gradients are clipped, and weight decay is per group"),
     "comm.mode": ("default", "the model's operators need the other ranks"),
@@ -158,24 +134,27 @@ IGNORED: dict[str, tuple[Any, str]] = {
 
 # Fields that are checked with others, by checks.settings and what it calls.
 ELSEWHERE: set[str] = {
-    *("job.config_file", "job.dump_folder", "job.custom_config_module", "experimental.custom_import"),
-    *("model.name", "model.flavor", "model.hf_assets_path", "model.tokenizer_path", "model.converters"),
-    *("profiling.enable_profiling", "profiling.enable_memory_snapshot", "metrics.enable_wandb"),
-    *(f"training.{name}" for name in ("dataset", "dataset_path", "enable_cpu_offload", "gc_debug")),
-    *("validation.enable", "validation.dataset", "validation.dataset_path"),
-    *(f"{part}.dataloader.persistent_workers" for part in ("training", "validation")),
-    *(f"parallelism.{name}_degree" for name in ("data_parallel_replicate", "data_parallel_shard", "tensor_parallel")),
-    *("parallelism.pipeline_parallel_degree", "parallelism.context_parallel_degree"),
-    *("parallelism.enable_async_tensor_parallel", "parallelism.context_parallel_load_balancer"),
-    *("parallelism.module_fqns_per_model_part", "parallelism.pipeline_parallel_schedule_csv"),
-    *(f"checkpoint.{name}" for name in ("initial_load_path", "initial_load_in_hf", "initial_load_in_hf_quantized")),
-    *(f"checkpoint.{name}" for name in ("last_save_in_hf", "create_seed_checkpoint", "load_only")),
-    *("checkpoint.enable_first_step_checkpoint", "compile.enable", "compile.backend", "debug.deterministic_warn_only"),
-    *(f"quantize.linear.float8.{name}" for name in ("recipe_name", "filter_fqns", "emulate")),
-    "quantize.linear.float8.enable_fsdp_float8_all_gather",
-    "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp",
-    *(f"quantize.linear.mx.{name}" for name in ("recipe_name", "filter_fqns", "emulate")),
-    "quantize.linear.mx.mxfp8_dim1_cast_kernel_choice",
+    f"{section}.{name}"
+    for section, names in {
+        "job": "config_file dump_folder custom_config_module",
+        "experimental": "custom_import",
+        "model": "name flavor hf_assets_path tokenizer_path converters",
+        "profiling": "enable_profiling enable_memory_snapshot",
+        "metrics": "enable_wandb",
+        "training": "dataset dataset_path enable_cpu_offload gc_debug dataloader.persistent_workers",
+        "validation": "enable dataset dataset_path dataloader.persistent_workers",
+        "parallelism": "data_parallel_replicate_degree data_parallel_shard_degree tensor_parallel_degree "
+        "pipeline_parallel_degree context_parallel_degree enable_async_tensor_parallel context_parallel_load_balancer "
+        "module_fqns_per_model_part pipeline_parallel_schedule_csv",
+        "checkpoint": "initial_load_path initial_load_in_hf initial_load_in_hf_quantized last_save_in_hf "
+        "create_seed_checkpoint load_only enable_first_step_checkpoint",
+        "compile": "enable backend",
+        "debug": "deterministic_warn_only",
+        "quantize.linear.float8": "recipe_name filter_fqns emulate enable_fsdp_float8_all_gather "
+        "precompute_float8_dynamic_scale_for_fsdp",
+        "quantize.linear.mx": "recipe_name filter_fqns emulate mxfp8_dim1_cast_kernel_choice",
+    }.items()
+    for name in names.split()
 }
 
 # Fields of which any value of their type is right, and why.
@@ -199,6 +178,9 @@ ANY: dict[str, tuple[str, ...]] = {
 }
 
 
+FIELDS = sorted({*RANGES, *IGNORED, *ELSEWHERE, *(name for names in ANY.values() for name in names)})
+
+
 def check_range(field: str, value: Any) -> None:
     """Raise ConfigError if a value of the field's type is not allowed whatever the other settings are."""
     if field in IGNORED and value != IGNORED[field][0]:
@@ -211,8 +193,7 @@ def check_range(field: str, value: Any) -> None:
 
 def check_ranges(settings: Any) -> None:
     """Raise ConfigError if a setting of TorchTitan's, or of this package, has a wrong type, or is never allowed."""
-    fields = {*RANGES, *IGNORED, *ELSEWHERE, *(name for names in ANY.values() for name in names)}
-    for name in sorted(fields):
+    for name in FIELDS:
         *sections, last = name.split(".")
         try:
             section = functools.reduce(getattr, sections, settings)

@@ -1,6 +1,7 @@
 """Refuses settings that cannot train, before anything is built: one sentence with field, value, what is allowed."""
 
 import dataclasses
+import operator
 import os
 from typing import Any
 
@@ -61,27 +62,16 @@ def _check_model(settings: Settings) -> None:
 def _check_processes(settings: Settings) -> None:
     parallelism = settings.parallelism
     rest = world = number_of_processes()
-    for name in (
-        "pipeline_parallel_degree",
-        "context_parallel_degree",
-        "tensor_parallel_degree",
-        "data_parallel_replicate_degree",
-    ):
-        degree = getattr(parallelism, name)
+    for name in ("pipeline_parallel", "context_parallel", "tensor_parallel", "data_parallel_replicate"):
+        degree = getattr(parallelism, f"{name}_degree")
         if degree < 1 or rest % degree:
-            of = (
-                f"the {world} processes"
-                if rest == world
-                else f"the {rest} of {world} processes that other degrees leave"
-            )
-            raise ConfigError(f"parallelism.{name} is {degree}; it must divide {of}")
+            left = f"{rest} of {world} processes that other degrees leave" if rest < world else f"{world} processes"
+            raise ConfigError(f"parallelism.{name}_degree is {degree}; it must divide the {left}")
         rest //= degree
     replicate, shard = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
     if shard not in (-1, rest):
-        raise ConfigError(
-            f"parallelism.data_parallel_shard_degree is {shard}; it must be -1, or {rest} so that all degrees multiply "
-            f"to the {world} processes"
-        )
+        raise ConfigError(f"parallelism.data_parallel_shard_degree is {shard}; it must be -1, or {rest} so that all "
+                          f"degrees multiply to the {world} processes")  # fmt: skip
     if replicate > 1 and rest * parallelism.context_parallel_degree == 1:
         raise ConfigError(
             f"parallelism.data_parallel_replicate_degree is {replicate}; with {world} processes it must be less, "
@@ -110,25 +100,16 @@ def _check_shares(settings: Settings) -> None:
     if parallelism.context_parallel_degree > 1 and args.backend == "reference":
         allowed = "'auto', 'triton' or 'torch'"
         raise ConfigError(f"gdn2.backend is 'reference'; with context parallelism it must be {allowed}")
-    if parallelism.enable_async_tensor_parallel:
-        if not settings.compiles("model"):
-            raise ConfigError(
-                "parallelism.enable_async_tensor_parallel is true; then compile.enable must be true and "
-                "compile.components must have 'model'"
-            )
-        if accelerator() is None:
-            raise ConfigError(
-                "parallelism.enable_async_tensor_parallel is true; it must be false on a machine without an accelerator"
-            )
     checkpointing = settings.activation_checkpoint
-    whole = checkpointing.mode == "full" or (
-        checkpointing.mode == "selective" and checkpointing.selective_ac_option != "op"
-    )
-    if checkpointing.mode == "memory_budget" and not settings.compiles("model"):
-        raise ConfigError(
-            "activation_checkpoint.mode is 'memory_budget'; then compile.enable must be true and compile.components "
-            "must have 'model'"
-        )
+    for asked, said in (
+        (parallelism.enable_async_tensor_parallel, "parallelism.enable_async_tensor_parallel is true"),
+        (checkpointing.mode == "memory_budget", "activation_checkpoint.mode is 'memory_budget'"),
+    ):
+        if asked and not settings.compiles("model"):
+            raise ConfigError(f"{said}; then compile.enable must be true and compile.components must have 'model'")
+    _check_accelerator(settings, "parallelism.enable_async_tensor_parallel")
+    by_op = checkpointing.mode == "selective" and checkpointing.selective_ac_option == "op"
+    whole = checkpointing.mode in ("full", "selective") and not by_op
     if degree > 1 and whole and settings.compiles("model") and torch.__version__.startswith("2.13."):
         raise ConfigError(
             f"activation_checkpoint.mode is {checkpointing.mode!r}; with tensor parallelism, compile.enable and "
@@ -138,29 +119,27 @@ def _check_shares(settings: Settings) -> None:
         check_pipeline(settings, args.n_layers)
 
 
+def _check_accelerator(settings: Settings, field: str) -> None:
+    if operator.attrgetter(field)(settings) and accelerator() is None:
+        raise ConfigError(f"{field} is true; it must be false on a machine without an accelerator")
+
+
 def _check_rest(settings: Settings) -> None:
-    if accelerator() is None:
-        for name in ("enable_profiling", "enable_memory_snapshot"):
-            if getattr(settings.profiling, name):
-                raise ConfigError(f"profiling.{name} is true; it must be false on a machine without an accelerator")
-        for name in ("enable_cpu_offload", "gc_debug"):
-            if getattr(settings.training, name):
-                raise ConfigError(f"training.{name} is true; it must be false on a machine without an accelerator")
-        if settings.checkpoint.enable and settings.checkpoint.async_mode == "async_with_pinned_mem":
-            raise ConfigError(
-                "checkpoint.async_mode is 'async_with_pinned_mem'; on a machine without an accelerator it must be "
-                "'disabled' or 'async'"
-            )
+    for field in ("profiling.enable_profiling", "profiling.enable_memory_snapshot", "training.enable_cpu_offload",
+                  "training.gc_debug"):  # fmt: skip
+        _check_accelerator(settings, field)
+    checkpoint = settings.checkpoint
+    if accelerator() is None and checkpoint.enable and checkpoint.async_mode == "async_with_pinned_mem":
+        raise ConfigError("checkpoint.async_mode is 'async_with_pinned_mem'; on a machine without an accelerator it "
+                          "must be 'disabled' or 'async'")  # fmt: skip
     check_combinations(settings)
     check_checkpoint(settings)
     field, path = "model.hf_assets_path", settings.model.hf_assets_path
     if IS_V02 and settings.model.tokenizer_path:
         field, path = "model.tokenizer_path", settings.model.tokenizer_path
     if not any(os.path.isfile(os.path.join(path, name)) for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
-        raise ConfigError(
-            f"{field} is {path!r}; it must be a folder that holds a Hugging Face tokenizer "
-            "(tokenizer.json), or be left out for the byte-level tokenizer of this package"
-        )
+        raise ConfigError(f"{field} is {path!r}; it must be a folder that holds a Hugging Face tokenizer "
+                          "(tokenizer.json), or be left out for the byte-level tokenizer of this package")  # fmt: skip
     check_tokenizer_json(path)
     data = settings.data
     if data.shuffle_seed < 0:
@@ -178,7 +157,5 @@ def check_vocabulary(settings: Settings, tokenizer: BaseTokenizer) -> None:
     path, flavor = settings.model.hf_assets_path, settings.model.flavor
     vocabulary, room = tokenizer.get_vocab_size(), flavors[flavor].vocab_size
     if vocabulary > room:
-        raise ConfigError(
-            f"model.hf_assets_path is {path!r}, a tokenizer of {vocabulary} symbols; flavor {flavor!r} has room for "
-            f"at most {room}"
-        )
+        raise ConfigError(f"model.hf_assets_path is {path!r}, a tokenizer of {vocabulary} symbols; flavor {flavor!r} "
+                          f"has room for at most {room}")  # fmt: skip

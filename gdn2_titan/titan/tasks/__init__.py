@@ -4,12 +4,6 @@ from .dataset import TaskDataset
 from .settings import TASKS, Condition, check_task, conditions, task_of, training_condition, validation_lengths
 
 __all__ = [
-    "TASKS",
-    "Condition",
-    "TaskDataset",
-    "check_task",
-    "conditions",
-    "task_of",
-    "training_condition",
+    "TASKS", "Condition", "TaskDataset", "check_task", "conditions", "task_of", "training_condition",
     "validation_lengths",
-]
+]  # fmt: skip

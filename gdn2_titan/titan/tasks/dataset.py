@@ -52,22 +52,13 @@ class TaskDataset(torch.utils.data.IterableDataset, Stateful):
     same_state_on_all_ranks = True
 
     def __init__(
-        self,
-        task: Task,
-        length: int,
-        seed: int,
-        *,
-        held_out: bool,
-        batch_size: int = 1,
-        dp_rank: int = 0,
+        self, task: Task, length: int, seed: int, *, held_out: bool, batch_size: int = 1, dp_rank: int = 0,
         dp_world_size: int = 1,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._task, self._length, self._held_out = task, length, held_out
         self._seed = zlib.crc32(task.name.encode()), seed, int(held_out)
-        self._batch_size = batch_size
-        self._rank, self._ranks = dp_rank, dp_world_size
-        self._sequences = 0
-        self._resuming = False
+        self._batch_size, self._rank, self._ranks = batch_size, dp_rank, dp_world_size
+        self._sequences, self._resuming = 0, False
 
     def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and labels, int64 [length], of the sequence with that number."""

@@ -65,10 +65,7 @@ class Needle(Task):
 
     def prepare(self, tokenizer: BaseTokenizer, held_out: bool) -> None:
         self._tokenizer = tokenizer
-        if self.variant == "s1":
-            self._haystack = NOISE
-        else:
-            self._haystack = _text(held_out)
+        self._haystack = NOISE if self.variant == "s1" else _text(held_out)
         sample = self._haystack[:10_000]
         self._characters = len(sample) / len(self._encode(sample))  # per token
 
@@ -82,11 +79,11 @@ class Needle(Task):
         code = digit * (HEX_DIGITS + 4 if self.variant == "s3" else DIGITS)
         key = f"{word} {other}"
         needle, question = self._needle(key, code), self._question(key, code)
-        return len(self._encode(INTRODUCTION)) + (self.needles or self._default) * len(needle) + len(question) - 1
+        return len(self._encode(INTRODUCTION)) + self._count * len(needle) + len(question) - 1
 
     @property
-    def _default(self):
-        return 4 if self.variant == "mk1" else 1
+    def _count(self):
+        return self.needles or (4 if self.variant == "mk1" else 1)
 
     def contents(self, length: int) -> int:
         return KEYS * (16**HEX_DIGITS if self.variant == "s3" else 9 * 10 ** (DIGITS - 1))
@@ -99,17 +96,15 @@ class Needle(Task):
         return np.concatenate((draw.below(KEYS, 1), self._code(draw)))
 
     def write(self, draw: Draw, content: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-        count = self.needles or self._default
-        others = (content[0] + 1 + draw.order(KEYS - 1)[: count - 1]) % KEYS
+        others = (content[0] + 1 + draw.order(KEYS - 1)[: self._count - 1]) % KEYS
         codes = [content[1:]] + [self._code(draw) for _ in others]
         told = [(_key(key), self._spell(code)) for key, code in zip((content[0], *others), codes, strict=True)]
-        needles = [self._needle(*told[i]) for i in draw.order(count)]
+        needles = [self._needle(*told[i]) for i in draw.order(self._count)]
         introduction, question = self._encode(INTRODUCTION), self._question(*told[0])
         answer = self._encode(told[0][1])
         hay = self._hay(draw, length - len(introduction) - sum(map(len, needles)) - len(question) + 1)
-        text = list(introduction)
-        begin = 0
-        for end, needle in zip(np.sort(draw.below(len(hay) + 1, count)).tolist(), needles, strict=True):
+        text, begin = list(introduction), 0
+        for end, needle in zip(np.sort(draw.below(len(hay) + 1, len(needles))).tolist(), needles, strict=True):
             text += hay[begin:end] + needle
             begin = end
         text += hay[begin:] + question

@@ -72,10 +72,8 @@ class MQAR(PairsTask):
         if not 0 <= self.interference < 1:
             raise ValueError(f"interference is {self.interference}; it must be at least 0 and less than 1")
         if self.interference and max(self.pairs) == self.keys:
-            raise ValueError(
-                f"interference is {self.interference}; with pairs = {self.pairs} it must be 0, or keys = {self.keys} "
-                "more, so that other keys are left"
-            )
+            raise ValueError(f"interference is {self.interference}; with pairs = {self.pairs} it must be 0, or keys = "
+                             f"{self.keys} more, so that other keys are left")  # fmt: skip
 
     def shortest(self) -> int:
         return 3 * max(self.pairs)

@@ -72,17 +72,14 @@ def _set(settings: Settings) -> dict[str, Any]:
 
 def task_of(settings: Settings) -> Task | None:
     """The task to train on, or None where training.dataset is none. Unchecked."""
-    cls = TASKS.get(settings.training.dataset)
-    if cls is None:
+    if (cls := TASKS.get(settings.training.dataset)) is None:
         return None
-    own = {field.name for field in dataclasses.fields(cls)}
-    return cls(**{name: value for name, value in _set(settings).items() if name in own})
+    return cls(**{f.name: x for f in dataclasses.fields(cls) if (x := getattr(settings.task, f.name)) is not None})
 
 
 def training_condition(settings: Settings) -> Condition | None:
     """The Condition that training.dataset is trained under, or None where it is no task."""
-    task = task_of(settings)
-    if task is None:
+    if (task := task_of(settings)) is None:
         return None
     return Condition(task, settings.training.seq_len, "training.seq_len", task.sizes and f"task.{task.sizes}")
 
@@ -125,10 +122,8 @@ def check_task(settings: Settings, vocab_size: int) -> None:
                 + (f"it takes: {', '.join(takes)}" if task else f"allowed with: {', '.join(_takers(name))}")
             )
     if validation.enable and validation.dataset in TASKS and validation.dataset != dataset:
-        raise ConfigError(
-            f"validation.dataset is {validation.dataset!r}; a task is validated where it is trained: training.dataset "
-            f"must be the same, and is {dataset!r}"
-        )
+        raise ConfigError(f"validation.dataset is {validation.dataset!r}; a task is validated where it is trained: "
+                          f"training.dataset must be the same, and is {dataset!r}")  # fmt: skip
     if task is None:
         return
     section = settings.task
@@ -139,10 +134,8 @@ def check_task(settings: Settings, vocab_size: int) -> None:
     if not validation.enable or validation.dataset != dataset:
         return
     if validation.steps == -1:
-        raise ConfigError(
-            f"validation.steps is -1; with validation.dataset = {dataset!r}, whose sequences have no end, it must be "
-            "at least 1"
-        )
+        raise ConfigError(f"validation.steps is -1; with validation.dataset = {dataset!r}, whose sequences have no "
+                          "end, it must be at least 1")  # fmt: skip
     lengths = section.validation_lengths
     if lengths and (min(lengths) < 1 or len(set(lengths)) < len(lengths)):
         raise ConfigError(f"task.validation_lengths is {lengths}; it must be a list of different numbers of at least 1")

@@ -23,22 +23,14 @@ from gdn2_titan.models.flops import flops_per_token, parameter_counts
 
 from ..float8 import NAMES, LinearConverter
 from ..metrics import GateMetrics
-from ..optimizer import OPTIMIZERS, decay_groups, hold_last_rate
+from ..optimizer import OPTIMIZERS, decay_groups, hold_last_rate, trained
 from ..settings import Settings
 from ..validation import TaskValidation
 
 __all__ = [
-    "GDN2MetricsProcessor",
-    "GDN2Validator",
-    "TitanModel",
-    "TitanModelArgs",
-    "WatchedLoss",
-    "build_loss",
-    "build_lr_schedulers",
-    "build_optimizers",
-    "register_converters",
-    "titan_flavors",
-]
+    "GDN2MetricsProcessor", "GDN2Validator", "TitanModel", "TitanModelArgs", "WatchedLoss", "build_loss",
+    "build_lr_schedulers", "build_optimizers", "register_converters", "titan_flavors",
+]  # fmt: skip
 
 
 class TitanModel(GDN2Model):
@@ -52,11 +44,8 @@ class TitanModel(GDN2Model):
         return (extra_inputs or {}).pop("resets", None)
 
     def forward(
-        self,
-        tokens: torch.Tensor,
-        attention_masks: torch.Tensor | None = None,
-        positions: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        self, tokens: torch.Tensor, attention_masks: torch.Tensor | None = None, positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """positions: comes under context parallelism, to every stage; the model knows them from its shards."""
         return super().forward(tokens, attention_masks)
 
@@ -107,38 +96,23 @@ class GroupedOptimizers(OptimizersContainer):
     """TorchTitan's container with two parameter groups per model part."""
 
     def __init__(
-        self,
-        model_parts: list[torch.nn.Module],
-        optimizer_cls: type[torch.optim.Optimizer],
+        self, model_parts: list[torch.nn.Module], optimizer_cls: type[torch.optim.Optimizer],
         optimizer_kwargs: dict[str, Any],
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.model_parts = model_parts
-        self.optimizers = []
-        everything = []
-        for part in model_parts:
-            named = [(name, p) for name, p in part.named_parameters() if p.requires_grad]
-            self.optimizers.append(optimizer_cls(decay_groups(named, with_names=False), **optimizer_kwargs))
-            everything += [p for _, p in named]
+        self.optimizers = [optimizer_cls(decay_groups(part), **optimizer_kwargs) for part in model_parts]
         self._validate_length(len(model_parts))
-        self._post_init(everything, optimizer_kwargs)
+        self._post_init(trained(model_parts), optimizer_kwargs)
 
 
 def build_optimizers(
     model_parts: list[torch.nn.Module], optimizer_config: Any, parallel_dims: ParallelDims | None
 ) -> GroupedOptimizers:
     """TorchTitan's ``build_optimizers_fn``: the [optimizer] section, Adam or AdamW."""
-    return GroupedOptimizers(
-        model_parts,
-        OPTIMIZERS[optimizer_config.name],
-        {
-            "lr": optimizer_config.lr,
-            "betas": (optimizer_config.beta1, optimizer_config.beta2),
-            "eps": optimizer_config.eps,
-            "weight_decay": optimizer_config.weight_decay,
-            "fused": optimizer_config.implementation == "fused",
-            "foreach": optimizer_config.implementation == "foreach",
-        },
-    )
+    options = {name: getattr(optimizer_config, name) for name in ("lr", "eps", "weight_decay")}
+    options |= {"betas": (optimizer_config.beta1, optimizer_config.beta2)}
+    options |= {name: optimizer_config.implementation == name for name in ("fused", "foreach")}
+    return GroupedOptimizers(model_parts, OPTIMIZERS[optimizer_config.name], options)
 
 
 class LRSchedulers(lr_scheduler.LRSchedulersContainer):
@@ -212,15 +186,13 @@ class GDN2Validator(TaskValidation, Validator):
         self, input_dict: dict[str, torch.Tensor], labels: torch.Tensor, model_parts: list[torch.nn.Module]
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any], dict[str, Any]]:
         # The stock one leaves the resets out where a model's masks are not asked for by type.
-        extra_inputs = {name: x for name, x in input_dict.items() if name != "input"}
-        inputs = input_dict["input"]
-        extra = {"attention_masks": model_parts[0].get_attention_masks(inputs, self.tokenizer, extra_inputs)}
+        inputs, extra = input_dict["input"], {"attention_masks": input_dict.get("resets")}
         if self._cp_mesh is not None:
             balancer = self.job_config.parallelism.context_parallel_load_balancer
             inputs, labels, extra = prepare_context_parallel_input(
                 inputs, labels, extra, self._cp_mesh, inputs.device, balancer
             )
-        return inputs, labels, extra_inputs, extra
+        return inputs, labels, {}, extra
 
 
 _STOCK_CONVERTERS = {name: model_converter._registry_model_converter_cls[name] for name in NAMES}

@@ -3,12 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torchtitan.config import JobConfig as StockJobConfig
-from torchtitan.config.job_config import Checkpoint as StockCheckpoint
-from torchtitan.config.job_config import Model as StockModel
-from torchtitan.config.job_config import Parallelism as StockParallelism
-from torchtitan.config.job_config import Quantize as StockQuantize
-from torchtitan.config.job_config import QuantizedLinear as StockQuantizedLinear
+from torchtitan.config import job_config as stock
 
 from ..byte_tokenizer import BYTE_TOKENIZER_DIR
 from ..settings import GDN2, Data, Float8Linear, MXLinear, Task
@@ -17,14 +12,14 @@ __all__ = ["JobConfig", "Parallelism"]
 
 
 @dataclass
-class Model(StockModel):
+class Model(stock.Model):
     name: str = "gdn2"
     flavor: str = "debug"
     hf_assets_path: str = str(BYTE_TOKENIZER_DIR)
 
 
 @dataclass
-class Parallelism(StockParallelism):
+class Parallelism(stock.Parallelism):
     context_parallel_load_balancer: Literal["headtail", "none"] = "headtail"
     """How sequences are dealt to context-parallel ranks. "headtail": to each a segment from the front and one from the
     back, the same share of causal attention; "none": one segment to each, which can spare sliding windows the exchange
@@ -32,24 +27,24 @@ class Parallelism(StockParallelism):
 
 
 @dataclass
-class Checkpoint(StockCheckpoint):
+class Checkpoint(stock.Checkpoint):
     last_save_model_only: bool = False
     """Stock TorchTitan says true; with false a finished run can be continued for more steps"""
 
 
 @dataclass
-class QuantizedLinear(StockQuantizedLinear):
+class QuantizedLinear(stock.QuantizedLinear):
     float8: Float8Linear = field(default_factory=Float8Linear)
     mx: MXLinear = field(default_factory=MXLinear)
 
 
 @dataclass
-class Quantize(StockQuantize):
+class Quantize(stock.Quantize):
     linear: QuantizedLinear = field(default_factory=QuantizedLinear)
 
 
 @dataclass
-class JobConfig(StockJobConfig):
+class JobConfig(stock.JobConfig):
     model: Model = field(default_factory=Model)
     parallelism: Parallelism = field(default_factory=Parallelism)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)

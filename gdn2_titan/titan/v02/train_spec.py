@@ -25,16 +25,7 @@ from ..pipeline import modules_of_stages
 from ..settings import Settings
 from ..tasks import task_of
 from ..tokens import check_tokenizer
-from .components import (
-    GDN2MetricsProcessor,
-    GDN2Validator,
-    TitanModel,
-    build_loss,
-    build_lr_schedulers,
-    build_optimizers,
-    register_converters,
-    titan_flavors,
-)
+from . import components
 from .config import check_parsed_configs
 
 __all__ = ["get_train_spec", "parallelize", "pipeline", "register"]
@@ -46,12 +37,9 @@ def parallelize(model: torch.nn.Module, parallel_dims: ParallelDims, job_config:
 
     def checkpoint(model):
         apply_ac(
-            model,
-            job_config.activation_checkpoint,
-            model_compile_enabled=settings.compiles("model"),
-            op_sac_save_list=SAVED_OPS,
-            base_folder=job_config.job.dump_folder,
-        )
+            model, job_config.activation_checkpoint, model_compile_enabled=settings.compiles("model"),
+            op_sac_save_list=SAVED_OPS, base_folder=job_config.job.dump_folder,
+        )  # fmt: skip
 
     return apply_plans(
         model,
@@ -77,14 +65,9 @@ def _per_token(loss_fn: Callable[..., torch.Tensor], tokens: int) -> Callable[..
 
 
 def pipeline(
-    model: torch.nn.Module,
-    parallel_dims: ParallelDims,
-    job_config: Any,
-    device: torch.device,
-    model_args: Any,
-    parallelize_fn: Callable[..., torch.nn.Module],
-    loss_fn: Callable[..., torch.Tensor],
-) -> tuple[Any, ...]:
+    model: torch.nn.Module, parallel_dims: ParallelDims, job_config: Any, device: torch.device, model_args: Any,
+    parallelize_fn: Callable[..., torch.nn.Module], loss_fn: Callable[..., torch.Tensor],
+) -> tuple[Any, ...]:  # fmt: skip
     """TorchTitan's ``pipelining_fn``. Counts the tokens of the global batch that are learnt: with text every position,
     with a recall task its answers."""
     training = job_config.training
@@ -96,14 +79,9 @@ def pipeline(
     stages = modules_of_stages(job_config.parallelism, model_args.n_layers)
     named = dataclasses.replace(job_config.parallelism, module_fqns_per_model_part=stages)
     return pipeline_llm(
-        model,
-        parallel_dims,
-        dataclasses.replace(job_config, parallelism=named),
-        device,
-        model_args,
-        parallelize_fn,
+        model, parallel_dims, dataclasses.replace(job_config, parallelism=named), device, model_args, parallelize_fn,
         _per_token(loss_fn, sequences * learnt),
-    )
+    )  # fmt: skip
 
 
 def deal_out_resets() -> None:
@@ -139,26 +117,20 @@ def _build_tokenizer(job_config: Any) -> BaseTokenizer:
 def get_train_spec() -> titan_specs.TrainSpec:
     """TorchTitan's TrainSpec of the model, for a fork that registers it itself."""
     return titan_specs.TrainSpec(
-        model_cls=TitanModel,
-        model_args=titan_flavors(),
-        parallelize_fn=parallelize,
-        pipelining_fn=pipeline,
-        build_optimizers_fn=build_optimizers,
-        build_lr_schedulers_fn=build_lr_schedulers,
-        build_dataloader_fn=for_trainer(build_dataloader),
-        build_tokenizer_fn=_build_tokenizer,
-        build_loss_fn=build_loss,
-        build_validator_fn=refusing(GDN2Validator),
-        build_metrics_processor_fn=GDN2MetricsProcessor,
-        state_dict_adapter=GDN2StateDictAdapter,
-    )
+        model_cls=components.TitanModel, model_args=components.titan_flavors(),
+        parallelize_fn=parallelize, pipelining_fn=pipeline,
+        build_optimizers_fn=components.build_optimizers, build_lr_schedulers_fn=components.build_lr_schedulers,
+        build_dataloader_fn=for_trainer(build_dataloader), build_tokenizer_fn=_build_tokenizer,
+        build_loss_fn=components.build_loss, build_validator_fn=refusing(components.GDN2Validator),
+        build_metrics_processor_fn=components.GDN2MetricsProcessor, state_dict_adapter=GDN2StateDictAdapter,
+    )  # fmt: skip
 
 
 def register(name: str = "gdn2") -> None:
     """Make the model known to TorchTitan as ``model.name = "gdn2"``. Once per process; again is harmless."""
     if name not in titan_specs._extra_train_specs:
         titan_specs.register_train_spec(name, get_train_spec())
-    register_converters()
+    components.register_converters()
     check_parsed_configs()
     deal_out_resets()
     keeps_decays_and_knows_old_names(CheckpointManager)

@@ -39,12 +39,9 @@ class EveryAC(ActivationCheckpointing):
         if self._blocks % self.config.every:
             return module
         return checkpoint_wrapper(
-            module,
-            preserve_rng_state=self.config.preserve_rng_state,
-            determinism_check=self.config.determinism_check,
-            early_stop=False,
-            debug=self.config.debug,
-        )
+            module, preserve_rng_state=self.config.preserve_rng_state, determinism_check=self.config.determinism_check,
+            early_stop=False, debug=self.config.debug,
+        )  # fmt: skip
 
 
 Policy = (

@@ -31,26 +31,16 @@ from ..dataloader import ReshardingDataloader, build_dataloader, for_trainer
 from ..errors import refusing
 from ..float8 import NAMES, LinearConverter
 from ..metrics import GateMetrics
-from ..optimizer import OPTIMIZERS, decay_groups, hold_last_rate
+from ..optimizer import OPTIMIZERS, decay_groups, hold_last_rate, trained
 from ..parallelize import apply_plans
 from ..pipeline import modules_of_stages
 from ..settings import Settings
 from ..validation import TaskValidation
 
 __all__ = [
-    "GDN2MetricsProcessor",
-    "GDN2Validator",
-    "GroupedOptimizers",
-    "LRSchedulers",
-    "TitanModel",
-    "TrainingData",
-    "WatchedLoss",
-    "converters_of",
-    "deal_out",
-    "hook_converters",
-    "parallelize",
-    "pipeline",
-]
+    "GDN2MetricsProcessor", "GDN2Validator", "GroupedOptimizers", "LRSchedulers", "TitanModel", "TrainingData",
+    "WatchedLoss", "converters_of", "deal_out", "hook_converters", "parallelize", "pipeline",
+]  # fmt: skip
 
 # TorchTitan builds each part from its own section alone: what a part reads of others, the trainer fills in here before.
 Filled = Annotated[Settings | None, tyro.conf.Suppress]
@@ -98,15 +88,13 @@ class WatchedLoss(BaseLoss):
         # On shards of the vocabulary it communicates, which compiling it gains nothing for.
         if config._settings.parallelism.tensor_parallel_degree == 1:
             self._maybe_compile(compile_config)
-        elif compile_config is not None and compile_config.enable and "loss" in compile_config.components:
+        elif config._settings.compiles("loss"):
             logger.info("The loss is not compiled: it is computed on shards of the vocabulary")
 
-    def __call__(
-        self, pred: torch.Tensor, labels: torch.Tensor, global_valid_tokens: Any = None, **kwargs: Any
-    ) -> tuple[torch.Tensor, ...]:
+    def __call__(self, pred: torch.Tensor, labels: torch.Tensor, *rest: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         if self.watcher is not None:
             self.watcher(pred, labels)
-        return super().__call__(pred, labels, global_valid_tokens, **kwargs)
+        return super().__call__(pred, labels, *rest, **kwargs)
 
 
 class GroupedOptimizers(OptimizersContainer):
@@ -124,20 +112,11 @@ class GroupedOptimizers(OptimizersContainer):
         implementation: Literal["for-loop", "foreach", "fused"] = "fused"
 
     def __init__(self, config: Config, *, model_parts: list[torch.nn.Module]) -> None:
-        self.model_parts, self.optimizers = model_parts, []
-        options = {
-            "lr": config.lr,
-            "betas": (config.beta1, config.beta2),
-            "eps": config.eps,
-            "weight_decay": config.weight_decay,
-            **self._build_impl_kwargs(config),
-        }
-        everything = []
-        for part in model_parts:
-            named = [(canonical_fqn(name), p) for name, p in part.named_parameters() if p.requires_grad]
-            self.optimizers.append(OPTIMIZERS[config.name](decay_groups(named, with_names=True), **options))
-            everything += [p for _, p in named]
-        self._post_init(everything)
+        options = {name: getattr(config, name) for name in ("lr", "eps", "weight_decay")}
+        options |= {"betas": (config.beta1, config.beta2)} | self._build_impl_kwargs(config)
+        cls, self.model_parts = OPTIMIZERS[config.name], model_parts
+        self.optimizers = [cls(decay_groups(part, canonical_fqn), **options) for part in model_parts]
+        self._post_init(trained(model_parts))
 
 
 class LRSchedulers(LRSchedulersContainer):
@@ -188,9 +167,7 @@ def deal_out(
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """(tokens, labels, {"resets": ...}) as the model takes them: under context parallelism, this rank's share of each
     sequence. The stock trainer asks for positions to deal out, which this model knows from its shards."""
-    tensors = {"input": input_dict["input"], "labels": labels}
-    if "resets" in input_dict:
-        tensors["resets"] = input_dict["resets"]
+    tensors = {name: input_dict[name] for name in ("input", "resets") if name in input_dict} | {"labels": labels}
     if cp_mesh is not None:
         shares, _ = cp_shard(cp_mesh, tuple(tensors.values()), None, None if balancer == "none" else balancer)
         tensors = dict(zip(tensors, shares, strict=True))
@@ -230,19 +207,14 @@ class GDN2Validator(TaskValidation, Validator):
     def post_dataloading_process(
         self, input_dict: dict[str, torch.Tensor], labels: torch.Tensor, model_parts: list[torch.nn.Module]
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        mesh = self.parallel_dims.get_optional_mesh("cp")
-        return deal_out(input_dict, labels, mesh, self.parallelism.context_parallel_load_balancer)
+        balancer = self.parallelism.context_parallel_load_balancer
+        return deal_out(input_dict, labels, self._cp_mesh, balancer)
 
 
 def parallelize(
-    model: torch.nn.Module,
-    *,
-    parallel_dims: ParallelDims,
-    compile_config: Any,
-    ac_config: Any,
-    dump_folder: str,
+    model: torch.nn.Module, *, parallel_dims: ParallelDims, compile_config: Any, ac_config: Any, dump_folder: str,
     **_: Any,
-) -> torch.nn.Module:
+) -> torch.nn.Module:  # fmt: skip
     """TorchTitan's ``parallelize_fn``, for the model or a pipeline stage of it."""
     settings = model.config._settings
     for converter in converters_of(settings, parallel_dims):

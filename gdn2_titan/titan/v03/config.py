@@ -1,8 +1,7 @@
 """The way of a TOML file into a Trainer.Config of TorchTitan 0.3, from which on only that is read."""
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import tyro
@@ -20,7 +19,7 @@ from ..cpu import settle_device
 from ..errors import ConfigError
 from .activation_checkpoint import policy_of_fields
 from .components import TitanModel, hook_converters, parallelize, pipeline
-from .fields import COUNTERPARTS, WITHOUT, get, put
+from .fields import COUNTERPARTS, WITHOUT, owner
 from .trainer import GDN2Trainer, JobConfig, check
 
 __all__ = ["JobConfig", "build", "parse", "trainer_config", "validate"]
@@ -46,7 +45,7 @@ def trainer_config(job_config: Any) -> GDN2Trainer.Config:
     check_range("activation_checkpoint.selective_ac_option", job_config.activation_checkpoint.selective_ac_option)
     config = GDN2Trainer.Config(model_spec=model_spec(flavor))
     for place, counterpart in COUNTERPARTS.items():
-        put(config, counterpart, get(job_config, place))
+        setattr(*owner(config, counterpart), getattr(*owner(job_config, place)))
     config.activation_checkpoint = policy_of_fields(job_config.activation_checkpoint)
     return config
 
@@ -54,14 +53,10 @@ def trainer_config(job_config: Any) -> GDN2Trainer.Config:
 def model_spec(flavor: str) -> ModelSpec:
     """TorchTitan's ModelSpec of a flavor."""
     return ModelSpec(
-        name="gdn2",
-        flavor=flavor,
-        model=TitanModel.Config(args=dataclasses.replace(flavors[flavor])),
-        parallelize_fn=parallelize,
-        pipelining_fn=pipeline,
-        post_optimizer_build_fn=hook_converters,
+        name="gdn2", flavor=flavor, model=TitanModel.Config(args=replace(flavors[flavor])),
+        parallelize_fn=parallelize, pipelining_fn=pipeline, post_optimizer_build_fn=hook_converters,
         state_dict_adapter=lambda config, folder: GDN2StateDictAdapter(config.args, folder),
-    )
+    )  # fmt: skip
 
 
 def parse(arguments: Sequence[str]) -> Any:

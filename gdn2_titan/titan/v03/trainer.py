@@ -13,8 +13,6 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.trainer import Trainer
 
-from gdn2_titan.models import flavors
-
 from .. import pipeline
 from ..byte_tokenizer import BYTE_TOKENIZER_DIR
 from ..checkpoint import keeps_decays_and_knows_old_names
@@ -22,17 +20,9 @@ from ..checks.settings import check_settings
 from ..errors import ConfigError, refusing
 from ..settings import GDN2, Data, Float8Linear, MXLinear, Settings, Task
 from ..tokens import check_tokenizer
+from . import components
 from .activation_checkpoint import Policy, fields_of_policy
-from .components import (
-    GDN2MetricsProcessor,
-    GDN2Validator,
-    GroupedOptimizers,
-    LRSchedulers,
-    TrainingData,
-    WatchedLoss,
-    deal_out,
-)
-from .fields import COUNTERPARTS, check_own_fields, get, in_words_of_03, job_config_class, put
+from .fields import COUNTERPARTS, check_own_fields, in_words_of_03, job_config_class, owner
 
 __all__ = ["GDN2Trainer", "JobConfig", "check", "fill", "settings_of", "settle_timeouts"]
 
@@ -90,17 +80,17 @@ class GDN2Trainer(Trainer):
         gdn2: GDN2 = field(default_factory=GDN2)
         data: Data = field(default_factory=Data)
         task: Task = field(default_factory=Task)
-        metrics: GDN2MetricsProcessor.Config = field(default_factory=GDN2MetricsProcessor.Config)
-        dataloader: TrainingData = field(default_factory=TrainingData)
-        optimizer: GroupedOptimizers.Config = field(default_factory=GroupedOptimizers.Config)
-        lr_scheduler: LRSchedulers.Config = field(default_factory=LRSchedulers.Config)
+        metrics: components.GDN2MetricsProcessor.Config = field(default_factory=components.GDN2MetricsProcessor.Config)
+        dataloader: components.TrainingData = field(default_factory=components.TrainingData)
+        optimizer: components.GroupedOptimizers.Config = field(default_factory=components.GroupedOptimizers.Config)
+        lr_scheduler: components.LRSchedulers.Config = field(default_factory=components.LRSchedulers.Config)
         training: Training = field(default_factory=Training)
         parallelism: Parallelism = field(default_factory=Parallelism)
         checkpoint: Checkpoints.Config = field(default_factory=Checkpoints.Config)
         compile: Compile = field(default_factory=Compile)
         activation_checkpoint: Policy = None
-        validator: GDN2Validator.Config = field(default_factory=GDN2Validator.Config)
-        loss: WatchedLoss.Config = field(default_factory=WatchedLoss.Config)
+        validator: components.GDN2Validator.Config = field(default_factory=components.GDN2Validator.Config)
+        loss: components.WatchedLoss.Config = field(default_factory=components.WatchedLoss.Config)
 
         def __post_init__(self):
             """Our check refuses what the stock one does and more, in a sentence with the section's name."""
@@ -121,7 +111,7 @@ class GDN2Trainer(Trainer):
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         mesh = self.parallel_dims.get_optional_mesh("cp")
         balancer = self.config.parallelism.context_parallel_load_balancer
-        inputs, labels, extra = deal_out(input_dict, labels, mesh, balancer)
+        inputs, labels, extra = components.deal_out(input_dict, labels, mesh, balancer)
         self.ntokens_seen += labels.numel()
         return inputs, labels, extra
 
@@ -140,7 +130,7 @@ def settings_of(config: GDN2Trainer.Config) -> Settings:
     for name, value in fields_of_policy(config.activation_checkpoint).items():
         setattr(said.activation_checkpoint, name, value)
     for place, counterpart in COUNTERPARTS.items():
-        put(said, place, get(config, counterpart))
+        setattr(*owner(said, place), getattr(*owner(config, counterpart)))
     return Settings.of(said)
 
 
@@ -153,14 +143,10 @@ def fill(config: GDN2Trainer.Config, settings: Settings) -> None:
 def check(config: GDN2Trainer.Config) -> None:
     """Raise ConfigError for what cannot train, before anything is built."""
     check_own_fields(config)
-    if config.model_spec.flavor not in flavors:
-        raise ConfigError(f"model_spec.flavor is {config.model_spec.flavor!r}; it must be one of {', '.join(flavors)}")
     degree = config.parallelism.pipeline_parallel_degree
     if degree > 1 and not pipeline.RUNS:
-        raise ConfigError(
-            f"parallelism.pipeline_parallel_degree is {degree}; with TorchTitan 0.3 and torch {torch.__version__} it "
-            "must be 1, torch 2.14 has the pipelines that it needs"
-        )
+        raise ConfigError(f"parallelism.pipeline_parallel_degree is {degree}; with TorchTitan 0.3 and torch "
+                          f"{torch.__version__} it must be 1, torch 2.14 has the pipelines that it needs")  # fmt: skip
 
 
 def settle_timeouts() -> None:
@@ -173,8 +159,6 @@ def _set_timeouts(timeout: timedelta, parallel_dims: ParallelDims) -> None:
     dist.barrier(device_ids=None if dist_utils.device_type == "cpu" else [dist_utils.device_module.current_device()])
     dist_utils.device_module.synchronize()
     groups = [mesh.get_group() for mesh in parallel_dims.get_all_one_dimensional_meshes().values()] + [None]
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
     for group in groups:
-        if hasattr(dist, "set_timeout"):
-            dist.set_timeout(timeout, group)
-        else:
-            dist.distributed_c10d._set_pg_timeout(timeout, group)
+        set_timeout(timeout, group)
