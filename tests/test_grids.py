@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gdn2_titan.ops.gdn2.arguments import GDN2Inputs, GDN2Options
 from gdn2_titan.ops.gdn2.triton import chunk, recurrent
 from gdn2_titan.ops.short_conv.triton import launches as causal_conv1d
 from gdn2_titan.ops.triton import launching
 
 MOST = 2**31 - 1  # programs on the first axis of a grid, of CUDA; 65,535 on the others
-OPTIONS = dict(l2norm=True, gate=True, sigmoid=True, erase_scale=1.0)
+OPTIONS = GDN2Options(1.0, l2norm=True, gate=True, sigmoid=True)
 META = "meta"
 
 
@@ -35,13 +36,13 @@ def packed(lengths):
 
 def run_gdn2(B, T, H, HV, cu_seqlens=None):
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
-    inputs = tensors(B, T, H, HV, N)
-    o, final_state = chunk.chunk_forward(*inputs, cu_seqlens, None, 1.0, OPTIONS)
+    inputs = GDN2Inputs(*tensors(B, T, H, HV, N), cu_seqlens)
+    o, final_state = chunk.chunk_forward(inputs, OPTIONS)
     assert final_state.shape == (N, HV, 128, 128)
-    chunk.chunk_backward(o, final_state, *inputs, cu_seqlens, None, 1.0, OPTIONS)
-    recurrent.recurrent_forward(*inputs, cu_seqlens, None, 1.0, OPTIONS)
+    chunk.chunk_backward(o, final_state, inputs, OPTIONS)
+    recurrent.recurrent_forward(inputs, OPTIONS)
     if cu_seqlens is None:
-        chunk.segment_forward(*inputs[:-1], None, 1.0, OPTIONS)
+        chunk.segment_forward(inputs._replace(initial_state=None), OPTIONS)
 
 
 def run_conv(B, T, D, cu_seqlens=None):

@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 
 import triton
 
+from gdn2_titan.ops.gdn2.arguments import GDN2Inputs, GDN2Options
 from gdn2_titan.ops.gdn2.triton import chunk
 from gdn2_titan.ops.triton import launching, target
 from tests.gdn2_cases import RAW, cotangents, make, op_arguments
@@ -30,17 +31,17 @@ def launches_of(monkeypatch):
         launches = []
         monkeypatch.setattr(target, "arch", lambda x: arch)
         monkeypatch.setattr(launching, "launch", lambda *args: launches.append(Launch(*args)))
-        *args, scale, l2norm, gate, sigmoid, erase_scale = op_arguments(inputs)
-        options = dict(l2norm=l2norm, gate=gate, sigmoid=sigmoid, erase_scale=erase_scale)
+        arguments = op_arguments(inputs)
+        tensors, options = GDN2Inputs(*arguments[:11]), GDN2Options(*arguments[11:])
         with torch.no_grad():
-            chunk.chunk_forward(*args, scale, options)
+            chunk.chunk_forward(tensors, options)
             forward = list(launches)
             launches.clear()
-            chunk.chunk_backward(*cotangents(inputs), *args, scale, options)
+            chunk.chunk_backward(*cotangents(inputs), tensors, options)
             backward = list(launches)
             launches.clear()
             if inputs["cu_seqlens"] is None:
-                chunk.segment_forward(*args[:8], args[-1], scale, options)
+                chunk.segment_forward(tensors._replace(initial_state=None), options)
         return forward, backward, launches
 
     return function
