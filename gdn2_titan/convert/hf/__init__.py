@@ -1,13 +1,6 @@
 """GDN-2 as a transformers model. Importing this tells transformers' Auto classes of it."""
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
+import transformers
 
 from .cache_gdn2 import GDN2Cache
 from .classification_gdn2 import GDN2ForQuestionAnswering, GDN2ForSequenceClassification, GDN2ForTokenClassification
@@ -20,9 +13,9 @@ __all__ = [
     "GDN2ForSequenceClassification", "GDN2ForTokenClassification", "save_code",
 ]  # fmt: skip
 
-AutoConfig.register("gdn2", GDN2Config)
-AutoModel.register(GDN2Config, GDN2Decoder)
-AutoModelForCausalLM.register(GDN2Config, GDN2ForCausalLM)
-AutoModelForQuestionAnswering.register(GDN2Config, GDN2ForQuestionAnswering)
-AutoModelForSequenceClassification.register(GDN2Config, GDN2ForSequenceClassification)
-AutoModelForTokenClassification.register(GDN2Config, GDN2ForTokenClassification)
+transformers.AutoConfig.register("gdn2", GDN2Config)
+transformers.AutoModel.register(GDN2Config, GDN2Decoder)
+transformers.AutoModelForCausalLM.register(GDN2Config, GDN2ForCausalLM)
+transformers.AutoModelForQuestionAnswering.register(GDN2Config, GDN2ForQuestionAnswering)
+transformers.AutoModelForSequenceClassification.register(GDN2Config, GDN2ForSequenceClassification)
+transformers.AutoModelForTokenClassification.register(GDN2Config, GDN2ForTokenClassification)

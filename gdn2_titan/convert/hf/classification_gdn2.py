@@ -8,11 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import (
-    QuestionAnsweringModelOutput,
-    SequenceClassifierOutputWithPast,
-    TokenClassifierOutput,
-)
+from transformers import modeling_outputs
 from transformers.utils import can_return_tuple
 
 from .cache_gdn2 import GDN2Cache
@@ -45,7 +41,7 @@ class GDN2ForSequenceClassification(_DecoderWithHead):
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         past_key_values: GDN2Cache | None = None, inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None, use_cache: bool | None = False, **kwargs: Any,
-    ) -> SequenceClassifierOutputWithPast:  # fmt: skip
+    ) -> modeling_outputs.SequenceClassifierOutputWithPast:  # fmt: skip
         """As GDN2Decoder's, which also takes ``kwargs``. labels: [B] classes, or what ``config.problem_type`` wants.
 
         Raises:
@@ -60,7 +56,7 @@ class GDN2ForSequenceClassification(_DecoderWithHead):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
-        return SequenceClassifierOutputWithPast(
+        return modeling_outputs.SequenceClassifierOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
 
@@ -93,12 +89,12 @@ class GDN2ForTokenClassification(_DecoderWithHead):
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
         use_cache: bool | None = False, **kwargs: Any,
-    ) -> TokenClassifierOutput:  # fmt: skip
+    ) -> modeling_outputs.TokenClassifierOutput:  # fmt: skip
         """As GDN2Decoder's, which also takes ``kwargs``. labels: [B, T], -100 where there is no loss."""
         outputs = self.model(input_ids, attention_mask, None, inputs_embeds, use_cache, return_dict=True, **kwargs)
         logits = self.score(outputs.last_hidden_state)
         loss = None if labels is None else self.loss_function(logits, labels, self.config)
-        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return modeling_outputs.TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 
 class GDN2ForQuestionAnswering(_DecoderWithHead):
@@ -112,13 +108,13 @@ class GDN2ForQuestionAnswering(_DecoderWithHead):
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None, start_positions: Tensor | None = None,
         end_positions: Tensor | None = None, use_cache: bool | None = False, **kwargs: Any,
-    ) -> QuestionAnsweringModelOutput:  # fmt: skip
+    ) -> modeling_outputs.QuestionAnsweringModelOutput:  # fmt: skip
         """As GDN2Decoder's, which also takes ``kwargs``. start_positions and end_positions: [B], or neither."""
         outputs = self.model(input_ids, attention_mask, None, inputs_embeds, use_cache, return_dict=True, **kwargs)
         start, end = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = self.loss_function(start, end, start_positions, end_positions)
-        return QuestionAnsweringModelOutput(
+        return modeling_outputs.QuestionAnsweringModelOutput(
             loss=loss, start_logits=start, end_logits=end, hidden_states=outputs.hidden_states
         )

@@ -56,7 +56,12 @@ class BlockStart:
         """Fill those parameters of ``part``, the submodule ``name`` of the block, that no file gave a value."""
         if isinstance(part, GatedDeltaNet2):
             part.statistics.zero_()  # no file has them, and loading leaves them arbitrary
-        missing = {key: p for key, p in part.named_parameters(recurse=False) if _is_missing(p)}
+        # What a quantizer packs into whole numbers it made of values from a file.
+        missing = {
+            key: parameter
+            for key, parameter in part.named_parameters(recurse=False)
+            if parameter.is_floating_point() and not getattr(parameter, "_is_hf_initialized", False)
+        }
         if not missing:
             return
         if self._shape is None:
@@ -68,11 +73,6 @@ class BlockStart:
         place.update(missing)
         self._shape.init_weights()
         place.update(empty)
-
-
-def _is_missing(parameter):
-    # What a quantizer packs into whole numbers it made of values from a file.
-    return parameter.is_floating_point() and not getattr(parameter, "_is_hf_initialized", False)
 
 
 class GDN2DecoderLayer(GradientCheckpointingLayer, Block):
@@ -115,10 +115,9 @@ class GDN2PreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         start = getattr(module, "start_in_block", None)
         if start is None:
-            super()._init_weights(module)
-        else:
-            block, name = start
-            block.fill(name, module)
+            return super()._init_weights(module)
+        block, name = start
+        block.fill(name, module)
 
     @classmethod
     def from_pretrained(cls, *args: Any, key_mapping: dict[str, str] | None = None, **kwargs: Any) -> Any:
@@ -215,11 +214,8 @@ class GDN2Decoder(GDN2PreTrainedModel):
         h = piece.whole(self.norm(h), piece.last)
         if cache is not None:
             piece.remember(cache, states, h)
-        return BaseModelOutputWithPast(
-            last_hidden_state=h,
-            past_key_values=cache,
-            hidden_states=(*hidden_states, h) if output_hidden_states else None,
-        )
+        hidden_states = (*hidden_states, h) if output_hidden_states else None
+        return BaseModelOutputWithPast(last_hidden_state=h, past_key_values=cache, hidden_states=hidden_states)
 
     def _angles_and_masks(self, piece: Piece, states: list[Any]) -> tuple[Tensor | None, dict[str, Tensor]]:
         """What the softmax layers take, computed once for all of them: angles, and {kind: mask}."""
