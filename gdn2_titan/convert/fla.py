@@ -15,7 +15,7 @@ from gdn2_titan.models import GDN2ModelArgs
 
 from .checkpoint_info import args_from_fields
 from .errors import ConvertError
-from .mapping import Part, tensors_of
+from .mapping import Part, replace_prefix, tensors_of
 
 __all__ = ["args_from_fla", "config_for_fla", "from_fla_mapping", "to_fla_mapping"]
 
@@ -36,22 +36,16 @@ _SAME = (
 )  # fmt: skip
 
 
-def _replaced(name: str, prefixes: Mapping[str, str]) -> str:
-    for ours, theirs in prefixes.items():
-        if name.startswith(ours):
-            return theirs + name.removeprefix(ours)
-    return name
-
-
 def _name(name: str, args: GDN2ModelArgs) -> str:
     if not name.startswith("layers."):
-        return _replaced(name, _OUTSIDE)
+        return replace_prefix(name, _OUTSIDE)
     _, layer, rest = name.split(".", 2)
-    rest = _replaced(rest, _BLOCK)
+    rest = replace_prefix(rest, _BLOCK) or rest
     if rest.startswith("attn."):
         # A scalar decay has one factor.
         mixer = _MIXER if args.decay == "channel" else _MIXER | {"decay_proj.": "f_proj."}
-        rest = "attn." + _replaced(rest.removeprefix("attn."), mixer)
+        inner = rest.removeprefix("attn.")
+        rest = "attn." + (replace_prefix(inner, mixer) or inner)
     return f"model.layers.{layer}.{rest}"
 
 

@@ -28,8 +28,8 @@ LOADING = ("tp_size",)
 class GDN2Config(PretrainedConfig):
     """Takes the fields of ``GDN2ModelArgs``, with its defaults, and what every transformers config takes.
 
-    Fields may be given, read and set by the names of FIELD_OF too; those of DERIVED follow from them. Unknown names are
-    kept, as by every transformers config.
+    Fields may be given, read and set by the names that transformers' other models have for them (FIELD_OF in this file).
+    hidden_act, layer_types and rope_parameters follow from the fields. Unknown names are kept, as by every config.
 
     Raises:
         ValueError: naming the field that no model can be built from, its value and what is allowed; a field is given
