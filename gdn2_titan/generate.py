@@ -74,7 +74,7 @@ def generate(options: argparse.Namespace) -> None:
         import torch
         from transformers import GenerationConfig, TextStreamer
 
-        from gdn2_titan.convert.hf.load import load_checkpoint
+        from gdn2_titan.convert.hf import load_checkpoint
     except ImportError as error:
         raise ConvertError(f"{error}; generating needs the extra 'hf': pip install 'gdn2_titan[hf]'") from error
     checkpoint, tokenizer = open_model(options)

@@ -28,7 +28,7 @@ LOADING = ("tp_size",)
 class GDN2Config(PretrainedConfig):
     """Takes the fields of ``GDN2ModelArgs``, with its defaults, and what every transformers config takes.
 
-    Fields may be given, read and set by the names that transformers' other models have for them (FIELD_OF in this file).
+    Fields may be given, read and set by the names that transformers' other models have for them (FIELD_OF here).
     hidden_act, layer_types and rope_parameters follow from the fields. Unknown names are kept, as by every config.
 
     Raises:
