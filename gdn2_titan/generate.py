@@ -74,7 +74,7 @@ def generate(options: argparse.Namespace) -> None:
         import torch
         from transformers import GenerationConfig, TextStreamer
 
-        from gdn2_titan.convert.hf.load import load_checkpoint
+        from gdn2_titan.convert.hf import load_checkpoint
     except ImportError as error:
         raise ConvertError(f"{error}; generating needs the extra 'hf': pip install 'gdn2_titan[hf]'") from error
     checkpoint, tokenizer = open_model(options)
@@ -85,13 +85,10 @@ def generate(options: argparse.Namespace) -> None:
     model = load_checkpoint(checkpoint, dtype_of(options), options.device)
     sampling = dict(temperature=options.temperature or 1.0, top_k=options.top_k or 0, top_p=options.top_p or 1.0)
     config = GenerationConfig(
-        **{} if options.greedy else sampling,
-        do_sample=not options.greedy,
-        max_new_tokens=options.max_tokens,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **{} if options.greedy else sampling, do_sample=not options.greedy, max_new_tokens=options.max_tokens,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         prefill_chunk_size=PIECE if ids.shape[1] > PIECE else None,
-    )
+    )  # fmt: skip
     if options.seed is not None:
         torch.manual_seed(options.seed)
     clock = _Clock(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))

@@ -22,7 +22,7 @@ from matplotlib.image import imread
 
 from gdn2_titan.convert.__main__ import main as convert
 from gdn2_titan.convert.checkpoints import open_checkpoint
-from gdn2_titan.convert.hf.load import load_checkpoint
+from gdn2_titan.convert.hf import load_checkpoint
 from gdn2_titan.models import GDN2Model
 from gdn2_titan.ops import naive_recurrent_gdn2
 from gdn2_titan.study import gates, gates_figures

@@ -4,13 +4,11 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any
 
-from .errors import ConvertError, quiet
+from .errors import ConvertError, exit_status
 from .run_folders import checkpoint_folder
 
 # torch is not imported before the command line is known to be right: that takes seconds.
-_DTYPES = ("float32", "bfloat16", "float16")
 _QKV_ORDERS = ("grouped", "concatenated")  # those of nvlabs
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -39,7 +37,7 @@ _COMMANDS = (
 _OPTIONS = {
     "config": {"metavar": "TOML", "help": "TorchTitan config of the model, where the checkpoint does not say it"},
     "flavor": {"help": "name of the model's shape, where the checkpoint does not say it"},
-    "dtype": {"choices": _DTYPES, "help": "of the tensors written (default: as they are)"},
+    "dtype": {"choices": ("float32", "bfloat16", "float16"), "help": "of the tensors written (default: as they are)"},
     "shard_size": {"type": _bytes, "help": "of a safetensors file (default: 5GB)"},
     "tokenizer": {"metavar": "FOLDER", "help": "instead of the one that the model was trained with"},
     "with_code": {"action": "store_true", "help": "the model's code too, for trust_remote_code=True elsewhere"},
@@ -60,33 +58,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(command: str, source: str, out: str, options: dict[str, Any]) -> None:
-    import torch
-
-    from . import commands
-
-    if "dtype" in options:
-        options["dtype"] = getattr(torch, options["dtype"])
-    getattr(commands, command.replace("-", "_"))(source, out, **options)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, or 1 after one sentence on stderr."""
-    options = {name: value for name, value in vars(_parser().parse_args(arguments)).items() if value is not None}
+def _run(parsed: argparse.Namespace) -> None:
+    options = {name: value for name, value in vars(parsed).items() if value is not None}
     command, source, out = (options.pop(name) for name in ("command", "source", "out"))
     try:
         if command in ("to-hf", "from-hf", "to-torch", "to-fla"):
             checkpoint_folder(source)
-        with quiet():
-            _run(command, source, out, options)
-    except ConvertError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
+        import torch
+
+        from . import commands
+
+        if "dtype" in options:
+            options["dtype"] = getattr(torch, options["dtype"])
+        getattr(commands, command.replace("-", "_"))(source, out, **options)
     except OSError as error:
-        print(f"Error: {out} was not written: {error.strerror or error}", file=sys.stderr)
-        return 1
+        raise ConvertError(f"{out} was not written: {error.strerror or error}") from error
     print(f"Wrote {out}")
-    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, or 1 after one sentence on stderr."""
+    return exit_status(_run, _parser().parse_args(arguments))
 
 
 if __name__ == "__main__":

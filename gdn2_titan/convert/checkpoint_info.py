@@ -33,8 +33,7 @@ class CheckpointInfo:
 
 def args_to_fields(args: GDN2ModelArgs) -> dict[str, Any]:
     """Plain JSON values of every field of GDN2ModelArgs."""
-    fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(GDN2ModelArgs)}
-    return fields | {"layer_pattern": list(args.layer_pattern)}
+    return dataclasses.asdict(args) | {"layer_pattern": list(args.layer_pattern)}
 
 
 def args_from_fields(fields: Mapping[str, Any], path: str | os.PathLike[str]) -> GDN2ModelArgs:

@@ -64,11 +64,9 @@ def _tokenizer(info: CheckpointInfo) -> Path | None:
 
 
 def open_checkpoint(
-    path: str | os.PathLike[str],
-    config: str | os.PathLike[str] | None = None,
-    flavor: str | None = None,
+    path: str | os.PathLike[str], config: str | os.PathLike[str] | None = None, flavor: str | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
-) -> Checkpoint:
+) -> Checkpoint:  # fmt: skip
     """A Checkpoint of a TorchTitan checkpoint (a step, or a run's folder or its folder of steps: the latest) or of a
     Hugging Face folder of this model.
 

@@ -1,10 +1,10 @@
 """The conversions. Each reads one tensor at a time and writes a new path whole or not at all."""
 
+import contextlib
 import json
-import math
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -33,45 +33,35 @@ def _dtype(tensors: dict[str, torch.Tensor]) -> str:
     return str(tensors["lm_head.weight"].dtype).removeprefix("torch.")
 
 
-class _Bar:
-    """A source whose reads move a progress bar, shown on terminals only."""
+@contextlib.contextmanager
+def _bar(source: Source, what: str) -> Iterator[Callable[[str], torch.Tensor]]:
+    """The source's ``read``, which moves a progress bar, shown on terminals only."""
+    total = sum(tensor.nbytes for tensor in source.tensors.values())
+    with tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:
 
-    def __init__(self, source: Source, what: str) -> None:
-        self.tensors, self._source = source.tensors, source
-        total = sum(math.prod(t.shape) * t.dtype.itemsize for t in source.tensors.values())
-        self._bar = tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=None, leave=False)
+        def read(name):
+            tensor = source.read(name)
+            bar.update(tensor.nbytes)
+            return tensor
 
-    def read(self, name: str) -> torch.Tensor:
-        tensor = self._source.read(name)
-        self._bar.update(tensor.nbytes)
-        return tensor
-
-    def __enter__(self) -> "_Bar":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._bar.close()
-
-
-def _save_code(folder: Path) -> None:
-    try:
-        from .hf import save_code  # not before it is wanted: all else is done without transformers
-    except ImportError as error:
-        raise ConvertError(f"--with-code needs transformers, which cannot be imported: {error}") from error
-    save_code(folder)
+        yield read
 
 
 def _write_hf(
     checkpoint: Checkpoint, out: PathLike, dtype: torch.dtype | None, shard_size: int, with_code: bool = False
 ) -> None:
     mapping = {to_hf_name(name): Part(name) for name in tensors_of(checkpoint.info.model_args)}
-    renamed = Renamed(checkpoint.source, mapping, dtype)
-    with new_path(out) as folder, _Bar(renamed, f"writing {out}") as source:
+    source = Renamed(checkpoint.source, mapping, dtype)
+    with new_path(out) as folder, _bar(source, f"writing {out}") as read:
         written = _dtype(source.tensors)
         write_model_files(folder, checkpoint.info, checkpoint.tokenizer, written, checkpoint.step, with_code)
         if with_code:
-            _save_code(folder)
-        write_safetensors(folder, source.tensors, source.read, shard_size)
+            try:
+                from .hf import save_code  # not before it is wanted: all else is done without transformers
+            except ImportError as error:
+                raise ConvertError(f"--with-code needs transformers, which cannot be imported: {error}") from error
+            save_code(folder)
+        write_safetensors(folder, source.tensors, read, shard_size)
 
 
 def to_hf(
@@ -79,11 +69,10 @@ def to_hf(
     shard_size: int = SHARD_SIZE, config: PathLike | None = None, flavor: str | None = None,
     tokenizer: PathLike | None = None, with_code: bool = False,
 ) -> None:  # fmt: skip
-    """TorchTitan checkpoint -> Hugging Face folder.
+    """TorchTitan checkpoint -> Hugging Face folder ``out``, a new name.
 
     Args:
         checkpoint, config, flavor, tokenizer: as for ``open_checkpoint``.
-        out: a new name.
         dtype: torch dtype of the tensors, except A_log and dt_bias; None keeps theirs.
         shard_size: bytes of tensors in a file.
         with_code: put the model's code beside it, for ``trust_remote_code=True``.
@@ -103,8 +92,8 @@ def from_hf(folder: PathLike, out: PathLike) -> None:
     if (folder / ".metadata").is_file():
         raise ConvertError(f"{folder} is a TorchTitan checkpoint; checkpoint.initial_load_path reads it as it is")
     checkpoint = open_hf(folder)
-    with new_path(out) as part, _Bar(checkpoint.source, f"writing {out}") as source:
-        write_dcp(part, source.tensors, map(source.read, source.tensors))
+    with new_path(out) as part, _bar(checkpoint.source, f"writing {out}") as read:
+        write_dcp(part, checkpoint.source.tensors, read)
         write_info(part, checkpoint.info)
 
 
@@ -115,9 +104,9 @@ def to_torch(
     """Checkpoint -> one file of torch.save with {name: tensor}. Holds the model in memory, as its readers do."""
     check_free(out)
     opened = open_checkpoint(checkpoint, config, flavor)
-    renamed = Renamed(opened.source, {name: Part(name) for name in opened.source.tensors}, dtype)
-    with _Bar(renamed, f"reading {checkpoint}") as source:
-        tensors = {name: source.read(name) for name in source.tensors}
+    source = Renamed(opened.source, {name: Part(name) for name in opened.source.tensors}, dtype)
+    with _bar(source, f"reading {checkpoint}") as read:
+        tensors = {name: read(name) for name in source.tensors}
     with new_path(out, folder=False) as part, open(part, "wb") as stream:
         save_to(stream, tensors)
 
@@ -142,12 +131,12 @@ def to_fla(
     check_free(out)
     opened = open_checkpoint(checkpoint, config, flavor, tokenizer)
     fields = config_for_fla(opened.info.model_args)
-    renamed = Renamed(opened.source, to_fla_mapping(opened.info.model_args), dtype)
-    with new_path(out) as part, _Bar(renamed, f"writing {out}") as source:
+    source = Renamed(opened.source, to_fla_mapping(opened.info.model_args), dtype)
+    with new_path(out) as part, _bar(source, f"writing {out}") as read:
         fields["dtype"] = _dtype(source.tensors)
         (part / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         copy_tokenizer(opened.tokenizer, part)
-        write_safetensors(part, source.tensors, source.read, shard_size)
+        write_safetensors(part, source.tensors, read, shard_size)
 
 
 def from_nvlabs(

@@ -3,7 +3,7 @@
 import math
 import os
 import pickle
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -125,22 +125,18 @@ class DistributedCheckpoint:
         return tensor
 
 
-def write_dcp(folder: str | os.PathLike[str], names: Iterable[str], tensors: Iterable[torch.Tensor]) -> None:
-    """Writes a checkpoint of one file into an existing folder.
+def write_dcp(folder: str | os.PathLike[str], names: Iterable[str], read: Callable[[str], torch.Tensor]) -> None:
+    """Writes a checkpoint of one file, of the tensors that ``read`` gives for ``names``, into an existing folder.
 
     PyTorch's own writer keeps every tensor until its file is closed; this one holds none.
-
-    Args:
-        names: of the tensors, in order.
-        tensors: an iterable of them, read once.
 
     Raises:
         OSError: a write failed.
     """
     entries, storage, file = {}, {}, "__0_0.distcp"
     with open(Path(folder) / file, "wb") as stream:
-        for name, tensor in zip(names, tensors, strict=True):
-            offset = stream.tell()
+        for name in names:
+            tensor, offset = read(name), stream.tell()
             save_to(stream, tensor)
             start = torch.Size([0] * tensor.dim())
             entries[name] = TensorStorageMetadata(
@@ -148,11 +144,6 @@ def write_dcp(folder: str | os.PathLike[str], names: Iterable[str], tensors: Ite
             )
             storage[MetadataIndex(name, start)] = _StorageInfo(file, offset, stream.tell() - offset)
         os.fsync(stream.fileno())
-    metadata = Metadata(
-        entries,
-        planner_data={name: (name,) for name in entries},
-        storage_data=storage,
-        storage_meta=StorageMeta(),
-    )
+    metadata = Metadata(entries, {name: (name,) for name in entries}, storage, StorageMeta())
     with open(Path(folder) / ".metadata", "wb") as stream:
         pickle.dump(metadata, stream)

@@ -4,7 +4,6 @@ As of its 0.6.0. It has the layer, not yet a decoder around it: names of the res
 Gated DeltaNet), which agree. Its gates are per channel, its output gate is a sigmoid.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from gdn2_titan.models import GDN2ModelArgs
 
 from .checkpoint_info import args_from_fields
 from .errors import ConvertError
-from .mapping import Part, tensors_of
+from .mapping import Part, replace_prefix, tensors_of
 
 __all__ = ["args_from_fla", "config_for_fla", "from_fla_mapping", "to_fla_mapping"]
 
@@ -37,22 +36,16 @@ _SAME = (
 )  # fmt: skip
 
 
-def _replaced(name: str, prefixes: Mapping[str, str]) -> str:
-    for ours, theirs in prefixes.items():
-        if name.startswith(ours):
-            return theirs + name.removeprefix(ours)
-    return name
-
-
 def _name(name: str, args: GDN2ModelArgs) -> str:
     if not name.startswith("layers."):
-        return _replaced(name, _OUTSIDE)
+        return replace_prefix(name, _OUTSIDE)
     _, layer, rest = name.split(".", 2)
-    rest = _replaced(rest, _BLOCK)
+    rest = replace_prefix(rest, _BLOCK) or rest
     if rest.startswith("attn."):
         # A scalar decay has one factor.
         mixer = _MIXER if args.decay == "channel" else _MIXER | {"decay_proj.": "f_proj."}
-        rest = "attn." + _replaced(rest.removeprefix("attn."), mixer)
+        inner = rest.removeprefix("attn.")
+        rest = "attn." + (replace_prefix(inner, mixer) or inner)
     return f"model.layers.{layer}.{rest}"
 
 
@@ -92,11 +85,9 @@ def _softmax_layers(config: Mapping[str, Any], path: Path) -> dict[int, dict[str
         if spec.get("qkv_bias"):
             raise ConvertError(f"{path} has attn.qkv_bias {spec['qkv_bias']!r}; it must be false")
         described = {
-            "attn_heads": spec["num_heads"],
-            "attn_kv_heads": spec.get("num_kv_heads"),
-            "rope_theta": spec.get("rope_theta", 10000.0),
-            "window": spec.get("window_size"),
-        }
+            "attn_heads": spec["num_heads"], "attn_kv_heads": spec.get("num_kv_heads"),
+            "rope_theta": spec.get("rope_theta", 10000.0), "window": spec.get("window_size"),
+        }  # fmt: skip
         found |= {layer: described for layer in spec["layers"]}
     return found
 
@@ -132,12 +123,9 @@ def args_from_fla(config: Mapping[str, Any], path: Path) -> GDN2ModelArgs:
         for i in range(config["num_hidden_layers"])
     ]
     fields = {name: config.get(name) for name in _SAME} | {
-        "n_layers": config["num_hidden_layers"],
-        "mlp_size": size,
-        "layer_pattern": _shortest_period(pattern),
-        "output_gate": "sigmoid",
-        **(described[0] if described else {}),
-    }
+        "n_layers": config["num_hidden_layers"], "mlp_size": size, "layer_pattern": _shortest_period(pattern),
+        "output_gate": "sigmoid", **(described[0] if described else {}),
+    }  # fmt: skip
     if windows:
         fields["window"] = windows.pop()
     return args_from_fields(fields, path)
@@ -160,23 +148,15 @@ def config_for_fla(args: GDN2ModelArgs) -> dict[str, Any]:
         layers.setdefault(args.mixer(layer), []).append(layer)
     specs = [
         {
-            "layers": layers[kind],
-            "num_heads": args.attn_heads,
-            "num_kv_heads": args.attn_kv_heads,
-            "qkv_bias": False,
-            "window_size": args.window if kind == "swa" else None,
-            "rope_theta": args.rope_theta,
+            "layers": layers[kind], "num_heads": args.attn_heads, "num_kv_heads": args.attn_kv_heads, "qkv_bias": False,
+            "window_size": args.window if kind == "swa" else None, "rope_theta": args.rope_theta,
         }
         for kind in ("swa", "attention")
         if kind in layers
-    ]
-    fields = dataclasses.asdict(args)
+    ]  # fmt: skip
     return {
-        **{name: fields[name] for name in _SAME},
-        "num_hidden_layers": args.n_layers,
-        "intermediate_size": args.mlp_size,
+        **{name: getattr(args, name) for name in _SAME},
+        "num_hidden_layers": args.n_layers, "intermediate_size": args.mlp_size,
         "attn": None if not specs else specs[0] if len(specs) == 1 else specs,
-        "use_short_conv": True,
-        "hidden_act": "swish",
-        "tie_word_embeddings": False,
-    }
+        "use_short_conv": True, "hidden_act": "swish", "tie_word_embeddings": False,
+    }  # fmt: skip

@@ -80,13 +80,9 @@ def _card(info: CheckpointInfo, step: int | None, dtype: str, tokenizer: bool, w
 
 
 def write_model_files(
-    folder: str | os.PathLike[str],
-    info: CheckpointInfo,
-    tokenizer: str | os.PathLike[str] | None,
-    dtype: str,
-    step: int | None = None,
-    with_code: bool = False,
-) -> None:
+    folder: str | os.PathLike[str], info: CheckpointInfo, tokenizer: str | os.PathLike[str] | None, dtype: str,
+    step: int | None = None, with_code: bool = False,
+) -> None:  # fmt: skip
     """Writes config.json, generation_config.json, README.md and copies of the tokenizer's files into a folder.
 
     Args:
@@ -104,14 +100,9 @@ def write_model_files(
         if number is not None and number >= info.model_args.vocab_size:
             raise ConvertError(f"{tokenizer} has {name} {number}; vocab_size is {info.model_args.vocab_size}")
     config = {
-        "model_type": MODEL_TYPE,
-        "architectures": ["GDN2ForCausalLM"],
-        "dtype": dtype,
-        **args_to_fields(info.model_args),
-        **ids,
-        "tie_word_embeddings": False,
-        "use_cache": True,
-    }
+        "model_type": MODEL_TYPE, "architectures": ["GDN2ForCausalLM"], "dtype": dtype,
+        **args_to_fields(info.model_args), **ids, "tie_word_embeddings": False, "use_cache": True,
+    }  # fmt: skip
     generation = {"_from_model_config": True} | {name: number for name, number in ids.items() if number is not None}
     for name, content in (("config.json", config), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

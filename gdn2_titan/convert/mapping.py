@@ -12,17 +12,24 @@ from gdn2_titan.models.old_names import current_name
 
 from .errors import ConvertError
 
-__all__ = ["CurrentNames", "Part", "Renamed", "Source", "check_fits", "from_hf_name", "tensors_of", "to_hf_name"]
+__all__ = ["CurrentNames", "Part", "Renamed", "Source", "check_fits", "from_hf_name", "replace_prefix", "tensors_of",
+           "to_hf_name"]  # fmt: skip
 
-_EMBEDDINGS, _HF_EMBEDDINGS = "tok_embeddings.", "model.embed_tokens."
-_HEAD, _HF_PREFIX = "lm_head.", "model."
+_TO_HF = {"tok_embeddings.": "model.embed_tokens.", "lm_head.": "lm_head.", "": "model."}
+_FROM_HF = {theirs: ours for ours, theirs in _TO_HF.items()}
+
+
+def replace_prefix(name: str, prefixes: Mapping[str, str]) -> str | None:
+    """``name`` with the first of the prefixes {old: new} that it begins with replaced; None where it has none."""
+    for old, new in prefixes.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return None
 
 
 def to_hf_name(name: str) -> str:
     """The name in a Hugging Face folder of the decoder's tensor ``name``."""
-    if name.startswith(_EMBEDDINGS):
-        return _HF_EMBEDDINGS + name.removeprefix(_EMBEDDINGS)
-    return name if name.startswith(_HEAD) else _HF_PREFIX + name
+    return replace_prefix(name, _TO_HF)
 
 
 def from_hf_name(name: str) -> str:
@@ -31,13 +38,10 @@ def from_hf_name(name: str) -> str:
     Raises:
         ValueError: the name is not one that :func:`to_hf_name` gives.
     """
-    if name.startswith(_HF_EMBEDDINGS):
-        return _EMBEDDINGS + name.removeprefix(_HF_EMBEDDINGS)
-    if name.startswith(_HEAD):
-        return name
-    if name.startswith(_HF_PREFIX):
-        return name.removeprefix(_HF_PREFIX)
-    raise ValueError(f"tensor name is {name!r}; it must begin with {_HF_PREFIX!r} or {_HEAD!r}")
+    found = replace_prefix(name, _FROM_HF)
+    if found is None:
+        raise ValueError(f"tensor name is {name!r}; it must begin with 'model.' or 'lm_head.'")
+    return found
 
 
 class Source(Protocol):

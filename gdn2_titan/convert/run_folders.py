@@ -41,19 +41,16 @@ def checkpoint_folder(path: str | os.PathLike[str]) -> Path:
     files = (".metadata", "config.json", INDEX, SINGLE)
     if step_of(path) is not None or any((path / name).is_file() for name in files):
         return path
-    steps, complete = _steps(path)
-    if complete:
-        return max(complete, key=step_of)
-    # A run's folder: which of its folders has the checkpoints is the run's checkpoint.folder.
-    within = {folder: _steps(folder) for folder in sorted(path.iterdir()) if folder.is_dir()} if not steps else {}
-    found = {folder: complete for folder, (_, complete) in within.items() if complete}
+    folders = {path: _steps(path)}
+    if not folders[path][0]:  # a run's folder: which of its folders has the checkpoints is the run's checkpoint.folder
+        folders = {folder: _steps(folder) for folder in sorted(path.iterdir()) if folder.is_dir()}
+    found = {folder: max(complete, key=step_of) for folder, (_, complete) in folders.items() if complete}
     if len(found) > 1:
         names = ", ".join(folder.name for folder in found)
         raise ConvertError(f"{path} has more than one folder of checkpoints: {names}; it must be one of them")
     if found:
-        ((_, complete),) = found.items()
-        return max(complete, key=step_of)
-    steps = steps or [step for all_steps, _ in within.values() for step in all_steps]
+        return found.popitem()[1]
+    steps = [step for all_steps, _ in folders.values() for step in all_steps]
     if steps:
         names = ", ".join(str(step.relative_to(path)) for step in sorted(steps, key=step_of))
         raise ConvertError(f"{path} has no complete checkpoint: of {names} not all is there")

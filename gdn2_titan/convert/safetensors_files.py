@@ -1,7 +1,6 @@
 """Folders of safetensors files, tensor by tensor."""
 
 import json
-import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -93,19 +92,15 @@ class SafetensorsFolder:
             return self._open[1].get_tensor(name)
 
 
-def _nbytes(tensor: torch.Tensor) -> int:
-    return math.prod(tensor.shape) * tensor.dtype.itemsize
-
-
 def _shards(tensors, limit):
     """Lists of names, in order; each list's tensors take at most limit bytes, or it is one tensor."""
     shards, room = [[]], limit
     for name, tensor in tensors.items():
-        if shards[-1] and _nbytes(tensor) > room:
+        if shards[-1] and tensor.nbytes > room:
             shards.append([])
             room = limit
         shards[-1].append(name)
-        room -= _nbytes(tensor)
+        room -= tensor.nbytes
     return shards
 
 
@@ -114,7 +109,7 @@ def _header(tensors):
     for name, tensor in tensors.items():
         if tensor.dtype not in _CODES:
             raise ConvertError(f"tensor {name!r} has dtype {tensor.dtype}; safetensors files take {[*_CODES]}")
-        start, end = end, end + _nbytes(tensor)
+        start, end = end, end + tensor.nbytes
         entries[name] = {"dtype": _CODES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
@@ -124,20 +119,15 @@ def _header(tensors):
 def write_safetensors(
     folder: Path, tensors: Mapping[str, torch.Tensor], read: Callable[[str], torch.Tensor], shard_size: int
 ) -> None:
-    """Writes files, and an index where there are several, into an existing folder.
+    """Writes files of ``shard_size`` bytes of tensors, and an index where there are several, into an existing folder.
 
-    safetensors' own writer wants a file's tensors in memory together; this one holds one.
-
-    Args:
-        tensors: {name: meta tensor}, in the order to write.
-        read: gives the tensor of a name, of that shape and dtype.
-        shard_size: bytes of tensors in a file.
+    safetensors' own writer wants a file's tensors in memory together; this one holds one. tensors: {name: meta tensor},
+    in the order to write. read: gives the tensor of a name, of that shape and dtype.
 
     Raises:
         OSError: a write failed.
     """
-    shards = _shards(tensors, shard_size)
-    files = {}
+    shards, files = _shards(tensors, shard_size), {}
     for number, names in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         with open(folder / file, "wb") as stream:
@@ -147,5 +137,5 @@ def write_safetensors(
                 stream.write(read(name).contiguous().reshape(-1).view(torch.uint8).numpy())
                 files[name] = file
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(map(_nbytes, tensors.values()))}, "weight_map": files}
+        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())}, "weight_map": files}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -43,16 +43,14 @@ def special_ids(tokenizer: Path | None) -> dict[str, int | None]:
 
 
 def copy_tokenizer(tokenizer: Path | None, folder: Path) -> None:
-    """Copies a tokenizer's files, and leaves out where they lay before; None: there is none."""
+    """Copies a tokenizer's files; None: there is none.
+
+    Left out of tokenizer_config.json is what names files of the machine where it was written, and code, which is not
+    copied and for which transformers would ask: all of the tokenizer is in tokenizer.json.
+    """
     for name in TOKENIZER_FILES:
         if tokenizer is not None and (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, folder / name)
-    _forget_origin(folder)
-
-
-def _forget_origin(folder: Path) -> None:
-    """Takes out of a copied tokenizer_config.json what names files of the machine where it was written, and code, which
-    is not copied and for which transformers would ask: all of the tokenizer is in tokenizer.json."""
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return
@@ -70,21 +68,18 @@ def around(tokenizer: Any, bos: int | None, eos: int | None) -> tuple[list[int],
     They are those that the post-processor of a ``tokenizers.Tokenizer`` puts there, with bos in front unless it is
     among those before, and eos behind unless it is among those after.
     """
-    before, after = _of_post_processor(tokenizer)
+    before, after = [], []
+    for probe in _PROBES:
+        encoding = tokenizer.encode(probe)
+        text = [index for index, special in enumerate(encoding.special_tokens_mask) if not special]
+        if text:
+            before, after = encoding.ids[: text[0]], encoding.ids[text[-1] + 1 :]
+            break
     if bos is not None and bos not in before:
         before = [bos, *before]
     if eos is not None and eos not in after:
         after = [*after, eos]
     return before, after
-
-
-def _of_post_processor(tokenizer: Any) -> tuple[list[int], list[int]]:
-    for probe in _PROBES:
-        encoding = tokenizer.encode(probe)
-        text = [index for index, special in enumerate(encoding.special_tokens_mask) if not special]
-        if text:
-            return encoding.ids[: text[0]], encoding.ids[text[-1] + 1 :]
-    return [], []
 
 
 def encode(tokenizer: Any, text: str, **options: Any) -> Any:

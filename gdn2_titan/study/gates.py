@@ -101,7 +101,7 @@ def run(options: argparse.Namespace) -> None:
     checkpoint_folder(options.model)  # a path that is not there is answered before torch is imported
     from tqdm import tqdm
 
-    from gdn2_titan.convert.hf.load import load_checkpoint
+    from gdn2_titan.convert.hf import load_checkpoint
 
     from .gates_figures import draw_figures
     from .gates_page import write_page

@@ -17,6 +17,8 @@ class GDN2Cache(Cache):
     byte per token and row.
     """
 
+    is_compileable = is_croppable = False
+
     def __init__(self, n_layers: int) -> None:
         super().__init__(layers=[])
         self.states = [None] * n_layers
@@ -36,14 +38,6 @@ class GDN2Cache(Cache):
         return -1  # none
 
     get_max_cache_shape = get_max_length  # its name before transformers 5
-
-    @property
-    def is_compileable(self) -> bool:
-        return False
-
-    @property
-    def is_croppable(self) -> bool:
-        return False
 
     @property
     def is_initialized(self) -> bool:

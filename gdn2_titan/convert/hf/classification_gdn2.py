@@ -8,12 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    QuestionAnsweringModelOutput,
-    SequenceClassifierOutputWithPast,
-    TokenClassifierOutput,
-)
+from transformers import modeling_outputs
 from transformers.utils import can_return_tuple
 
 from .cache_gdn2 import GDN2Cache
@@ -26,47 +21,42 @@ __all__ = ["GDN2ForQuestionAnswering", "GDN2ForSequenceClassification", "GDN2For
 class _DecoderWithHead(GDN2PreTrainedModel):
     accepts_loss_kwargs = False  # the loss is a mean over texts, whatever a trainer has counted
 
-    def __init__(self, config: GDN2Config) -> None:
+    def __init__(self, config: GDN2Config, head: str, rows: int | None = None, bias: bool = True) -> None:
+        """head: the name of a Linear of so many ``rows``, None for one of each label."""
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = GDN2Decoder(config)
-
-    def _decoder(self, others: dict[str, Any], **inputs: Any) -> BaseModelOutputWithPast:
-        """others: without what is None. peft names more than the decoder knows, and says nothing by it."""
-        others = {name: value for name, value in others.items() if value is not None}
-        return self.model(**inputs, return_dict=True, **others)
+        setattr(self, head, nn.Linear(config.hidden_size, rows or config.num_labels, bias=bias))
+        self.post_init()
 
 
 class GDN2ForSequenceClassification(_DecoderWithHead):
     """Token ids [B, T] -> logits [B, num_labels] at each text's last token, and the loss where there are labels."""
 
     def __init__(self, config: GDN2Config) -> None:
-        super().__init__(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
-        self.post_init()
+        super().__init__(config, "score", bias=False)
 
     @can_return_tuple
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         past_key_values: GDN2Cache | None = None, inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None, use_cache: bool | None = False, **kwargs: Any,
-    ) -> SequenceClassifierOutputWithPast:  # fmt: skip
+    ) -> modeling_outputs.SequenceClassifierOutputWithPast:  # fmt: skip
         """As GDN2Decoder's, which also takes ``kwargs``. labels: [B] classes, or what ``config.problem_type`` wants.
 
         Raises:
             ValueError: several texts, and nothing tells where they end: neither a mask nor a padding id.
         """
-        outputs = self._decoder(
-            kwargs, input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds, use_cache=use_cache,
-        )  # fmt: skip
+        outputs = self.model(
+            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, return_dict=True, **kwargs
+        )
         hidden = outputs.last_hidden_state
         last = self._last_tokens(hidden, input_ids, attention_mask)
         logits = self.score(hidden[torch.arange(len(hidden), device=hidden.device), last])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
-        return SequenceClassifierOutputWithPast(
+        return modeling_outputs.SequenceClassifierOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
 
@@ -92,47 +82,39 @@ class GDN2ForTokenClassification(_DecoderWithHead):
     """Token ids [B, T] -> logits [B, T, num_labels], each of what is known up to its token, and the loss of labels."""
 
     def __init__(self, config: GDN2Config) -> None:
-        super().__init__(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
+        super().__init__(config, "score")
 
     @can_return_tuple
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
         use_cache: bool | None = False, **kwargs: Any,
-    ) -> TokenClassifierOutput:  # fmt: skip
+    ) -> modeling_outputs.TokenClassifierOutput:  # fmt: skip
         """As GDN2Decoder's, which also takes ``kwargs``. labels: [B, T], -100 where there is no loss."""
-        outputs = self._decoder(
-            kwargs, input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, use_cache=use_cache
-        )
+        outputs = self.model(input_ids, attention_mask, None, inputs_embeds, use_cache, return_dict=True, **kwargs)
         logits = self.score(outputs.last_hidden_state)
         loss = None if labels is None else self.loss_function(logits, labels, self.config)
-        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return modeling_outputs.TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 
 class GDN2ForQuestionAnswering(_DecoderWithHead):
     """Token ids [B, T] -> logits [B, T] of where an answer starts and of where it ends, and the loss of both."""
 
     def __init__(self, config: GDN2Config) -> None:
-        super().__init__(config)
-        self.qa_outputs = nn.Linear(config.hidden_size, 2)
-        self.post_init()
+        super().__init__(config, "qa_outputs", rows=2)
 
     @can_return_tuple
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None, start_positions: Tensor | None = None,
         end_positions: Tensor | None = None, use_cache: bool | None = False, **kwargs: Any,
-    ) -> QuestionAnsweringModelOutput:  # fmt: skip
+    ) -> modeling_outputs.QuestionAnsweringModelOutput:  # fmt: skip
         """As GDN2Decoder's, which also takes ``kwargs``. start_positions and end_positions: [B], or neither."""
-        outputs = self._decoder(
-            kwargs, input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, use_cache=use_cache
-        )
+        outputs = self.model(input_ids, attention_mask, None, inputs_embeds, use_cache, return_dict=True, **kwargs)
         start, end = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = self.loss_function(start, end, start_positions, end_positions)
-        return QuestionAnsweringModelOutput(
+        return modeling_outputs.QuestionAnsweringModelOutput(
             loss=loss, start_logits=start, end_logits=end, hidden_states=outputs.hidden_states
         )

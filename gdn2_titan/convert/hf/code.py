@@ -6,6 +6,7 @@ importing what is left out raises ImportError, and the op then takes its PyTorch
 """
 
 import ast
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -65,26 +66,20 @@ def save_code(folder: str | os.PathLike[str]) -> None:
 
 def flattened() -> dict[str, str]:
     """{flat module name: source} of everything that the model imports."""
-    sources, imports, waiting = {}, {}, list(ENTRIES)
-    while waiting:
-        module = waiting.pop()
-        if module not in sources:
-            sources[module], imports[module] = _rewritten(module)
-            waiting += imports[module]
-    for entry in ENTRIES:
-        sources[entry] += _all_of(_reachable(entry, imports))
-    files = {_flat(module): source for module, source in sources.items()}
+    files = {_flat(module): _rewritten(module)[0] for module in _reachable(ENTRIES)}
+    for entry, name in ENTRIES.items():
+        files[name] += _all_of(_reachable([entry]) - {entry})
     digest = hashlib.sha256("".join(files[name] for name in sorted(files)).encode()).hexdigest()
     return files | {NAMESPACE_FILE: HEADER + NAMESPACE_SOURCE.format(package=PACKAGE, digest=digest)}
 
 
-def _reachable(entry, imports):
-    found, waiting = set(), [entry]
+def _reachable(modules):
+    """These modules, and all that they import of this package."""
+    found, waiting = set(), set(modules)
     while waiting:
-        new = set(imports[waiting.pop()]) - found
-        found |= new
-        waiting += new
-    return found - {entry}
+        found |= waiting
+        waiting = {imported for module in waiting for imported in _rewritten(module)[1]} - found
+    return found
 
 
 def _all_of(modules):
@@ -98,6 +93,7 @@ def _flat(module):
     return ENTRIES.get(module) or "gdn2_" + module.removeprefix(f"{PACKAGE}.").replace(".", "_")
 
 
+@functools.cache
 def _rewritten(module):
     """The source of a module as it stands beside a model, and the modules of this package that it imports."""
     spec = importlib.util.find_spec(module)
@@ -105,12 +101,12 @@ def _rewritten(module):
     package = module if spec.submodule_search_locations else module.rpartition(".")[0]
     lines, imported = source.splitlines(), []
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import) and any(_is_ours(alias.name) for alias in node.names):
+        if isinstance(node, ast.Import) and PACKAGE in {alias.name.split(".")[0] for alias in node.names}:
             raise AssertionError(f"{module}:{node.lineno} imports {PACKAGE} by `import`; only `from` can be rewritten")
         if not isinstance(node, ast.ImportFrom):
             continue
         origin = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
-        if not _is_ours(origin):
+        if origin.split(".")[0] != PACKAGE:
             continue
         statements = []
         for alias in node.names:
@@ -134,10 +130,6 @@ def _import_from(origin, alias):
     if not inspect.ismodule(getattr(importlib.import_module(origin), alias.name)):
         return [f"from .{_flat(origin)} import {alias.name} as {bound}"], origin
     return [f"from . import {_flat(inner)} as {bound}"], inner
-
-
-def _is_ours(name):
-    return name.split(".")[0] == PACKAGE
 
 
 def _with_own_namespace(source):

@@ -12,14 +12,10 @@ __all__ = ["GDN2Config"]
 
 # What tools that know no GDN-2 ask a config for, and the field that it is.
 FIELD_OF = {
-    "num_hidden_layers": "n_layers",
-    "intermediate_size": "mlp_size",
-    "num_attention_heads": "attn_heads",
-    "num_key_value_heads": "attn_kv_heads",
-    "sliding_window": "window",
-    "rms_norm_eps": "norm_eps",
+    "num_hidden_layers": "n_layers", "intermediate_size": "mlp_size", "num_attention_heads": "attn_heads",
+    "num_key_value_heads": "attn_kv_heads", "sliding_window": "window", "rms_norm_eps": "norm_eps",
     "initializer_range": "init_std",
-}
+}  # fmt: skip
 # What follows from the fields. It may be given as it is.
 DERIVED = ("hidden_act", "layer_types", "rope_parameters")
 LAYER_TYPES = {"gdn2": "linear_attention", "swa": "sliding_attention", "attention": "full_attention"}
@@ -32,10 +28,8 @@ LOADING = ("tp_size",)
 class GDN2Config(PretrainedConfig):
     """Takes the fields of ``GDN2ModelArgs``, with its defaults, and what every transformers config takes.
 
-    Fields may be given, read and set by the names that transformers' other models have for them: num_hidden_layers
-    (n_layers), intermediate_size (mlp_size), num_attention_heads (attn_heads), num_key_value_heads (attn_kv_heads),
-    sliding_window (window), rms_norm_eps (norm_eps) and initializer_range (init_std). hidden_act, layer_types and
-    rope_parameters follow from the fields. Unknown names are kept, as by every transformers config.
+    Fields may be given, read and set by the names that transformers' other models have for them (FIELD_OF here).
+    hidden_act, layer_types and rope_parameters follow from the fields. Unknown names are kept, as by every config.
 
     Raises:
         ValueError: naming the field that no model can be built from, its value and what is allowed; a field is given

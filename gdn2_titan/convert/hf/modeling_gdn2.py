@@ -16,11 +16,11 @@ from gdn2_titan.models.args import GDN2ModelArgs
 from gdn2_titan.models.attention import rotary_angles
 from gdn2_titan.models.decay import DECAYS, DecayParameters
 from gdn2_titan.models.decoder import Block
+from gdn2_titan.models.layer import GatedDeltaNet2
 from gdn2_titan.models.old_names import OLD_NAMES
 
 from .cache_gdn2 import GDN2Cache
 from .configuration_gdn2 import GDN2Config
-from .initial_gdn2 import BlockStart
 from .packing_gdn2 import PACKING
 from .piece_gdn2 import Piece
 
@@ -38,6 +38,41 @@ class GDN2Decays(DecayParameters, nn.LayerNorm):
     this class, and A_log has no such name."""
 
     extra_repr = nn.Module.extra_repr
+
+
+class BlockStart:
+    """Fills the parameters of a block's parts, any of them alone, as ``Block.init_weights`` fills the whole block.
+
+    What a projection starts from depends on where it stands, and only the block knows that. So a block of the same
+    shape, without memory of its own, is filled with the part's parameters in their places: random numbers are drawn for
+    these and for nothing else.
+    """
+
+    def __init__(self, args: GDN2ModelArgs, layer: int) -> None:
+        self.args, self.layer = args, layer
+        self._shape = None
+
+    def fill(self, name: str, part: nn.Module) -> None:
+        """Fill those parameters of ``part``, the submodule ``name`` of the block, that no file gave a value."""
+        if isinstance(part, GatedDeltaNet2):
+            part.statistics.zero_()  # no file has them, and loading leaves them arbitrary
+        # What a quantizer packs into whole numbers it made of values from a file.
+        missing = {
+            key: parameter
+            for key, parameter in part.named_parameters(recurse=False)
+            if parameter.is_floating_point() and not getattr(parameter, "_is_hf_initialized", False)
+        }
+        if not missing:
+            return
+        if self._shape is None:
+            with torch.device("meta"):
+                self._shape = Block(self.args, self.layer)
+        # Not by setattr: accelerate changes what that does while it builds a model without memory.
+        place = self._shape.get_submodule(name)._parameters
+        empty = {key: place[key] for key in missing}
+        place.update(missing)
+        self._shape.init_weights()
+        place.update(empty)
 
 
 class GDN2DecoderLayer(GradientCheckpointingLayer, Block):
@@ -80,10 +115,9 @@ class GDN2PreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         start = getattr(module, "start_in_block", None)
         if start is None:
-            super()._init_weights(module)
-        else:
-            block, name = start
-            block.fill(name, module)
+            return super()._init_weights(module)
+        block, name = start
+        block.fill(name, module)
 
     @classmethod
     def from_pretrained(cls, *args: Any, key_mapping: dict[str, str] | None = None, **kwargs: Any) -> Any:
@@ -180,11 +214,8 @@ class GDN2Decoder(GDN2PreTrainedModel):
         h = piece.whole(self.norm(h), piece.last)
         if cache is not None:
             piece.remember(cache, states, h)
-        return BaseModelOutputWithPast(
-            last_hidden_state=h,
-            past_key_values=cache,
-            hidden_states=(*hidden_states, h) if output_hidden_states else None,
-        )
+        hidden_states = (*hidden_states, h) if output_hidden_states else None
+        return BaseModelOutputWithPast(last_hidden_state=h, past_key_values=cache, hidden_states=hidden_states)
 
     def _angles_and_masks(self, piece: Piece, states: list[Any]) -> tuple[Tensor | None, dict[str, Tensor]]:
         """What the softmax layers take, computed once for all of them: angles, and {kind: mask}."""

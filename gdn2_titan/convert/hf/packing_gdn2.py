@@ -14,14 +14,9 @@ PACKING = ("resets", *BOUNDS, *LONGEST, "seq_idx")
 
 
 def resets_of(
-    words: dict[str, Any],
-    text: Tensor | None,
-    seen: int,
-    places: int | Tensor,
-    batch: int,
-    length: int,
+    words: dict[str, Any], text: Tensor | None, seen: int, places: int | Tensor, batch: int, length: int,
     device: torch.device,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """bool [B, T], True where a document begins, counted by the text of each row: at i for its i-th token of text.
     None where all goes on. And bool [B], True in rows where another document begins at padding after all text; None
     where that is nowhere so.
