@@ -21,15 +21,17 @@ __all__ = ["microseconds"]
 OPS = torch.ops.gdn2_titan
 
 
-def microseconds(call: Callable, calls: int = 500, rounds: int = 7) -> float:
-    """Of one call, the best of some rounds."""
-    best = float("inf")
+def microseconds(*calls: Callable, repeats: int = 50, rounds: int = 60) -> list[float]:
+    """Of one run of each call, the best of many rounds, in which the calls take turns: what else the machine does then
+    slows all of them or none, and most of the rounds do not count."""
+    best = [float("inf")] * len(calls)
     for _ in range(rounds):
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        best = min(best, time.perf_counter() - start)
-    return best / calls * 1e6
+        for i, call in enumerate(calls):
+            start = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            best[i] = min(best[i], time.perf_counter() - start)
+    return [seconds / repeats * 1e6 for seconds in best]
 
 
 def _cases():
@@ -70,12 +72,12 @@ def main() -> None:
         mock.patch.object(module, name, stub).start()
     print("microseconds        call    bare   ratio   call and backward")
     for name, (call, bare, differentiable) in _cases().items():
-        public, operator = microseconds(call), microseconds(bare)
-        both = ""
+        calls = [call, bare]
         if differentiable:
             seed = call().detach()
-            both = f"{microseconds(lambda call=call, seed=seed: call().backward(seed)):8.1f}"
-        print(f"{name:16} {public:7.1f} {operator:7.1f} {public / operator:7.2f}   {both}")
+            calls.append(lambda call=call, seed=seed: call().backward(seed))
+        public, operator, *both = microseconds(*calls)
+        print(f"{name:16} {public:7.1f} {operator:7.1f} {public / operator:7.2f}   {''.join(f'{x:8.1f}' for x in both)}")
 
 
 if __name__ == "__main__":

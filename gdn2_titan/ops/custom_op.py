@@ -6,6 +6,7 @@ of an operator, another Function takes the call. Both refuse forward-mode AD, wh
 constant.
 """
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable
@@ -51,9 +52,10 @@ def register_shardings() -> None:
         _register_shardings()
 
 
-def no_autocast(x: torch.Tensor) -> torch.autocast:
+def no_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
     """Autocast reaches into an op's eager body but not into its compiled call: the two must not differ."""
-    return torch.autocast(x.device.type, enabled=False)
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 def differentiable(op: OpOverload, setup_context: Callable, backward: Callable) -> Callable:

@@ -94,16 +94,9 @@ def halos(xs: list[Tensor], shards: SequenceShards, width: int, resets: Tensor |
 
 
 def context_parallel_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    *,
-    group: ProcessGroup | DeviceMesh,
-    layout: str = "contiguous",
-    resets: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, *,
+    group: ProcessGroup | DeviceMesh, layout: str = "contiguous", resets: Tensor | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """:func:`causal_conv1d` over sequences of which each rank of a group has a part.
 
     Args:

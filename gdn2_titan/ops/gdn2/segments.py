@@ -97,20 +97,10 @@ def _(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs):
 
 
 def segment_summary(
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    b: Tensor,
-    w: Tensor,
-    use_qk_l2norm_in_kernel: bool = False,
-    use_gate_in_kernel: bool = False,
-    A_log: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    use_sigmoid_in_kernel: bool = False,
-    erase_scale: float = 1.0,
-    resets: Tensor | None = None,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+    k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor, use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False, A_log: Tensor | None = None, dt_bias: Tensor | None = None,
+    use_sigmoid_in_kernel: bool = False, erase_scale: float = 1.0, resets: Tensor | None = None, backend: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A segment of a sequence as an affine map of the state (arXiv 2605.22791's recurrence is linear in it).
 
     Args:

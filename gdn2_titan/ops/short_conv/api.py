@@ -107,14 +107,9 @@ def _backward_flops(dy_shape, dfinal_state_shape, x_shape, weight_shape, *args, 
 
 
 def check_conv_inputs(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    resets: Tensor | None,
-) -> None:
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, resets: Tensor | None,
+) -> None:  # fmt: skip
     """Shapes, dtypes and devices only, so that it traces under torch.compile and costs no host synchronisation."""
     floats = {"x": x, "weight": weight, "bias": bias, "initial_state": initial_state}
     tensors = floats | {"cu_seqlens": cu_seqlens, "resets": resets}
@@ -146,16 +141,10 @@ def check_conv_inputs(
 
 
 def causal_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-    resets: Tensor | None = None,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor | None]:
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None,
+    initial_state: Tensor | None = None, output_final_state: bool = False, cu_seqlens: Tensor | None = None,
+    resets: Tensor | None = None, backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Depthwise causal convolution over time, y_t = act(bias + sum_i weight[:, i] * x_{t - (W - 1) + i}).
 
     Args:

@@ -8,22 +8,13 @@ summed over the value heads that read the key head; dv = dZ * w, dw = dZ * v. Q 
 A_qk and T gain goes to q, b, k and g down the tree.
 """
 
-import triton
+import triton  # noqa: I001 - or each name of the long list below takes a line
 import triton.language as tl
 
 from ...triton.products import cast, dot
-from .rows import (  # fmt: skip
-    C,
-    chunk_of,
-    load_erase,
-    load_gate,
-    load_log_decay,
-    load_reset,
-    load_rows,
-    load_unit,
-    program,
-    store_rows,
-)
+from .rows import (
+    C, chunk_of, load_erase, load_gate, load_log_decay, load_reset, load_rows, load_unit, program, store_rows,
+)  # fmt: skip
 from .tree import HALF, corner, from_start, level, opaque, pairs, sum_over, to_end
 
 __all__ = ["gradient_kernel"]
