@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from gdn2_titan.ops.context_parallel.shards import SequenceShards
+from gdn2_titan.ops.context_parallel.layout import SequenceShards
 from gdn2_titan.ops.dispatch import triton_serves_device
 
 __all__ = ["attention_mask", "context_mask", "continued_mask", "reach"]
