@@ -21,14 +21,10 @@ register_shardings()
 
 def __getattr__(name: str) -> object:
     """What shares sequences between devices, when it is asked for: it imports modules of torch.distributed."""
-    if name == "context_parallel_gdn2":
-        from .context_parallel.api import context_parallel_gdn2
+    if name in ("context_parallel_conv1d", "context_parallel_gdn2"):
+        from . import context_parallel
 
-        return context_parallel_gdn2
-    if name == "context_parallel_conv1d":
-        from .context_parallel.tokens import context_parallel_conv1d
-
-        return context_parallel_conv1d
+        return getattr(context_parallel, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
