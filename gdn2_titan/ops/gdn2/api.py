@@ -9,7 +9,7 @@ from torch import Tensor
 from ..checks import check_flags
 from . import library, reference
 from .arguments import GDN2Inputs, GDN2Options, check_arguments, check_state
-from .split import segments_of, split_gdn2
+from .segmented import segments_of, split_gdn2
 
 __all__ = ["chunk_gdn2", "fused_recurrent_gdn2", "recurrent_gdn2", "recurrent_gdn2_"]
 

@@ -64,10 +64,8 @@ def _fake_backward(dy, dfinal_state, x, weight, bias, silu, initial_state, *rest
 _forward_op = define("gdn2_titan::causal_conv1d", f"({ARGUMENTS}) -> (Tensor, Tensor)", _forward, _fake_forward)
 _backward_op = define(
     "gdn2_titan::causal_conv1d_backward",
-    f"(Tensor? dy, Tensor? dfinal_state, {ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _fake_backward,
-)
+    f"(Tensor? dy, Tensor? dfinal_state, {ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)", _backward, _fake_backward,
+)  # fmt: skip
 
 
 def _setup_context(ctx, args, output):
