@@ -16,7 +16,7 @@ from gdn2_titan.models import GatedDeltaNet2, GDN2Model, GDN2ModelArgs, masks
 from gdn2_titan.models.layer import ShortConvolution
 from gdn2_titan.ops import causal_conv1d, chunk_gdn2, dispatch, recurrent_gdn2, recurrent_gdn2_
 from gdn2_titan.ops.context_parallel.layout import SequenceShards
-from gdn2_titan.ops.gdn2 import chunked, split
+from gdn2_titan.ops.gdn2 import chunked, segmented
 from gdn2_titan.ops.gdn2.triton import chunk, recurrent
 from gdn2_titan.ops.short_conv.triton import launches as triton_conv
 from gdn2_titan.ops.triton import target
@@ -218,8 +218,8 @@ def test_auto_cuts_a_sequence_into_segments_only_for_the_kernels_that_gain_by_it
     facts = SimpleNamespace(major=capability[0], minor=capability[1], multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
     q = of_gpu(*capability, dtype, head)
-    assert (split.segments_of(q, q, "auto", backend) > 1) == many
-    assert split.segments_of(q, q, 3, backend) == 3
+    assert (segmented.segments_of(q, q, "auto", backend) > 1) == many
+    assert segmented.segments_of(q, q, 3, backend) == 3
 
 
 @pytest.mark.parametrize("way", ["one device", "shared"])

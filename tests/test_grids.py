@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gdn2_titan.ops.gdn2.arguments import GDN2Inputs, GDN2Options
 from gdn2_titan.ops.gdn2.triton import chunk, recurrent
+from gdn2_titan.ops.short_conv.arguments import ConvInputs
 from gdn2_titan.ops.short_conv.triton import launches as causal_conv1d
 from gdn2_titan.ops.triton import launching
 
@@ -48,8 +49,9 @@ def run_gdn2(B, T, H, HV, cu_seqlens=None):
 def run_conv(B, T, D, cu_seqlens=None):
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
     x, weight, bias, state = (torch.empty(shape, device=META) for shape in ((B, T, D), (D, 4), (D,), (N, D, 3)))
-    y, final_state = causal_conv1d.forward(x, weight, bias, True, state, cu_seqlens, None)
-    causal_conv1d.backward(y, final_state, x, weight, bias, True, state, cu_seqlens, None)
+    inputs = ConvInputs(x, weight, bias, True, state, cu_seqlens, None)
+    y, final_state = causal_conv1d.forward(inputs)
+    causal_conv1d.backward(y, final_state, inputs)
 
 
 GDN2 = {"prepare_kernel", "scan_kernel", "reverse_kernel", "gradient_kernel", "recurrent_kernel"}

@@ -18,7 +18,7 @@ assert callable(ops.context_parallel_gdn2) and callable(ops.context_parallel_con
 
 SHARDED = """
 import sys, torch
-compiled, order = sys.argv[1] == "compiled", sys.argv[2:]
+way, order = sys.argv[1], sys.argv[2:]
 for name in order:
     __import__(name)
 import torch.distributed as dist
@@ -28,9 +28,13 @@ q = distribute_tensor(torch.rand(2, 3, 1, 2), init_device_mesh("cpu", (1,)), [Sh
 def call(q):
     nothing = [None] * 5
     return torch.ops.gdn2_titan.chunk_gdn2(q, q, q, -q, q, q, *nothing, 1.0, False, False, False, 1.0)[0]
-o = (torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call)(q)
-o.sum().backward()
-assert isinstance(o, DTensor) and isinstance(q.grad, DTensor)
+if way == "inference":
+    with torch.inference_mode():
+        assert isinstance(call(q), DTensor)
+else:
+    o = (torch.compile(call, fullgraph=True, backend="aot_eager") if way == "compiled" else call)(q)
+    o.sum().backward()
+    assert isinstance(o, DTensor) and isinstance(q.grad, DTensor)
 dist.destroy_process_group()
 """
 
@@ -45,7 +49,7 @@ def test_importing_and_calling_an_op_brings_no_module_of_torch_distributed():
     assert run(LIGHT) == []
 
 
-@pytest.mark.parametrize("way", ["eager", "compiled"])
+@pytest.mark.parametrize("way", ["eager", "compiled", "inference"])
 @pytest.mark.parametrize(
     "order", [("gdn2_titan.ops", "torch.distributed.tensor"), ("torch.distributed.tensor", "gdn2_titan.ops")],
     ids=["ops first", "dtensor first"],

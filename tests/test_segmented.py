@@ -14,7 +14,7 @@ from gdn2_titan.models import GatedDeltaNet2, GDN2Model, GDN2ModelArgs
 from gdn2_titan.ops import chunk_gdn2, naive_recurrent_gdn2
 from gdn2_titan.ops.gdn2 import chunked
 from gdn2_titan.ops.gdn2.flops import backward_flops, forward_flops
-from gdn2_titan.ops.gdn2.split import number_of_segments
+from gdn2_titan.ops.gdn2.segmented import number_of_segments
 from gdn2_titan.parallel.activation_checkpoint import SAVED_OPS
 from tests.gdn2_cases import (
     RAW,

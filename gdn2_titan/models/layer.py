@@ -18,7 +18,7 @@ from gdn2_titan.ops.context_parallel.tokens import halos
 from gdn2_titan.ops.dispatch import BACKENDS
 from gdn2_titan.ops.gdn2.arguments import GDN2Inputs, GDN2Options
 from gdn2_titan.ops.gdn2.gates import log_decay
-from gdn2_titan.ops.gdn2.split import check_num_segments
+from gdn2_titan.ops.gdn2.segmented import check_num_segments
 
 from .checks import check_choice, check_count, check_gdn2, check_width, value_head_dim
 from .decay import DecayParameters

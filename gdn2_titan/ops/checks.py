@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["FLOAT_DTYPES", "check_choice", "check_cu_seqlens", "check_flags", "check_packing", "require_shape"]
+__all__ = ["check_choice", "check_cu_seqlens", "check_flags", "check_packing", "check_tensors", "require_shape"]
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+NOT_FLOAT = ("cu_seqlens", "resets")  # ``check_packing`` looks at their dtypes
 
 
 def check_choice(name: str, value: object, allowed: Sequence) -> None:
@@ -27,9 +28,27 @@ def check_flags(**flags: bool) -> None:
             raise ValueError(f"{name} is {value!r}; it must be True or False")
 
 
-def require_shape(name: str, x: Tensor, shape: Sequence[int], meaning: str) -> None:
+def check_tensors(names: Sequence[str], tensors: Sequence[Tensor | None], required: int) -> None:
+    """Raise TypeError or ValueError unless all are tensors of the dtypes that operators take, on the first one's
+    device; from number ``required`` on they may be None."""
+    place = None
+    for i, x in enumerate(tensors):
+        if x is None and i >= required:
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{names[i]} is a {type(x).__name__}; it must be a torch.Tensor")
+        if x.dtype not in FLOAT_DTYPES and names[i] not in NOT_FLOAT:
+            raise TypeError(f"{names[i]} has dtype {x.dtype}; it must be float16, bfloat16, float32 or float64")
+        device = x.device
+        if place is None:
+            place = device
+        elif device != place:
+            raise ValueError(f"{names[i]} is on {device}; it must be on {names[0]}'s device {place}")
+
+
+def require_shape(name: str, x: Tensor, shape: tuple[int, ...], meaning: str) -> None:
     """Raise ValueError unless x has this shape; meaning: of its axes."""
-    if tuple(x.shape) != tuple(shape):
+    if x.shape != shape:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {meaning} = {tuple(shape)}")
 
 

@@ -6,6 +6,7 @@ of an operator, another Function takes the call. Both refuse forward-mode AD, wh
 constant.
 """
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable
@@ -31,9 +32,13 @@ def define(qualname: str, schema: str, kernel: Callable, fake: Callable) -> OpOv
         # Where Dynamo is at work, a compiled function that calls the operator must not have its kernel compiled too.
         return uncompiled()(*args) if "torch._dynamo" in sys.modules else kernel(*args)
 
+    def shapes(*args):
+        register_shardings()  # DTensor asks for the shapes before it looks for a rule, also in inference mode
+        return fake(*args)
+
     torch.library.define(qualname, schema, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(qualname, "default", run)
-    torch.library.register_fake(qualname, fake)
+    torch.library.register_fake(qualname, shapes)
     namespace, _, name = qualname.partition("::")
     return getattr(getattr(torch.ops, namespace), name).default
 
@@ -51,9 +56,10 @@ def register_shardings() -> None:
         _register_shardings()
 
 
-def no_autocast(x: torch.Tensor) -> torch.autocast:
+def no_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
     """Autocast reaches into an op's eager body but not into its compiled call: the two must not differ."""
-    return torch.autocast(x.device.type, enabled=False)
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 def differentiable(op: OpOverload, setup_context: Callable, backward: Callable) -> Callable:
@@ -88,7 +94,6 @@ def differentiable(op: OpOverload, setup_context: Callable, backward: Callable) 
     Boundary.backward = UnderTransforms.backward = staticmethod(gradients)
 
     def eager(*args):
-        register_shardings()
         # Not only where a gradient is needed: forward-mode AD must not pass unseen.
         if torch.is_grad_enabled() or forward_ad._current_level >= 0:
             return Boundary.apply(*args)

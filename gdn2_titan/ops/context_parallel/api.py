@@ -17,12 +17,9 @@ __all__ = ["begin_gdn2", "context_parallel_gdn2"]
 
 
 def begin_gdn2(
-    inputs: GDN2Inputs,
-    options: GDN2Options,
-    shards: SequenceShards,
-    output_final_state: bool = False,
+    inputs: GDN2Inputs, options: GDN2Options, shards: SequenceShards, output_final_state: bool = False,
     exchange: str = "auto",
-) -> Callable[[], tuple[Tensor, Tensor | None]]:
+) -> Callable[[], tuple[Tensor, Tensor | None]]:  # fmt: skip
     """:func:`context_parallel_gdn2` up to its exchange, which is then under way: call what this returns for the
     results."""
     check_choice("exchange", exchange, ("auto", *FORMS))
@@ -43,28 +40,12 @@ def begin_gdn2(
 
 
 def context_parallel_gdn2(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    b: Tensor,
-    w: Tensor,
-    *,
-    group: ProcessGroup | DeviceMesh,
-    layout: str = "contiguous",
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    use_gate_in_kernel: bool = False,
-    A_log: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    use_sigmoid_in_kernel: bool = False,
-    erase_scale: float = 1.0,
-    resets: Tensor | None = None,
-    exchange: str = "auto",
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor | None]:
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor, *, group: ProcessGroup | DeviceMesh,
+    layout: str = "contiguous", scale: float | None = None, initial_state: Tensor | None = None,
+    output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False, use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None, dt_bias: Tensor | None = None, use_sigmoid_in_kernel: bool = False,
+    erase_scale: float = 1.0, resets: Tensor | None = None, exchange: str = "auto", backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Gated DeltaNet-2 over sequences of T tokens that the ranks of a group share: :func:`chunk_gdn2` of the whole.
 
     Every rank calls it with tensors of the same shapes, and what a rank receives does not depend on T. Gradients are

@@ -10,7 +10,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..short_conv.api import causal_conv1d, check_conv_inputs
+from ..short_conv.api import causal_conv1d
+from ..short_conv.arguments import checked_inputs
 from .layout import SequenceShards
 
 __all__ = ["context_parallel_conv1d", "gather_sequence", "halos", "preceding"]
@@ -94,16 +95,9 @@ def halos(xs: list[Tensor], shards: SequenceShards, width: int, resets: Tensor |
 
 
 def context_parallel_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    *,
-    group: ProcessGroup | DeviceMesh,
-    layout: str = "contiguous",
-    resets: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, *,
+    group: ProcessGroup | DeviceMesh, layout: str = "contiguous", resets: Tensor | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """:func:`causal_conv1d` over sequences of which each rank of a group has a part.
 
     Args:
@@ -121,7 +115,7 @@ def context_parallel_conv1d(
     Raises:
         TypeError, ValueError: as :func:`causal_conv1d`, for an unknown layout, or a T_local that it cannot split.
     """
-    check_conv_inputs(x, weight, bias, activation, None, None, resets)
+    checked_inputs(x, weight, bias, activation, None, None, resets, backend)
     shards = SequenceShards.of(group, layout)
     past = halos([x], shards, weight.shape[1], resets)
     rows = shards.rows(resets)

@@ -1,4 +1,7 @@
-"""The public functions: signatures and docstrings. Each ends in one operator of ``library``."""
+"""The public functions: signatures and docstrings. Each ends in one operator of ``library``.
+
+A signature repeats the others' parameters one by one: that is what editors, ``help`` and positional calls go by.
+"""
 
 import torch
 from torch import Tensor
@@ -6,7 +9,7 @@ from torch import Tensor
 from ..checks import check_flags
 from . import library, reference
 from .arguments import GDN2Inputs, GDN2Options, check_arguments, check_state
-from .split import segments_of, split_gdn2
+from .segmented import segments_of, split_gdn2
 
 __all__ = ["chunk_gdn2", "fused_recurrent_gdn2", "recurrent_gdn2", "recurrent_gdn2_"]
 
@@ -26,26 +29,12 @@ def _call(op, inputs, options, output_final_state, num_segments=1):
 
 
 def chunk_gdn2(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    b: Tensor,
-    w: Tensor,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    use_gate_in_kernel: bool = False,
-    A_log: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    use_sigmoid_in_kernel: bool = False,
-    erase_scale: float = 1.0,
-    cu_seqlens: Tensor | None = None,
-    resets: Tensor | None = None,
-    backend: str = "auto",
-    num_segments: int | str = 1,
-) -> tuple[Tensor, Tensor | None]:
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor, scale: float | None = None,
+    initial_state: Tensor | None = None, output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False, A_log: Tensor | None = None, dt_bias: Tensor | None = None,
+    use_sigmoid_in_kernel: bool = False, erase_scale: float = 1.0, cu_seqlens: Tensor | None = None,
+    resets: Tensor | None = None, backend: str = "auto", num_segments: int | str = 1,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Gated DeltaNet-2 over whole sequences, chunk by chunk: for training and prefill.
 
     Per head, with state S [K, V] (arXiv 2605.22791; the recurrence in ``reference``),
@@ -100,25 +89,12 @@ def chunk_gdn2(
 
 
 def recurrent_gdn2(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    b: Tensor,
-    w: Tensor,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    use_gate_in_kernel: bool = False,
-    A_log: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    use_sigmoid_in_kernel: bool = False,
-    erase_scale: float = 1.0,
-    cu_seqlens: Tensor | None = None,
-    resets: Tensor | None = None,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor | None]:
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor, scale: float | None = None,
+    initial_state: Tensor | None = None, output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False, A_log: Tensor | None = None, dt_bias: Tensor | None = None,
+    use_sigmoid_in_kernel: bool = False, erase_scale: float = 1.0, cu_seqlens: Tensor | None = None,
+    resets: Tensor | None = None, backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Gated DeltaNet-2 one token after the other: for decoding. Arguments, returns and errors of :func:`chunk_gdn2`.
 
     Gradients flow here too, by the chunked backward.
@@ -134,24 +110,11 @@ fused_recurrent_gdn2 = recurrent_gdn2
 
 
 def recurrent_gdn2_(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    b: Tensor,
-    w: Tensor,
-    state: Tensor,
-    scale: float | None = None,
-    use_qk_l2norm_in_kernel: bool = False,
-    use_gate_in_kernel: bool = False,
-    A_log: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    use_sigmoid_in_kernel: bool = False,
-    erase_scale: float = 1.0,
-    cu_seqlens: Tensor | None = None,
-    resets: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor, state: Tensor, scale: float | None = None,
+    use_qk_l2norm_in_kernel: bool = False, use_gate_in_kernel: bool = False, A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None, use_sigmoid_in_kernel: bool = False, erase_scale: float = 1.0,
+    cu_seqlens: Tensor | None = None, resets: Tensor | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """:func:`recurrent_gdn2` that starts from ``state`` and leaves the final state there: a step of decoding that
     allocates nothing but its output.
 
@@ -172,14 +135,13 @@ def recurrent_gdn2_(
         scale, use_qk_l2norm_in_kernel, use_gate_in_kernel, use_sigmoid_in_kernel, erase_scale, backend
     )
     options = check_arguments(inputs, options, reference=True)
-    inputs = inputs._replace(initial_state=state)
-    check_state(inputs)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs.differentiable):
+    check_state(state, inputs)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, state)):
         raise RuntimeError(
             "recurrent_gdn2_ overwrites its state and has no gradient; use recurrent_gdn2 or torch.no_grad()"
         )
     if options.backend == "reference":
-        o, final_state = reference.recurrent(inputs, options)
+        o, final_state = reference.recurrent(inputs._replace(initial_state=state), options)
         state.copy_(final_state)
         return o
-    return library.inplace_recurrent_gdn2(*inputs, *options)
+    return library.inplace_recurrent_gdn2(*inputs[:8], state, cu_seqlens, resets, *options)

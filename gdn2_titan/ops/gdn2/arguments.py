@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import FLOAT_DTYPES, check_choice, check_flags, check_packing, require_shape
+from ..checks import check_choice, check_flags, check_packing, check_tensors, require_shape
 from ..dispatch import BACKENDS
 
 __all__ = ["GDN2Inputs", "GDN2Options", "check_arguments", "check_state"]
@@ -88,10 +88,8 @@ def check_arguments(inputs: GDN2Inputs, options: GDN2Options, reference: bool = 
     scale, l2norm, gate, sigmoid, erase_scale, backend = options
     check_choice("backend", backend, (*BACKENDS, "reference") if reference else BACKENDS)
     check_flags(use_qk_l2norm_in_kernel=l2norm, use_gate_in_kernel=gate, use_sigmoid_in_kernel=sigmoid)
-    _check_tensors(inputs)
-    q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets = inputs
-    B, T, H, K = q.shape
-    HV, V = v.shape[2:]
+    B, T, H, K, HV, V = _check_tensors(inputs)
+    *_, A_log, dt_bias, initial_state, cu_seqlens, resets = inputs
     N = check_packing("q", B, T, cu_seqlens, resets)
     if initial_state is not None:
         require_shape("initial_state", initial_state, (N, HV, K, V), "[N, HV, K, V]")
@@ -118,40 +116,33 @@ def check_arguments(inputs: GDN2Inputs, options: GDN2Options, reference: bool = 
 
 
 def _check_tensors(inputs):
-    """Types, dtypes, devices, and the shapes of tokens."""
+    """Types, dtypes, devices, and the shapes of tokens. Returns B, T, H, K, HV, V."""
     q, k, v, g, b, w, *_ = inputs
-    for name, x in zip(GDN2Inputs._fields, inputs, strict=True):
-        if x is None and name not in ("q", "k", "v", "g", "b", "w"):
-            continue
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} is a {type(x).__name__}; it must be a torch.Tensor")
-        if name not in ("cu_seqlens", "resets") and x.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"{name} has dtype {x.dtype}; it must be float16, bfloat16, float32 or float64")
-        if x.device != q.device:
-            raise ValueError(f"{name} is on {x.device}; it must be on q's device {q.device}")
-    if q.ndim != 4:
-        raise ValueError(f"q has shape {tuple(q.shape)}; it must have four axes [B, T, H, K]")
-    if v.ndim != 4:
-        raise ValueError(f"v has shape {tuple(v.shape)}; it must have four axes [B, T, HV, V]")
-    B, T, H, K = q.shape
-    HV, V = v.shape[2:]
+    check_tensors(GDN2Inputs._fields, inputs, required=6)
+    q_shape, v_shape = q.shape, v.shape
+    if len(q_shape) != 4:
+        raise ValueError(f"q has shape {tuple(q_shape)}; it must have four axes [B, T, H, K]")
+    if len(v_shape) != 4:
+        raise ValueError(f"v has shape {tuple(v_shape)}; it must have four axes [B, T, HV, V]")
+    (B, T, H, K), (_, _, HV, V) = q_shape, v_shape
     if H < 1 or K < 1:
-        raise ValueError(f"q has shape {tuple(q.shape)}; H and K of [B, T, H, K] must be at least 1")
+        raise ValueError(f"q has shape {tuple(q_shape)}; H and K of [B, T, H, K] must be at least 1")
     if HV < 1 or V < 1 or HV % H != 0:
         raise ValueError(f"v has {HV} heads of size {V}; the heads must be a positive multiple of q's {H} heads")
-    for name, x in (("k", k), ("g", g), ("b", b)):
-        require_shape(name, x, q.shape, "q's shape [B, T, H, K]")
-    require_shape("v", v, (B, T, HV, V), "[B, T, HV, V] with q's B and T")
-    require_shape("w", w, v.shape, "v's shape [B, T, HV, V]")
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name} has dtype {x.dtype}; it must be q's dtype {q.dtype}")
+    if not (k.shape == g.shape == b.shape == q_shape and v_shape[:2] == (B, T) and w.shape == v_shape):
+        for name, x in (("k", k), ("g", g), ("b", b)):
+            require_shape(name, x, q_shape, "q's shape [B, T, H, K]")
+        require_shape("v", v, (B, T, HV, V), "[B, T, HV, V] with q's B and T")
+        require_shape("w", w, v_shape, "v's shape [B, T, HV, V]")
+    if not k.dtype == v.dtype == q.dtype:
+        name, x = ("k", k) if k.dtype != q.dtype else ("v", v)
+        raise TypeError(f"{name} has dtype {x.dtype}; it must be q's dtype {q.dtype}")
+    return B, T, H, K, HV, V
 
 
-def check_state(inputs: GDN2Inputs) -> None:
-    """Raise for an initial state, the argument ``state``, that cannot be updated in place. ``check_arguments`` passed
-    the others."""
-    q, state, dtype = inputs.q, inputs.initial_state, inputs.compute_dtype
+def check_state(state: Tensor, inputs: GDN2Inputs) -> None:
+    """Raise for an argument ``state`` that cannot be updated in place. ``check_arguments`` passed the inputs."""
+    q, dtype = inputs.q, inputs.compute_dtype
     if not isinstance(state, Tensor):
         raise TypeError(f"state is a {type(state).__name__}; it must be a torch.Tensor")
     if state.device != q.device:

@@ -19,13 +19,13 @@ def _recompute(term):
     return term["intra"] + term["CK"] + term["CV"] + 2 * term["KV"]
 
 
-def forward_flops(tokens, heads, key_dim, value_dim):
+def forward_flops(tokens: int, heads: int, key_dim: int, value_dim: int) -> int:
     """tokens = B * T, heads = key heads, value_dim = HV / H * V."""
     scale, term = _terms(tokens, heads, key_dim, value_dim)
     return scale * (_recompute(term) + term["KV"] + term["CV"])
 
 
-def backward_flops(tokens, heads, key_dim, value_dim):
+def backward_flops(tokens: int, heads: int, key_dim: int, value_dim: int) -> int:
     """Recomputation included: dR, dS_in, dA_qk, dQ, dKt, dY, dE, dZ, dT and the decayed products' gradients."""
     scale, term = _terms(tokens, heads, key_dim, value_dim)
     gradients = 6 * term["KV"] + 4 * term["CV"] + 2 * term["CK"] + 4 * CHUNK * key_dim

@@ -24,6 +24,7 @@ C must be a power of two. Shapes: M is the number of chunks (times batch and hea
 """
 
 import torch
+from torch import Tensor
 
 __all__ = ["intra_chunk", "intra_chunk_backward"]
 
@@ -46,7 +47,7 @@ def _blocks(x, m, row, column, per_token=1):
     return x.as_strided((M * C // (2 * m), m * per_token, m), (stride, C, 1), x.storage_offset() + offset)
 
 
-def intra_chunk(qe, k, gamma, keep=None):
+def intra_chunk(qe: Tensor, k: Tensor, gamma: Tensor, keep: list | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """A_qk and A [M, C, C] and exp(G_C) [M, K], from qe [M, C, 2, K], k and gamma = exp(g) [M, C, K].
 
     qe holds q and b * k of each token side by side, so that they share one product. qe and k are overwritten with
@@ -63,8 +64,8 @@ def intra_chunk(qe, k, gamma, keep=None):
         rows, cols = _halves(qe, m)[1].flatten(1, 2), _halves(k, m)[0]  # [M * n, 2m, K], [M * n, m, K]
         product = torch.bmm(rows, cols.mT).view(-1, m, 2, m)
         _blocks(a_qk, m, 1, 0).copy_(product[:, :, 0])
-        corner = torch.bmm(_blocks(inverse, m, 1, 1), product[:, :, 1]).bmm(_blocks(inverse, m, 0, 0))
-        torch.neg(corner, out=_blocks(inverse, m, 1, 0))
+        joined = torch.bmm(_blocks(inverse, m, 1, 1), product[:, :, 1]).bmm(_blocks(inverse, m, 0, 0))
+        torch.neg(joined, out=_blocks(inverse, m, 1, 0))
         left, right = _halves(total.view(M, -1, K), 1)  # [M * n, 1, K]
         if keep is not None:
             keep.append((rows.clone(), cols.clone(), left, right))
@@ -75,7 +76,9 @@ def intra_chunk(qe, k, gamma, keep=None):
     return a_qk[:, :C], inverse[:, :C], total.view(M, K)
 
 
-def intra_chunk_backward(dproduct, dqe, dk, dtotal, gamma, keep):
+def intra_chunk_backward(
+    dproduct: Tensor, dqe: Tensor, dk: Tensor, dtotal: Tensor, gamma: Tensor, keep: list
+) -> Tensor:
     """From the gradients of Q, E and Kt, in place, to those of q, b * k and k, those of A_qk and T included.
 
     dproduct [M, 2C + 1, C]: the gradients of A_qk and T (not of its inverse), their rows alternating, and a spare row;

@@ -104,17 +104,13 @@ _recurrent_op = define(
     "gdn2_titan::recurrent_gdn2", f"({INPUTS}) -> (Tensor, Tensor)", _recurrent_forward, _fake_forward
 )
 _inplace_op = define(
-    "gdn2_titan::recurrent_gdn2_",
-    f"({INPUTS}) -> Tensor".replace("Tensor? initial_state", "Tensor(a!) state"),
-    _recurrent_inplace,
-    lambda q, k, v, *rest: v.new_empty(v.shape),
-)
+    "gdn2_titan::recurrent_gdn2_", f"({INPUTS}) -> Tensor".replace("Tensor? initial_state", "Tensor(a!) state"),
+    _recurrent_inplace, lambda q, k, v, *rest: v.new_empty(v.shape),
+)  # fmt: skip
 _backward_op = define(
-    "gdn2_titan::chunk_gdn2_backward",
-    f"(Tensor? do, Tensor? dfinal_state, {INPUTS}) -> {GRADIENTS}",
-    _chunk_backward,
-    _fake_backward,
-)
+    "gdn2_titan::chunk_gdn2_backward", f"(Tensor? do, Tensor? dfinal_state, {INPUTS}) -> {GRADIENTS}",
+    _chunk_backward, _fake_backward,
+)  # fmt: skip
 
 
 def _setup_context(ctx, args, output):
@@ -143,10 +139,7 @@ def _sizes(q_shape, v_shape):
     return B * T, H, K, v_shape[2] // H * v_shape[3]
 
 
-FORWARD_OPS = ("chunk_gdn2", "recurrent_gdn2", "recurrent_gdn2_")
-
-
-@register_flop_formula([getattr(torch.ops.gdn2_titan, name) for name in FORWARD_OPS])
+@register_flop_formula([op.overloadpacket for op in (_chunk_op, _recurrent_op, _inplace_op)])
 def _(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs):
     return forward_flops(*_sizes(q_shape, v_shape))
 

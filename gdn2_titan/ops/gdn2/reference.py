@@ -67,24 +67,12 @@ def recurrent(inputs: GDN2Inputs, options: GDN2Options) -> tuple[Tensor, Tensor]
 
 
 def naive_recurrent_gdn2(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    b: Tensor,
-    w: Tensor,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    use_gate_in_kernel: bool = False,
-    A_log: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    use_sigmoid_in_kernel: bool = False,
-    erase_scale: float = 1.0,
-    cu_seqlens: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor, scale: float | None = None,
+    initial_state: Tensor | None = None, output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False, A_log: Tensor | None = None, dt_bias: Tensor | None = None,
+    use_sigmoid_in_kernel: bool = False, erase_scale: float = 1.0, cu_seqlens: Tensor | None = None,
     resets: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Gated DeltaNet-2 one token at a time, differentiated by autograd: slow, readable, the definition.
 
     Arguments, shapes, returns and errors are those of :func:`gdn2_titan.ops.chunk_gdn2` (less ``backend``).

@@ -1,4 +1,4 @@
-"""The operator of sequences that are cut into segments which run side by side on one device.
+"""A long sequence on one device as segments side by side, where batch and heads are too few to fill the device.
 
 Forward, all segments run at once as maps of the state they are entered with (``segments``), side by side as rows of the
 batch. Folding the maps gives the entering states, and o = o_0 + P S. Backward is the mirror image: P^T dO and the
@@ -7,17 +7,22 @@ transitions give the gradient of the state that each segment leaves, and the ord
 Forward returns what backward needs beside the inputs: P, the entering states and the transitions.
 """
 
+import numbers
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.flop_counter import register_flop_formula
 
 from ..custom_op import define, differentiable, differentiable_once, no_autocast
+from ..dispatch import triton_can_serve
 from .arguments import GDN2Inputs, GDN2Options
-from .flops import backward_flops, forward_flops
+from .flops import CHUNK, backward_flops, forward_flops
 from .library import GATED, GRADIENTS, OPTIONS, kernels, or_empty
-from .maps import apply, apply_transposed, read, read_transposed
+from .segments import apply, apply_transposed, read, read_transposed
 
-__all__ = ["segmented_gdn2"]
+__all__ = ["check_num_segments", "number_of_segments", "segments_of", "split_gdn2"]
 
 
 def _records(*args):
@@ -86,19 +91,16 @@ def _fake_segmented_backward(do, dfinal_state, read_rows, entering, transitions,
 
 
 INPUTS = f"{GATED}, Tensor? initial_state, Tensor? resets, SymInt segments, {OPTIONS}"
+KEPT = "Tensor read_rows, Tensor entering, Tensor transitions"
 _forward_op = define(
-    "gdn2_titan::segmented_gdn2",
-    f"({INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _segmented_forward,
-    _fake_segmented_forward,
-)
+    "gdn2_titan::segmented_gdn2", f"({INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _segmented_forward, _fake_segmented_forward,
+)  # fmt: skip
 _backward_op = define(
     "gdn2_titan::segmented_gdn2_backward",
-    f"(Tensor? do, Tensor? dfinal_state, Tensor read_rows, Tensor entering, Tensor transitions, {INPUTS})"
-    f" -> {GRADIENTS}",
-    _segmented_backward,
-    _fake_segmented_backward,
-)
+    f"(Tensor? do, Tensor? dfinal_state, {KEPT}, {INPUTS}) -> {GRADIENTS}",
+    _segmented_backward, _fake_segmented_backward,
+)  # fmt: skip
 
 
 def _setup_context(ctx, args, output):
@@ -113,19 +115,13 @@ def _backward(ctx, do, dfinal_state, *others):
         return ()
     read_rows, entering, transitions, *inputs = ctx.saved_tensors
     inputs = GDN2Inputs(*inputs)
-    kept = read_rows, entering, transitions
-    grads = _differentiable_backward(do, dfinal_state, *kept, *_positions(inputs, ctx.count, ctx.options))
+    positions = _positions(inputs, ctx.count, ctx.options)
+    grads = _differentiable_backward(do, dfinal_state, read_rows, entering, transitions, *positions)
     return tuple(None if x is None else grad for x, grad in zip(inputs.differentiable, grads, strict=True))
 
 
 _differentiable_forward = differentiable(_forward_op, _setup_context, _backward)
 _differentiable_backward = differentiable_once(_backward_op, "chunk_gdn2")
-
-
-def segmented_gdn2(inputs: GDN2Inputs, count: int, options: GDN2Options) -> tuple[Tensor, Tensor]:
-    """``chunk_gdn2`` of ``count`` segments that divide the sequence."""
-    o, final_state, *_ = _differentiable_forward(*_positions(inputs, count, options))
-    return o, final_state
 
 
 def _map_products(q_shape, v_shape, segments):
@@ -144,3 +140,50 @@ def _(q_shape, k_shape, v_shape, g, b, w, A_log, dt_bias, state, resets, segment
 def _(do, dfinal, P, entering, transitions, q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs):
     (B, T, H, K), (HV, V) = q_shape, v_shape[2:]
     return backward_flops(B * T, H, K, HV // H * V) + _map_products(q_shape, v_shape, entering[1])
+
+
+COUNTS = (64, 32, 16, 8, 4, 2)
+SHORTEST = 16 * CHUNK  # tokens of a segment: the products that join two segments cost about as much as two chunks
+COLUMNS = 64  # of the state, to a program of the kernel that goes from chunk to chunk
+
+
+def number_of_segments(B: int, T: int, H: int, HV: int, K: int, V: int, processors: int) -> int:
+    """As many as ``processors`` run side by side. Sizes that a compiler leaves open count as too small or too large."""
+    programs = B * (HV * -(-V // COLUMNS) + H * -(-K // COLUMNS))  # of one segment: for its values and for its map
+    for count in COUNTS:
+        if statically_known_true(count * programs <= processors) and statically_known_true(count * SHORTEST <= T):
+            return count
+    return 1
+
+
+def check_num_segments(value: int | str) -> None:
+    """Raise ValueError unless value is "auto" or a whole number of at least 1."""
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1):
+        raise ValueError(f"num_segments is {value!r}; it must be 'auto' or a whole number of at least 1")
+
+
+def segments_of(q: Tensor, v: Tensor, num_segments: int | str, backend: str = "auto") -> int:
+    """The number asked for, "auto" resolved: PyTorch's kernels gain nothing by segments."""
+    check_num_segments(num_segments)
+    if num_segments != "auto":
+        return int(num_segments)
+    if not triton_can_serve(q, backend, (q.shape[-1], v.shape[-1])):
+        return 1
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    return number_of_segments(*q.shape[:3], v.shape[2], *q.shape[3:], *v.shape[3:], processors)
+
+
+def split_gdn2(op: Callable, count: int, inputs: GDN2Inputs, options: GDN2Options) -> tuple[Tensor, Tensor]:
+    """``op`` (o, final state; without cu_seqlens) of ``count`` segments of equal length, whole chunks unless
+    count divides T. What is left over follows them and runs by ``op`` itself; so does a sequence that is too short."""
+    T = inputs.q.shape[1]
+    length = T // count if T % count == 0 else T // (count * CHUNK) * CHUNK
+    cut = length * count
+    if length == 0:
+        return op(*inputs, *options)
+    whole = inputs.map_tokens(lambda x: x[:, :cut], inputs.initial_state)
+    o, state, *_ = _differentiable_forward(*_positions(whole, count, options))
+    if cut == T:
+        return o, state
+    o_rest, state = op(*inputs.map_tokens(lambda x: x[:, cut:], state), *options)
+    return torch.cat((o, o_rest), 1), state

@@ -20,17 +20,39 @@ from .arguments import GDN2Inputs, GDN2Options, check_arguments
 from .flops import forward_flops
 from .library import GATED, OPTIONS, differentiable_chunk_gdn2_backward, kernels
 
-__all__ = ["segment_gdn2", "segment_summary"]
+__all__ = ["apply", "apply_transposed", "read", "read_transposed", "segment_gdn2", "segment_summary"]
+
+
+def apply(M: Tensor, S: Tensor) -> Tensor:
+    """M S of M [..., H, K, K] and a state [..., HV, K, V], where value head j has key head j // (HV // H)."""
+    heads = M.shape[-3]
+    return (M.unsqueeze(-3) @ S.unflatten(-3, (heads, -1))).flatten(-4, -3)
+
+
+def apply_transposed(M: Tensor, dS: Tensor) -> Tensor:
+    """M^T dS."""
+    return apply(M.mT, dS)
+
+
+def read(P: Tensor, S: Tensor) -> Tensor:
+    """P S for every token [B, T, HV, V], of P [B, T, H, K]: what outputs owe to the entering state [B, HV, K, V]."""
+    heads = P.shape[2]
+    side_by_side = S.unflatten(1, (heads, -1)).transpose(2, 3).flatten(3)  # [B, H, K, HV / H * V]
+    o = P.transpose(1, 2).to(S.dtype) @ side_by_side
+    return o.unflatten(-1, (-1, S.shape[-1])).permute(0, 2, 1, 3, 4).flatten(2, 3)
+
+
+def read_transposed(P: Tensor, do: Tensor, dtype: torch.dtype) -> Tensor:
+    """P^T dO summed over tokens, in ``dtype``: the gradient that outputs give to the entering state."""
+    heads = P.shape[2]
+    side_by_side = do.unflatten(2, (heads, -1)).flatten(3).transpose(1, 2).to(dtype)  # [B, H, T, HV / H * V]
+    dS = P.permute(0, 2, 3, 1).to(dtype) @ side_by_side
+    return dS.unflatten(-1, (-1, do.shape[-1])).transpose(2, 3).flatten(1, 2)
 
 
 def _records(*args):
-    """The inverse of ``_positions``."""
     q, k, v, g, b, w, A_log, dt_bias, resets, *options = args
     return GDN2Inputs(q, k, v, g, b, w, A_log, dt_bias, resets=resets), GDN2Options(*options)
-
-
-def _positions(inputs, options):
-    return *inputs.tokens, inputs.A_log, inputs.dt_bias, inputs.resets, *options
 
 
 def _segment_forward(*args):
@@ -48,11 +70,9 @@ def _fake_segment_forward(*args):
 
 
 _segment_op = define(
-    "gdn2_titan::segment_gdn2",
-    f"({GATED}, Tensor? resets, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    _segment_forward,
-    _fake_segment_forward,
-)
+    "gdn2_titan::segment_gdn2", f"({GATED}, Tensor? resets, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _segment_forward, _fake_segment_forward,
+)  # fmt: skip
 
 
 def _setup_context(ctx, args, output):
@@ -87,7 +107,7 @@ _differentiable_segment_gdn2 = differentiable(_segment_op, _setup_context, _back
 
 def segment_gdn2(inputs: GDN2Inputs, options: GDN2Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """o_0 [B, T, HV, V], P [B, T, H, K], M [B, H, K, K] and D [B, HV, K, V] of segments that are all of one length."""
-    return _differentiable_segment_gdn2(*_positions(inputs, options))
+    return _differentiable_segment_gdn2(*inputs.tokens, inputs.A_log, inputs.dt_bias, inputs.resets, *options)
 
 
 @register_flop_formula(torch.ops.gdn2_titan.segment_gdn2)
@@ -97,20 +117,10 @@ def _(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs):
 
 
 def segment_summary(
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    b: Tensor,
-    w: Tensor,
-    use_qk_l2norm_in_kernel: bool = False,
-    use_gate_in_kernel: bool = False,
-    A_log: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    use_sigmoid_in_kernel: bool = False,
-    erase_scale: float = 1.0,
-    resets: Tensor | None = None,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+    k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor, use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False, A_log: Tensor | None = None, dt_bias: Tensor | None = None,
+    use_sigmoid_in_kernel: bool = False, erase_scale: float = 1.0, resets: Tensor | None = None, backend: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A segment of a sequence as an affine map of the state (arXiv 2605.22791's recurrence is linear in it).
 
     Args:

@@ -10,26 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..checks import FLOAT_DTYPES, check_choice, check_cu_seqlens, check_flags, check_packing
+from ..checks import check_cu_seqlens, check_flags
 from ..custom_op import define, differentiable, differentiable_once, no_autocast
-from ..dispatch import BACKENDS, use_triton
+from ..dispatch import use_triton
 from . import windowed
+from .arguments import ConvInputs, checked_inputs
 
-__all__ = ["causal_conv1d", "check_conv_inputs"]
-
-WIDTHS = (2, 3, 4)
-SILU = ("silu", "swish")
-
-
-def _kernels(x, weight, bias, backend):
-    """The module whose ``forward`` and ``backward`` serve a call."""
-    tensors = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
-    if not all(use_triton(name, tensor, backend) for name, tensor in tensors.items()) or x.numel() == 0:
-        return windowed
-    from .triton import launches  # not before it is needed: Triton is not everywhere
-
-    return launches
-
+__all__ = ["causal_conv1d"]
 
 ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_state, Tensor? cu_seqlens, Tensor? resets, "
@@ -37,26 +24,37 @@ ARGUMENTS = (
 )
 
 
-def _forward(x, weight, bias, silu, initial_state, cu_seqlens, resets, backend="auto"):
+def _kernels(inputs):
+    """The module whose ``forward`` and ``backward`` serve a call."""
+    parameters = {"x": inputs.x, "weight": inputs.weight, "bias": inputs.bias}
+    served = all(use_triton(name, x, inputs.backend) for name, x in parameters.items() if x is not None)
+    if not served or inputs.x.numel() == 0:
+        return windowed
+    from .triton import launches  # not before it is needed: Triton is not everywhere
+
+    return launches
+
+
+def _forward(*args):
     """y [B, T, D] and final_state [N, D, S], which the op computes whether or not anybody asks for it."""
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, x.shape[1])
-    with no_autocast(x):
-        kernels = _kernels(x, weight, bias, backend)
-        return kernels.forward(x, weight, bias, silu, initial_state, cu_seqlens, resets)
+    inputs = ConvInputs(*args)
+    if inputs.cu_seqlens is not None:
+        check_cu_seqlens(inputs.cu_seqlens, inputs.x.shape[1])
+    with no_autocast(inputs.x):
+        return _kernels(inputs).forward(inputs)
 
 
-def _fake_forward(x, weight, bias, silu, initial_state, cu_seqlens, resets, backend="auto"):
-    N = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return x.new_empty(x.shape), x.new_empty((N, x.shape[2], weight.shape[1] - 1))
+def _fake_forward(*args):
+    inputs = ConvInputs(*args)
+    return inputs.x.new_empty(inputs.x.shape), inputs.x.new_empty(inputs.state_shape)
 
 
-def _backward(dy, dfinal_state, x, weight, bias, silu, initial_state, cu_seqlens, resets, backend="auto"):
+def _backward(dy, dfinal_state, *args):
     """dx [B, T, D], dweight [D, W], dbias [D] and dinitial_state [N, D, S], the last two empty where there was none."""
-    with no_autocast(x):
-        kernels = _kernels(x, weight, bias, backend)
-        grads = kernels.backward(dy, dfinal_state, x, weight, bias, silu, initial_state, cu_seqlens, resets)
-    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
+    inputs = ConvInputs(*args)
+    with no_autocast(inputs.x):
+        grads = _kernels(inputs).backward(dy, dfinal_state, inputs)
+    return tuple(inputs.x.new_empty(0) if grad is None else grad for grad in grads)
 
 
 def _fake_backward(dy, dfinal_state, x, weight, bias, silu, initial_state, *rest):
@@ -66,29 +64,24 @@ def _fake_backward(dy, dfinal_state, x, weight, bias, silu, initial_state, *rest
 _forward_op = define("gdn2_titan::causal_conv1d", f"({ARGUMENTS}) -> (Tensor, Tensor)", _forward, _fake_forward)
 _backward_op = define(
     "gdn2_titan::causal_conv1d_backward",
-    f"(Tensor? dy, Tensor? dfinal_state, {ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _fake_backward,
-)
+    f"(Tensor? dy, Tensor? dfinal_state, {ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)", _backward, _fake_backward,
+)  # fmt: skip
 
 
-def _setup_context(ctx, inputs, output):
-    x, weight, bias, silu, initial_state, cu_seqlens, resets, backend = inputs
+def _setup_context(ctx, args, output):
+    x, weight, bias, ctx.silu, *others, ctx.backend = args
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, bias, initial_state, cu_seqlens, resets)
-    ctx.silu, ctx.backend = silu, backend
+    ctx.save_for_backward(x, weight, bias, *others)
 
 
 def _gradients(ctx, dy, dfinal_state):
     if dy is None and dfinal_state is None:
         return ()
-    x, weight, bias, initial_state, cu_seqlens, resets = ctx.saved_tensors
-    dx, dweight, dbias, dinitial_state = _differentiable_backward(
-        dy, dfinal_state, x, weight, bias, ctx.silu, initial_state, cu_seqlens, resets, ctx.backend
-    )
-    return (
-        dx, dweight, None if bias is None else dbias, None, None if initial_state is None else dinitial_state
-    )  # fmt: skip
+    x, weight, bias, *others = ctx.saved_tensors
+    inputs = ConvInputs(x, weight, bias, ctx.silu, *others, ctx.backend)
+    dx, dweight, dbias, dinitial_state = _differentiable_backward(dy, dfinal_state, *inputs)
+    dbias, dinitial_state = None if bias is None else dbias, None if inputs.initial_state is None else dinitial_state
+    return dx, dweight, dbias, None, dinitial_state
 
 
 _differentiable_forward = differentiable(_forward_op, _setup_context, _gradients)
@@ -106,56 +99,11 @@ def _backward_flops(dy_shape, dfinal_state_shape, x_shape, weight_shape, *args, 
     return 2 * _forward_flops(x_shape, weight_shape)
 
 
-def check_conv_inputs(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    resets: Tensor | None,
-) -> None:
-    """Shapes, dtypes and devices only, so that it traces under torch.compile and costs no host synchronisation."""
-    floats = {"x": x, "weight": weight, "bias": bias, "initial_state": initial_state}
-    tensors = floats | {"cu_seqlens": cu_seqlens, "resets": resets}
-    for name, tensor in tensors.items():
-        if tensor is None and name not in ("x", "weight"):
-            continue
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
-        if name in floats and tensor.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"{name} has dtype {tensor.dtype}; it must be float16, bfloat16, float32 or float64")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}; it must be on x's device {x.device}")
-    if activation not in (None, *SILU):
-        raise ValueError(f"activation is {activation!r}; it must be None, 'silu' or 'swish'")
-    if x.ndim != 3 or x.shape[2] == 0:
-        raise ValueError(f"x has shape {tuple(x.shape)}; it must be [B, T, D], D at least 1")
-    B, T, D = x.shape
-    if weight.ndim != 2 or weight.shape[0] != D or weight.shape[1] not in WIDTHS:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be [D, W] with x's D = {D} and W 2, 3 or 4")
-    if bias is not None and bias.shape != (D,):
-        raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be [D] with x's D = {D}")
-    N = check_packing("x", B, T, cu_seqlens, resets)
-    if initial_state is not None:
-        if initial_state.dtype != x.dtype:
-            raise TypeError(f"initial_state has dtype {initial_state.dtype}; it must be x's dtype {x.dtype}")
-        shape = (N, D, weight.shape[1] - 1)
-        if initial_state.shape != shape:
-            raise ValueError(f"initial_state has shape {tuple(initial_state.shape)}; it must be [N, D, W-1] = {shape}")
-
-
 def causal_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-    resets: Tensor | None = None,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor | None]:
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None,
+    initial_state: Tensor | None = None, output_final_state: bool = False, cu_seqlens: Tensor | None = None,
+    resets: Tensor | None = None, backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Depthwise causal convolution over time, y_t = act(bias + sum_i weight[:, i] * x_{t - (W - 1) + i}).
 
     Args:
@@ -185,9 +133,7 @@ def causal_conv1d(
         ValueError: a wrong shape, device, activation or backend, a dtype or GPU that backend="triton" cannot serve, or
             cu_seqlens that do not run from 0 to T without falling.
     """
-    check_choice("backend", backend, BACKENDS)
     check_flags(output_final_state=output_final_state)
-    check_conv_inputs(x, weight, bias, activation, initial_state, cu_seqlens, resets)
-    silu = activation in SILU
-    y, final_state = _differentiable_forward(x, weight, bias, silu, initial_state, cu_seqlens, resets, backend)
+    inputs = checked_inputs(x, weight, bias, activation, initial_state, cu_seqlens, resets, backend)
+    y, final_state = _differentiable_forward(*inputs)
     return y, final_state if output_final_state else None

@@ -1,5 +1,4 @@
-"""The short convolution in plain PyTorch, for any device: the twin of the Triton
-kernels in ``triton``. Its definition is in ``api``.
+"""The short convolution in plain PyTorch, for any device: the twin of the Triton kernels. ``api`` defines it.
 
 With S = W - 1 taps into the past, every sequence is extended by S slots in front that hold its initial state. Window i
 is then where tap i of every token lies in the extended sequence, the same formula for tokens and state:
@@ -12,6 +11,9 @@ reading it back would.
 """
 
 import torch
+from torch import Tensor
+
+from .arguments import ConvInputs
 
 __all__ = ["backward", "forward"]
 
@@ -72,43 +74,48 @@ def _pre_activation(ext, weight_t, bias, windows, masks):
     return pre if bias is None else pre.add_(bias)
 
 
-def _compute_dtype(x, weight, bias):
-    dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
-    return dtype if bias is None else torch.promote_types(dtype, bias.dtype)
-
-
 def _output(x, dtype):
     """A contiguous copy that shares memory with nothing else, as a functional op must return."""
     return x.to(dtype, memory_format=torch.contiguous_format, copy=True)
 
 
-def forward(x, weight, bias, silu, initial_state, cu_seqlens, resets):
+def _extended(inputs):
+    """What forward and backward begin with, in the dtype of computation: the extended sequence and its indices, where
+    resets cut, weight [W, D] and bias."""
+    x, weight, bias = inputs.x, inputs.weight, inputs.bias
+    dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+    if bias is not None:
+        dtype = torch.promote_types(dtype, bias.dtype)
+        bias = bias.to(dtype)
+    W = weight.shape[1]
+    indices = _indices(x.shape[1], W, inputs.cu_seqlens)
+    ext = _extend(x, inputs.initial_state, W, indices, dtype)
+    masks, tail_mask = _document_masks(inputs.resets, ext.shape[1], W - 1, indices)
+    return ext, indices, masks, tail_mask, weight.to(dtype).t().contiguous(), bias
+
+
+def forward(inputs: ConvInputs) -> tuple[Tensor, Tensor]:
     """y [B, T, D] and final_state [N, D, S], in x's dtype."""
-    T, W = x.shape[1], weight.shape[1]
-    dtype = _compute_dtype(x, weight, bias)
-    indices = windows, _, tails = _indices(T, W, cu_seqlens)
-    ext = _extend(x, initial_state, W, indices, dtype)
-    masks, tail_mask = _document_masks(resets, ext.shape[1], W - 1, indices)
-    weight_t = weight.to(dtype).t().contiguous()
-    pre = _pre_activation(ext, weight_t, None if bias is None else bias.to(dtype), windows, masks)
-    y = torch.nn.functional.silu(pre, inplace=True) if silu else pre
-    final_state = _cut(ext[:, tails].reshape(-1, W - 1, x.shape[2]), tail_mask)
+    x = inputs.x
+    ext, (windows, _, tails), masks, tail_mask, weight_t, bias = _extended(inputs)
+    pre = _pre_activation(ext, weight_t, bias, windows, masks)
+    y = torch.nn.functional.silu(pre, inplace=True) if inputs.silu else pre
+    final_state = _cut(ext[:, tails].reshape(-1, weight_t.shape[0] - 1, x.shape[2]), tail_mask)
     return y.to(x.dtype), _output(final_state.transpose(1, 2), x.dtype)
 
 
-def backward(dy, dfinal_state, x, weight, bias, silu, initial_state, cu_seqlens, resets):
+def backward(
+    dy: Tensor | None, dfinal_state: Tensor | None, inputs: ConvInputs
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """dx, dweight, dbias and dinitial_state in their inputs' shapes and dtypes, the last two None where there was
     none. dy [B, T, D] and dfinal_state [N, D, S], or None for zeros."""
+    x, initial_state = inputs.x, inputs.initial_state
     B, T, D = x.shape
-    W = weight.shape[1]
-    dtype = _compute_dtype(x, weight, bias)
-    indices = windows, heads, tails = _indices(T, W, cu_seqlens)
-    ext = _extend(x, initial_state, W, indices, dtype)
-    masks, tail_mask = _document_masks(resets, ext.shape[1], W - 1, indices)
-    weight_t = weight.to(dtype).t().contiguous()
+    ext, (windows, heads, tails), masks, tail_mask, weight_t, bias = _extended(inputs)
+    dtype = ext.dtype
     dpre = torch.zeros_like(x, dtype=dtype) if dy is None else dy.to(dtype)
-    if silu:
-        pre = _pre_activation(ext, weight_t, None if bias is None else bias.to(dtype), windows, masks)
+    if inputs.silu:
+        pre = _pre_activation(ext, weight_t, bias, windows, masks)
         gate = pre.sigmoid()
         dpre = dpre * gate * (1 + pre * (1 - gate))
 
@@ -121,9 +128,9 @@ def backward(dy, dfinal_state, x, weight, bias, silu, initial_state, cu_seqlens,
         dext[:, tails] += _cut(dfinal_state.to(dtype).transpose(1, 2), tail_mask).reshape(B, ext.shape[1] - T, D)
 
     dx = _output(dext[:, windows[-1]], x.dtype)
-    dweight = _output(dweight_t.t(), weight.dtype)
-    dbias = None if bias is None else dpre.sum((0, 1)).to(bias.dtype)
+    dweight = _output(dweight_t.t(), inputs.weight.dtype)
+    dbias = None if bias is None else dpre.sum((0, 1)).to(inputs.bias.dtype)
     if initial_state is None:
         return dx, dweight, dbias, None
-    dinitial_state = dext[:, heads].reshape(-1, W - 1, D).transpose(1, 2)
+    dinitial_state = dext[:, heads].reshape(initial_state.shape[0], -1, D).transpose(1, 2)
     return dx, dweight, dbias, _output(dinitial_state, initial_state.dtype)

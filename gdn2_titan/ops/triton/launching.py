@@ -7,6 +7,7 @@ any. Every candidate computes the same function; only rounding may differ betwee
 
 import contextlib
 import os
+from collections.abc import Callable
 
 import torch
 import triton
@@ -21,7 +22,7 @@ _pinned = {}
 _tuners = {}
 
 
-def pin(kernel, **config):
+def pin(kernel: str, **config: int) -> None:
     """Always run the kernel of this name with this configuration, e.g. pin("scan_kernel", BV=64, num_warps=4).
 
     kernel: the name of the kernel's function; config: num_warps, num_stages and the kernel's block sizes, all of them.
@@ -33,7 +34,7 @@ def pin(kernel, **config):
         _pinned.pop(kernel, None)
 
 
-def launch(kernel, grid, candidates, args, constants):
+def launch(kernel: Callable, grid: Callable, candidates: tuple[dict, ...], args: dict, constants: dict) -> None:
     """Run ``kernel`` on ``grid(meta)``. args: its tensors and numbers by name; constants: its constexprs by name, less
     those that a candidate sets; candidates: a tuple of dicts, the default first."""
     with _on_device_of(*args.values()):

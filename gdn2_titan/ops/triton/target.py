@@ -5,6 +5,7 @@ Does not import Triton, so that the obstacles can be had where it is not install
 
 import importlib.util
 import os
+from collections.abc import Sequence
 
 import torch
 
@@ -25,7 +26,7 @@ def _installed():
 INSTALLED = _installed()
 
 
-def interpreted():
+def interpreted() -> bool:
     """Whether Triton was told to interpret its kernels, which then run on CPU tensors. It decides when it decorates."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
@@ -38,7 +39,7 @@ def capability(device):
     return properties.major, properties.minor
 
 
-def obstacle_on(device):
+def obstacle_on(device: torch.device) -> str | None:
     """Why no kernel runs on a device, as the rest of a sentence, or None. A compiler may trace it."""
     if device.type != "cuda" and not interpreted():
         return f"is on {device}; it must be on a GPU"
@@ -50,7 +51,7 @@ def obstacle_on(device):
     return None
 
 
-def obstacle(x, head_sizes):
+def obstacle(x: torch.Tensor, head_sizes: Sequence[int]) -> str | None:
     """The same of a call on x whose heads have these sizes."""
     found = obstacle_on(x.device)
     if found is not None:
@@ -63,7 +64,7 @@ def obstacle(x, head_sizes):
     return None
 
 
-def arch(x):
+def arch(x: torch.Tensor) -> int | str:
     """The architecture that x is on: 80, 90, 100, ... for NVIDIA, a name like "gfx942" for AMD, 0 interpreted."""
     if x.device.type != "cuda":
         return 0
@@ -73,7 +74,7 @@ def arch(x):
     return 10 * major + minor
 
 
-def precision(architecture, dtype):
+def precision(architecture: int | str, dtype: torch.dtype) -> str:
     """How fp32 is multiplied in kernels of this dtype: on NVIDIA as TF32, three products for fp32 tensors, which keep
     21 bits; AMD's matrix cores and the interpreter take fp32 as it is."""
     if not isinstance(architecture, int) or not architecture:

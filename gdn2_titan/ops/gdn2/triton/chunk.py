@@ -24,9 +24,6 @@ from .tree import LEVELS
 __all__ = ["chunk_backward", "chunk_forward", "segment_forward"]
 
 
-NORMS = ("norm_q", "norm_k")
-
-
 @dataclass(frozen=True)
 class Call:
     """What every launch of one call shares."""
@@ -49,16 +46,14 @@ def _call(inputs):
         chunks = T // CHUNK + N  # known without reading cu_seqlens; programs past the last chunk return at once
     architecture = target.arch(q)
     precision = target.precision(architecture, q.dtype)
-    sizes = dict(H=H, K=K, BK=max(16, triton.next_power_of_2(K)), PACKED=cu_seqlens is not None, PRECISION=precision)
+    sizes = dict(H=H, K=K, BK=configurations.padded(K), PACKED=cu_seqlens is not None, PRECISION=precision)
     return Call(dict(cu_seqlens=cu_seqlens, ends=ends, T=T, NT=NT), sizes, chunks, N, architecture)
 
 
 def _activation(q, options):
     """Constants of the kernels that read raw inputs."""
-    return dict(
-        GATE=options.gate, SIGMOID=options.sigmoid, ERASE_SCALE=options.erase_scale,
-        SPLIT=q.dtype != torch.float32,
-    )  # fmt: skip
+    split = q.dtype != torch.float32
+    return dict(GATE=options.gate, SIGMOID=options.sigmoid, ERASE_SCALE=options.erase_scale, SPLIT=split)
 
 
 def _prepare(call, inputs, options):
@@ -68,11 +63,11 @@ def _prepare(call, inputs, options):
     out = {name: q.new_empty(wide) for name in ("Q", "E", "Kt")}
     out["total"] = q.new_empty(wide[:2] + wide[3:], dtype=torch.float32)
     out |= {name: q.new_empty(square) for name in ("A_qk", "A")}
-    norms = {name: q.new_empty(wide[:3], dtype=torch.float32) if options.l2norm else None for name in NORMS}
+    norms = {name: q.new_empty(wide[:3], dtype=torch.float32) if options.l2norm else None
+             for name in ("norm_q", "norm_k")}  # fmt: skip
     launching.launch(
         prepare_kernel, lambda meta: (call.chunks * H,), configurations.prepare(q.element_size()),
-        dict(q=q, k=inputs.k, g=inputs.g, b=inputs.b) | _parameters(call, inputs, options)
-        | call.spans | out | norms,
+        dict(q=q, k=inputs.k, g=inputs.g, b=inputs.b) | _parameters(call, inputs, options) | call.spans | out | norms,
         call.sizes | _activation(q, options),
     )  # fmt: skip
     return out, norms
@@ -157,9 +152,8 @@ def chunk_backward(
     launching.launch(
         reverse_kernel, lambda meta: (triton.cdiv(V, meta["BV"]) * call.sequences * HV,),
         configurations.scan(call.arch, call.sizes["BK"], V, v.element_size()),
-        dict(
-            do=do, dfinal_state=dfinal_state, dZ=dZ, dstates=dstates, dinitial_state=dinitial_state
-        ) | call.spans | prepared,
+        dict(do=do, dfinal_state=dfinal_state, dZ=dZ, dstates=dstates, dinitial_state=dinitial_state)
+        | call.spans | prepared,
         call.sizes | dict(HV=HV, V=V),
     )  # fmt: skip
     tokens = dict(zip(("q", "k", "v", "g", "b", "w"), inputs.tokens, strict=True))
@@ -173,10 +167,8 @@ def chunk_backward(
     launching.launch(
         gradient_kernel, lambda meta: (call.chunks * H,),
         configurations.gradient(call.arch, call.sizes["BK"], V, v.element_size()),
-        tokens | _parameters(call, inputs, options)
-        | dict(do=do, R=R, dZ=dZ, states=states, dstates=dstates)
-        | dict(squares=q.new_empty(call.chunks, H, 2, CHUNK, CHUNK))
-        | call.spans | norms | parts | grads,
+        dict(do=do, R=R, dZ=dZ, states=states, dstates=dstates, squares=q.new_empty(call.chunks, H, 2, CHUNK, CHUNK))
+        | tokens | _parameters(call, inputs, options) | call.spans | norms | parts | grads,
         call.sizes | dict(HV=HV, V=V) | _activation(q, options),
     )  # fmt: skip
     dA_log = None if inputs.A_log is None else parts["dA_log"].sum((0, 2, 3)).to(inputs.A_log.dtype)

@@ -11,18 +11,17 @@ move these figures: on sm_100 packing makes the reverse at 128 spill 48 too.
 
 import triton
 
-__all__ = ["gradient", "prepare", "scan"]
-
+__all__ = ["gradient", "padded", "prepare", "scan"]
 
 # Without wgmma and tcgen05, and with 99 KB of shared memory to a program.
 SMALL = (86, 89, 120, 121)
 
 
-def _padded(size):
+def padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def prepare(itemsize):
+def prepare(itemsize: int) -> tuple[dict, ...]:
     return tuple(dict(BS=16, num_warps=warps, num_stages=1) for warps in ((2, 4) if itemsize == 2 else (4, 2)))
 
 
@@ -30,30 +29,30 @@ def _amd(arch):
     return isinstance(arch, str)
 
 
-def scan(arch, BK, V, itemsize):
+def scan(arch: int | str, BK: int, V: int, itemsize: int) -> tuple[dict, ...]:
     """For the scan, its reverse and the segment: BV value channels of the state [BV, BK] to a program.
 
     On sm_90 128 fit at a head of 128, which then reads Q, E, Kt, A_qk and A once; 64 is the least that wgmma and
     tcgen05 take. A head of 256 leaves registers for 32, which only mma takes. fp32 leaves them for 16, and from 128 on
     none for loading a chunk ahead; nor does a head of 256 leave shared memory for that on a small GPU."""
     if _amd(arch):
-        return (dict(BV=min(_padded(V), 64 if BK <= 128 else 32), num_warps=4, num_stages=1),)
+        return (dict(BV=min(padded(V), 64 if BK <= 128 else 32), num_warps=4, num_stages=1),)
     if itemsize == 4 or (arch in SMALL and BK > 128):
         return (dict(BV=16, num_warps=8, num_stages=2 if BK <= 64 else 1),)
     if not 90 <= arch < 120 or BK > 128:
         most = 32
     else:
         most = 128 if arch == 90 else 64
-    BV = min(_padded(V), most)
+    BV = min(padded(V), most)
     return (dict(BV=BV, num_warps=4 if max(BK, BV) <= 64 else 8, num_stages=2),)
 
 
-def gradient(arch, BK, V, itemsize):
+def gradient(arch: int | str, BK: int, V: int, itemsize: int) -> tuple[dict, ...]:
     """BS key channels and BV value channels at a time.
 
     In fp32 on NVIDIA BS=16 would spill less, 8 to 56 bytes at a head of 128, but not give each warp a part of a product
     of its own: four times as many matrix instructions."""
     if _amd(arch):
-        return (dict(BS=min(BK, 32), BV=min(_padded(V), 32), num_warps=4, num_stages=1),)
-    BV = min(_padded(V), 64) if itemsize == 2 else 16
+        return (dict(BS=min(BK, 32), BV=min(padded(V), 32), num_warps=4, num_stages=1),)
+    BV = min(padded(V), 64) if itemsize == 2 else 16
     return (dict(BS=min(BK, 64), BV=BV, num_warps=8, num_stages=1),)

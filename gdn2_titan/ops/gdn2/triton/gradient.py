@@ -8,23 +8,14 @@ summed over the value heads that read the key head; dv = dZ * w, dw = dZ * v. Q 
 A_qk and T gain goes to q, b, k and g down the tree.
 """
 
-import triton
+import triton  # noqa: I001 - or each name of the long list below takes a line
 import triton.language as tl
 
 from ...triton.products import cast, dot
-from .rows import (  # fmt: skip
-    C,
-    chunk_of,
-    load_erase,
-    load_gate,
-    load_log_decay,
-    load_reset,
-    load_rows,
-    load_unit,
-    program,
-    store_rows,
-)
-from .tree import HALF, corner, from_start, level, opaque, pairs, sum_over, to_end
+from .rows import (
+    C, chunk_of, load_erase, load_gate, load_log_decay, load_reset, load_rows, load_unit, program, store_rows,
+)  # fmt: skip
+from .tree import HALF, from_start, level, off_diagonal, opaque, row_and_column, sum_over, to_end
 
 __all__ = ["gradient_kernel"]
 
@@ -38,7 +29,7 @@ def _block_place(i, j):
 @triton.jit
 def _load_block(square, row: tl.constexpr, column: tl.constexpr, levels):
     """A block [HALF, HALF] of a square."""
-    i, j = pairs(levels)
+    i, j = row_and_column(levels)
     return tl.load(square + (row * 2 + column) * HALF * HALF + i * HALF + j)
 
 
@@ -46,7 +37,7 @@ def _load_block(square, row: tl.constexpr, column: tl.constexpr, levels):
 def _load_turned_block(square, row: tl.constexpr, column: tl.constexpr, levels):
     """The same, turned: not by tl.trans, which brings it to the tensor cores one number to a register; nor along its
     columns, which the compiler would choose and turn likewise, did it know them contiguous."""
-    i, j = pairs(levels)
+    i, j = row_and_column(levels)
     return tl.load(square + (row * 2 + column) * HALF * HALF + tl.max_contiguous(j * HALF + i, (1, 1)))
 
 
@@ -126,12 +117,12 @@ def _levels(
 ):  # fmt: skip
     """Add to the gradients of x, k and the log-decays [HALF, BS] what the decayed products x k^T gained: dsquare, and
     turned, the same turned."""
-    i, j = pairs(levels)
+    i, j = row_and_column(levels)
     for depth in tl.range(tl.load(levels), disable_licm=True):
         factor = tl.exp(sum_over(level(i, j, depth), decay, SPLIT, PRECISION))
-        inside = tl.where(corner(i, j, depth), dsquare, 0.0)
+        inside = tl.where(off_diagonal(i, j, depth), dsquare, 0.0)
         dx_level = dot(inside, cast(k * factor, dtype), PRECISION) * factor
-        dk_level = dot(tl.where(corner(j, i, depth), turned, 0.0), cast(x * factor, dtype), PRECISION) * factor
+        dk_level = dot(tl.where(off_diagonal(j, i, depth), turned, 0.0), cast(x * factor, dtype), PRECISION) * factor
         ddecay += sum_over(level(j, i, depth), x * dx_level + k * dk_level, SPLIT, PRECISION)
         dx += dx_level
         dk += dk_level
@@ -152,7 +143,7 @@ def _half_gradient(
 
     A factor turns the gradient of a decayed row into that of the row; the product of that with the row is the gradient
     of the factor's log. Each result is written as soon as it is complete, each input read when it is due: registers."""
-    i, j = pairs(levels)
+    i, j = row_and_column(levels)
     ks = load_unit(k, norm_k, stride, cols, K, count, HALF)
     decay, _ = load_log_decay(g, stride, cols, K, count, A_log, dt_bias, resets, GATE, HALF)
     dk *= tl.exp(sum_over(to_end(i, j, levels), decay, SPLIT, PRECISION))
@@ -273,7 +264,7 @@ def gradient_kernel(
             do, R, dZ, states, dstates, levels, i_c, start, count, h, cols, 1,
             H, HV, K, V, BS, BV, dtype, PRECISION,
         )  # fmt: skip
-        i, j = pairs(levels)
+        i, j = row_and_column(levels)
         decay, _ = load_log_decay(g + offset, stride, cols, K, count, A_log, dt_bias, resets, GATE, HALF)
         total1 = tl.exp(tl.sum(decay, 0))
         columns = load_unit(k + offset, norm_k, stride, cols, K, count, HALF)
@@ -304,7 +295,7 @@ def gradient_kernel(
             H, HV, K, V, BS, BV, dtype, PRECISION,
         )  # fmt: skip
         for _ in tl.range(opaque(1, levels), disable_licm=True):  # done with before _half_gradient begins: registers
-            i, j = pairs(levels)
+            i, j = row_and_column(levels)
             decay, _ = load_log_decay(g + offset2, stride, cols, K, count - HALF, A_log, dt_bias, resets2, GATE, HALF)
             dks *= tl.exp(tl.sum(decay, 0))[None, :]
             before = tl.exp(sum_over(from_start(i, j, levels), decay, SPLIT, PRECISION))

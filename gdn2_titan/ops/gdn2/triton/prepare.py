@@ -9,7 +9,7 @@ import triton.language as tl
 
 from ...triton.products import cast, dot
 from .rows import C, chunk_of, load_erase, load_log_decay, load_unit, program, store_inverse_norms
-from .tree import HALF, corner, from_start, level, pairs, sum_over, to_end
+from .tree import HALF, from_start, level, off_diagonal, row_and_column, sum_over, to_end
 
 __all__ = ["prepare_kernel"]
 
@@ -22,7 +22,7 @@ def _half_products(
     dtype: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A_qk and T within half a chunk [HALF, HALF]."""
-    i, j = pairs(levels)
+    i, j = row_and_column(levels)
     products = tl.zeros([HALF, HALF], tl.float32)
     triangle = tl.zeros([HALF, HALF], tl.float32)
     for first in tl.range(0, BK, BS, disable_licm=True):
@@ -35,7 +35,7 @@ def _half_products(
         for depth in tl.range(tl.load(levels), disable_licm=True):
             factor = tl.exp(sum_over(level(i, j, depth), decay, SPLIT, PRECISION))
             columns = tl.trans(cast(ks * factor, dtype))
-            inside = corner(i, j, depth)
+            inside = off_diagonal(i, j, depth)
             products += tl.where(inside, dot(cast(qs * factor, dtype), columns, PRECISION), 0.0)
             triangle += tl.where(inside, dot(cast(es * factor, dtype), columns, PRECISION), 0.0)
     return products, triangle
@@ -44,17 +44,17 @@ def _half_products(
 @triton.jit
 def _inverse(T, levels, PRECISION: tl.constexpr):
     """(I + T)^-1 of a strictly lower triangular T [HALF, HALF], joined from the inverses of halves."""
-    i, j = pairs(levels)
+    i, j = row_and_column(levels)
     X = tl.where(i == j, 1.0, 0.0)
     for depth in tl.range(tl.load(levels), disable_licm=True):
-        X -= dot(dot(X, tl.where(corner(i, j, depth), T, 0.0), PRECISION), X, PRECISION)
+        X -= dot(dot(X, tl.where(off_diagonal(i, j, depth), T, 0.0), PRECISION), X, PRECISION)
     return X
 
 
 @triton.jit
 def _store_block(square, row: tl.constexpr, column: tl.constexpr, value, levels):
     """Write a block [HALF, HALF] of a square [C, C]."""
-    i, j = pairs(levels)
+    i, j = row_and_column(levels)
     tl.store(square + (row * HALF + i) * C + column * HALF + j, cast(value, square.dtype.element_ty))
 
 
@@ -90,8 +90,8 @@ def prepare_kernel(
         A_log += h
         if dt_bias is not None:
             dt_bias += h * K
-    # A half after the other, then the corner that joins them: the sums of one of them at a time are in registers.
-    i, j = pairs(levels)
+    # A half after the other, then the block that joins them: the sums of one of them at a time are in registers.
+    i, j = row_and_column(levels)
     block = i_c.to(tl.int64) * H + h
     norm_q2, norm_k2 = norm_q, norm_k
     if norm_q is not None:

@@ -15,6 +15,7 @@ from ...triton import launching
 from ...triton.products import cast
 from ..arguments import GDN2Inputs, GDN2Options
 from ..gates import NORM_EPS
+from .configurations import padded
 from .rows import load_gate, softplus
 
 __all__ = ["recurrent_forward"]
@@ -100,10 +101,6 @@ def configuration(BK, V):
     return {"BV": BV, "num_warps": max(1, BK * BV // (512 if BK <= 64 else 2048))}
 
 
-def padded(size):
-    return max(16, triton.next_power_of_2(size))
-
-
 def recurrent_forward(
     inputs: GDN2Inputs, options: GDN2Options, final_state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -118,14 +115,9 @@ def recurrent_forward(
         final_state = inputs.q.new_empty(inputs.state_shape, dtype=torch.float32)
     o = inputs.v.new_empty(inputs.v.shape)
     launching.launch(
-        recurrent_kernel,
-        lambda meta: (N * HV * triton.cdiv(V, meta["BV"]),),
-        (configuration(BK, V),),
-        inputs.map(Tensor.contiguous)._asdict()
-        | dict(o=o, final_state=final_state, T=T, scale=options.scale),
-        dict(
-            H=H, HV=HV, K=K, V=V, BK=BK, L2NORM=options.l2norm, GATE=options.gate, SIGMOID=options.sigmoid,
-            ERASE_SCALE=options.erase_scale, EPS=NORM_EPS,
-        ),
+        recurrent_kernel, lambda meta: (N * HV * triton.cdiv(V, meta["BV"]),), (configuration(BK, V),),
+        inputs.map(Tensor.contiguous)._asdict() | dict(o=o, final_state=final_state, T=T, scale=options.scale),
+        dict(H=H, HV=HV, K=K, V=V, BK=BK, L2NORM=options.l2norm, GATE=options.gate, SIGMOID=options.sigmoid,
+             ERASE_SCALE=options.erase_scale, EPS=NORM_EPS),
     )  # fmt: skip
     return o, final_state

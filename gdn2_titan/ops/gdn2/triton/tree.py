@@ -8,9 +8,9 @@ two factors in [0, 1]. Each token belongs to one half, so that one factor per to
 sums g over the tokens j of ``level(i, j, depth)``, which a product with that 0/1 matrix does on tensor cores. Sums of
 numbers of one sign do not cancel, and no difference of sums is ever taken. The gradient goes down the same matrices.
 
-A chunk is worked on as two halves of HALF tokens and the corner that joins them, so that every square fits in few
-registers. For the same reason the loops over levels are not unrolled, and their number is read from memory each time:
-masks that the compiler can compute in advance it keeps, and spills everything else.
+A chunk is worked on as two halves of HALF tokens and the off-diagonal block that joins them, so that every square fits
+in few registers. For the same reason the loops over levels are not unrolled, and their number is read from memory each
+time: masks that the compiler can compute in advance it keeps, and spills everything else.
 """
 
 import triton
@@ -19,7 +19,7 @@ import triton.language as tl
 from ...triton.products import cast, dot
 from .rows import C
 
-__all__ = ["HALF", "LEVELS", "corner", "from_start", "level", "opaque", "pairs", "sum_over", "to_end"]
+__all__ = ["HALF", "LEVELS", "from_start", "level", "off_diagonal", "opaque", "row_and_column", "sum_over", "to_end"]
 
 HALF = tl.constexpr(C.value // 2)
 LEVELS = tl.constexpr(HALF.value.bit_length() - 1)  # at depth n, blocks of m = 2^n tokens are joined
@@ -33,7 +33,7 @@ def opaque(number: tl.constexpr, levels):
 
 
 @triton.jit
-def pairs(levels):
+def row_and_column(levels):
     """Row and column numbers [HALF, 1], [1, HALF]; levels points to LEVELS, which the compiler does not know."""
     rows = tl.arange(0, HALF) + (tl.load(levels) - LEVELS)
     return rows[:, None], rows[None, :]
@@ -47,8 +47,8 @@ def level(i, j, depth):
 
 
 @triton.jit
-def corner(i, j, depth):
-    """Whether (i, j) lies in the corner that joins two blocks of m tokens: right half down, left half across."""
+def off_diagonal(i, j, depth):
+    """Whether (i, j) is off the diagonal where two blocks of m tokens are joined: right half down, left across."""
     return (i > j) & (((i ^ j) >> depth) == 1)
 
 

@@ -1,22 +1,13 @@
 """The kernels of the backward pass: gradients and each tile's sums; then the sums of these."""
 
-import triton
+import triton  # noqa: I001 - or each name of the long list below takes a line
 import triton.language as tl
 
 from ...triton.products import cast
 from .walk import (
-    channel_mask,
-    enter,
-    load_bounds,
-    load_columns,
-    load_flags,
-    load_group,
-    load_parameters,
-    load_row,
-    pre_activation_gradient,
-    sequence_of_walk,
-    zeros,
-)
+    channel_mask, enter, load_bounds, load_columns, load_flags, load_group, load_parameters, load_row,
+    pre_activation_gradient, sequence_of_walk, zeros,
+)  # fmt: skip
 
 __all__ = ["causal_conv1d_backward_kernel", "causal_conv1d_sum_kernel"]
 

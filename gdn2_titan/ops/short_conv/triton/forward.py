@@ -1,22 +1,13 @@
 """The kernel of the forward pass: one launch."""
 
-import triton
+import triton  # noqa: I001 - or each name of the long list below takes a line
 import triton.language as tl
 
 from ...triton.products import cast
 from .walk import (
-    channel_mask,
-    enter,
-    load_bounds,
-    load_flags,
-    load_group,
-    load_parameters,
-    load_row,
-    load_state,
-    pre_activation,
-    sequence_of_walk,
-    zeros,
-)
+    channel_mask, enter, load_bounds, load_flags, load_group, load_parameters, load_row, load_state, pre_activation,
+    sequence_of_walk, zeros,
+)  # fmt: skip
 
 __all__ = ["causal_conv1d_forward_kernel"]
 

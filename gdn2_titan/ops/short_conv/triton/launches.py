@@ -1,5 +1,4 @@
-"""The short convolution on a GPU: one launch forward, two backward. Its definition is in ``short_conv.api``,
-its PyTorch twin ``windowed``; the kernels are in ``forward``, ``backward`` and ``walk``.
+"""The short convolution on a GPU: one launch forward, two backward. Its PyTorch twin is ``windowed``.
 
 A program takes BD channels of a tile of consecutive tokens and walks over them in time. It carries the window, the
 S = W - 1 inputs before the current token, so that every row is read once and nothing is shared between threads. A
@@ -16,8 +15,10 @@ Shapes: x, y and their gradients [B, T, D]; states [N, D, S]; weight [D, W]; a r
 
 import torch
 import triton
+from torch import Tensor
 
 from ...triton import launching
+from ..arguments import ConvInputs
 from .backward import causal_conv1d_backward_kernel, causal_conv1d_sum_kernel
 from .forward import causal_conv1d_forward_kernel
 
@@ -44,66 +45,60 @@ BACKWARD_CONFIGS = {
 }
 
 
-def _rows(x):
-    """x with neighbouring channels next to each other; the other strides may be any."""
-    return x if x is None or x.stride(2) == 1 else x.contiguous()
+def _contiguous(x):
+    return None if x is None else x.contiguous()
 
 
-def _contiguous(*tensors):
-    return [None if x is None else x.contiguous() for x in tensors]
+def _with_strides(name, x):
+    """x with neighbouring channels next to each other, and its other strides, which may be any, by name."""
+    x = x if x is None or x.stride(2) == 1 else x.contiguous()
+    stride_b, stride_t = (0, 0) if x is None else x.stride()[:2]
+    return {name: x, f"{name}_stride_b": stride_b, f"{name}_stride_t": stride_t}
 
 
-def _strides(name, x):
-    return {f"{name}_stride_b": 0 if x is None else x.stride(0), f"{name}_stride_t": 0 if x is None else x.stride(1)}
-
-
-def _inputs(x, weight, bias, initial_state, cu_seqlens, resets):
+def _arguments(inputs):
     """The arguments that both kernels take, by name."""
-    weight, bias, initial_state, cu_seqlens, resets = _contiguous(weight, bias, initial_state, cu_seqlens, resets)
-    B, T, D = x.shape
-    return dict(
-        x=x, weight=weight, bias=bias, initial_state=initial_state, cu_seqlens=cu_seqlens,
-        resets=None if resets is None else resets.view(torch.uint8),
-        B=B, T=T, D=D, N=B if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-    ) | _strides("x", x)  # fmt: skip
+    B, T, D = inputs.x.shape
+    others = ("weight", "bias", "initial_state", "cu_seqlens", "resets")
+    arguments = {name: _contiguous(getattr(inputs, name)) for name in others}
+    if inputs.resets is not None:
+        arguments["resets"] = arguments["resets"].view(torch.uint8)
+    return _with_strides("x", inputs.x) | arguments | dict(B=B, T=T, D=D, N=inputs.num_sequences)
 
 
-def forward(x, weight, bias, silu, initial_state, cu_seqlens, resets):
+def forward(inputs: ConvInputs) -> tuple[Tensor, Tensor]:
     """y [B, T, D] and final_state [N, D, S], in x's dtype. No float64. cu_seqlens were checked."""
-    x = _rows(x)
-    inputs = _inputs(x, weight, bias, initial_state, cu_seqlens, resets)
+    x, W = inputs.x, inputs.weight.shape[1]
     B, T, D = x.shape
-    N, W = inputs["N"], weight.shape[1]
-    y, final_state = x.new_empty((B, T, D)), x.new_empty((N, D, W - 1))
-    programs = B * triton.cdiv(T, FORWARD_ROWS - W + 1) + N
+    y, final_state = x.new_empty((B, T, D)), x.new_empty(inputs.state_shape)
+    programs = B * triton.cdiv(T, FORWARD_ROWS - W + 1) + inputs.num_sequences
     launching.launch(
         causal_conv1d_forward_kernel, lambda meta: (programs * triton.cdiv(D, meta["BD"]),),
-        FORWARD_CONFIGS[x.element_size()],
-        inputs | dict(y=y, final_state=final_state),
-        dict(W=W, SILU=silu, ROWS=FORWARD_ROWS),
+        FORWARD_CONFIGS[x.element_size()], _arguments(inputs) | dict(y=y, final_state=final_state),
+        dict(W=W, SILU=inputs.silu, ROWS=FORWARD_ROWS),
     )  # fmt: skip
     return y, final_state
 
 
-def backward(dy, dfinal_state, x, weight, bias, silu, initial_state, cu_seqlens, resets):
+def backward(
+    dy: Tensor | None, dfinal_state: Tensor | None, inputs: ConvInputs
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """dx, dweight, dbias and dinitial_state in their inputs' shapes and dtypes, the last two None where there was
     none. dy [B, T, D] and dfinal_state [N, D, S], or None for zeros."""
-    x, dy = _rows(x), _rows(dy)
-    inputs = _inputs(x, weight, bias, initial_state, cu_seqlens, resets)
-    B, T, D = x.shape
-    N, W = inputs["N"], weight.shape[1]
+    x, weight, bias, initial_state = inputs.x, inputs.weight, inputs.bias, inputs.initial_state
+    (B, T, D), W = x.shape, weight.shape[1]
     tiles = B * triton.cdiv(T, BACKWARD_ROWS - 2 * (W - 1))
-    programs = tiles if initial_state is None else tiles + N
+    programs = tiles if initial_state is None else tiles + inputs.num_sequences
     dx, dweight = x.new_empty((B, T, D)), weight.new_empty((D, W))
     dbias = None if bias is None else bias.new_empty(D)
-    dinitial_state = None if initial_state is None else initial_state.new_empty((N, D, W - 1))
+    dinitial_state = None if initial_state is None else initial_state.new_empty(inputs.state_shape)
     partial = x.new_empty((tiles, W if bias is None else W + 1, D), dtype=torch.float32)
     launching.launch(
         causal_conv1d_backward_kernel, lambda meta: (programs * triton.cdiv(D, meta["BD"]),),
         BACKWARD_CONFIGS[x.element_size()],
-        dict(dy=dy, dfinal_state=None if dfinal_state is None else dfinal_state.contiguous())
-        | inputs | _strides("dy", dy) | dict(dx=dx, dinitial_state=dinitial_state, partial=partial),
-        dict(W=W, SILU=silu, ROWS=BACKWARD_ROWS),
+        _arguments(inputs) | _with_strides("dy", dy)
+        | dict(dfinal_state=_contiguous(dfinal_state), dx=dx, dinitial_state=dinitial_state, partial=partial),
+        dict(W=W, SILU=inputs.silu, ROWS=BACKWARD_ROWS),
     )  # fmt: skip
     launching.launch(
         causal_conv1d_sum_kernel, lambda meta: (triton.cdiv(D, meta["BD"]) * partial.shape[1],),

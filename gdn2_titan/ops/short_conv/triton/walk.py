@@ -4,20 +4,9 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "channel_mask",
-    "enter",
-    "load_bounds",
-    "load_columns",
-    "load_flags",
-    "load_group",
-    "load_parameters",
-    "load_row",
-    "load_state",
-    "pre_activation",
-    "pre_activation_gradient",
-    "sequence_of_walk",
-    "zeros",
-]
+    "channel_mask", "enter", "load_bounds", "load_columns", "load_flags", "load_group", "load_parameters", "load_row",
+    "load_state", "pre_activation", "pre_activation_gradient", "sequence_of_walk", "zeros",
+]  # fmt: skip
 
 
 @triton.jit
