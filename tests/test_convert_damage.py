@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gdn2_titan.convert import atomic, commands, dcp, hf_folder, safetensors_files
+from gdn2_titan.convert import atomic, commands, dcp, safetensors_files, tokenizer
 from tests.convert_cases import HYBRID, convert, hashes, load_safetensors, save_step, weights
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -258,7 +258,7 @@ def test_a_disk_with_no_room_for_the_tokenizer(tmp_path, capsys, monkeypatch, st
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     (folder / "tokenizer.json").write_text('{"added_tokens": []}')
-    monkeypatch.setattr(hf_folder.shutil, "copyfile", full)
+    monkeypatch.setattr(tokenizer.shutil, "copyfile", full)
     assert_refused(capsys, step, tmp_path / "out", "No space left", flags=("--tokenizer", folder))
 
 

@@ -69,6 +69,7 @@ def _main(rank, world, address, module, arguments, folder, cwd):
     sys.argv = [module, *arguments]
     if IS_V02:
         ConfigManager.parse_args.__defaults__ = (list(arguments),)  # which were sys.argv's when it was imported
+    sys.modules.pop("gdn2_titan.titan.job_config", None)  # what imports it checks what the command line says
     warnings.simplefilter("ignore")
     time.sleep = lambda seconds: None  # rank 0 gives the others two seconds
     try:

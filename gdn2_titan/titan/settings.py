@@ -15,8 +15,7 @@ __all__ = ["GDN2", "Data", "Float8Linear", "MXLinear", "Settings", "Task"]
 class GDN2(ModelOverrides):
     """[gdn2]: changes to the flavor, and how this model is trained."""
 
-    document_resets: bool = True
-    """Forget the state, and mask attention, where a packed document begins"""
+    document_resets: bool = True  # Forget the state, and mask attention, where a packed document begins
     statistics_freq: int = 50
     """Write the gates' statistics to TensorBoard every so many steps (and at the first step of a run); 0: never"""
 
@@ -25,16 +24,11 @@ class GDN2(ModelOverrides):
 class Data:
     """[data]: where documents come from, beside training.dataset and training.dataset_path."""
 
-    text_column: str = "text"
-    """Column of JSON lines, Parquet or Hugging Face data that holds the text"""
-    hf_subset: str | None = None
-    """Name of the Hugging Face dataset's configuration"""
-    hf_split: str = "train"
-    """Split to train on"""
-    hf_validation_split: str = "validation"
-    """Split to validate on"""
-    shuffle_seed: int = 0
-    """Seed of the order of documents; each epoch has its own"""
+    text_column: str = "text"  # Column of JSON lines, Parquet or Hugging Face data that holds the text
+    hf_subset: str | None = None  # Name of the Hugging Face dataset's configuration
+    hf_split: str = "train"  # Split to train on
+    hf_validation_split: str = "validation"  # Split to validate on
+    shuffle_seed: int = 0  # Seed of the order of documents; each epoch has its own
 
 
 @dataclass
@@ -43,50 +37,36 @@ class Task:
 
     pairs: list[int] | None = None
     """Pairs of a key and a value to remember; each training sequence has one of these numbers"""
-    keys: int | None = None
-    """Symbols that are keys"""
-    values: int | None = None
-    """Symbols that are values"""
+    keys: int | None = None  # Symbols that are keys
+    values: int | None = None  # Symbols that are values
     interference: float | None = None
     """mqar: share of the gap before the questions that other pairs take, at least 0 and less than 1"""
-    writes: int | None = None
-    """overwrite: how often each key is written"""
-    erased: float | None = None
-    """selective_erase: share of the keys that are forgotten"""
-    variant: str | None = None
-    """needle: "s1", "s2", "s3" or "mk1" """
-    needles: int | None = None
-    """needle: codes that are told in variant "mk1" """
-    generators: str | None = None
-    """permutations: "swaps" or "all" """
-    symbols: list[int] | None = None
-    """copying: length of the string; each training sequence has one of these"""
-    alphabet: int | None = None
-    """copying: symbols that a string is made of"""
-    seed: int | None = None
-    """Seed of all sequences; 0 if unset"""
+    writes: int | None = None  # overwrite: how often each key is written
+    erased: float | None = None  # selective_erase: share of the keys that are forgotten
+    variant: str | None = None  # needle: "s1", "s2", "s3" or "mk1"
+    needles: int | None = None  # needle: codes that are told in variant "mk1"
+    generators: str | None = None  # permutations: "swaps" or "all"
+    symbols: list[int] | None = None  # copying: length of the string; each training sequence has one of these
+    alphabet: int | None = None  # copying: symbols that a string is made of
+    seed: int | None = None  # Seed of all sequences; 0 if unset
     validation_pairs: list[int] | None = None
     """Numbers of pairs to validate with, each with each length; those of training if unset"""
-    validation_symbols: list[int] | None = None
-    """copying: the same, of symbols"""
-    validation_lengths: list[int] | None = None
-    """Lengths to validate with; validation.seq_len if unset"""
+    validation_symbols: list[int] | None = None  # copying: the same, of symbols
+    validation_lengths: list[int] | None = None  # Lengths to validate with; validation.seq_len if unset
 
 
 @dataclass
 class _Linear:
     filter_fqns: list[str] = field(default_factory=lambda: list(EXCLUDE))
     """Linear layers whose names contain one of these stay in high precision"""
-    smallest_side: int = SMALLEST_SIDE
-    """Linear layers with a shorter side stay in high precision"""
+    smallest_side: int = SMALLEST_SIDE  # Linear layers with a shorter side stay in high precision
     emulate: bool = False
     """Round to the numbers of the format, multiply in high precision: on any device, compiled or not"""
 
 
 @dataclass
 class Float8Linear(_Linear):
-    enable_fsdp_float8_all_gather: bool = False
-    """Gather weights in float8 under FSDP; with recipe "tensorwise" only"""
+    enable_fsdp_float8_all_gather: bool = False  # Gather weights in float8 under FSDP; with recipe "tensorwise" only
     precompute_float8_dynamic_scale_for_fsdp: bool = False
     """Compute the scales of all gathered weights at once after each optimizer step"""
     recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
@@ -109,8 +89,7 @@ class Settings:
     from here into TorchTitan's config.
     """
 
-    source: Any
-    """What it was filled from: a config whose ``to_dict()`` says all of it"""
+    source: Any  # What it was filled from: a config whose ``to_dict()`` says all of it
     job: Any
     profiling: Any
     metrics: Any

@@ -132,5 +132,5 @@ def backward(
     dbias = None if bias is None else dpre.sum((0, 1)).to(inputs.bias.dtype)
     if initial_state is None:
         return dx, dweight, dbias, None
-    dinitial_state = dext[:, heads].reshape(initial_state.shape[0], -1, D).transpose(1, 2)
+    dinitial_state = dext[:, heads].reshape(-1, weight_t.shape[0] - 1, D).transpose(1, 2)
     return dx, dweight, dbias, _output(dinitial_state, initial_state.dtype)
