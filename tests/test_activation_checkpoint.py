@@ -24,6 +24,7 @@ from gdn2_titan.parallel import (
 )
 from tests import fsdp_cases
 from tests.compile_cases import assert_same, batch, build, gradients, loss, step
+from tests.gdn2_cases import slowly
 from tests.processes import run
 
 LAYERS = 4
@@ -83,7 +84,7 @@ def test_eager_gradients_are_those_without_bit_for_bit_and_only_what_is_not_kept
         assert torch.equal(found[name], want), name
 
 
-@pytest.mark.parametrize("plan, whole", [*((plan, False) for plan in PLANS), (("op", 1), True)], ids=str)
+@pytest.mark.parametrize("plan, whole", [*((plan, False) for plan in PLANS), *slowly((("op", 1), True))], ids=str)
 def test_compiled_gradients_are_those_of_eager_and_what_is_kept_does_not_run_again(plan, whole, calls):
     model, counter = build("gdn2", repeats=LAYERS), CompileCounterWithBackend("aot_eager")
     changed = checkpointed(model, plan)
@@ -253,6 +254,7 @@ def one_rank():
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_selective_checkpointing_in_compiled_blocks_on_two_ranks_gives_one_processs_gradients(tmp_path):
     run(_same_as_one_process, fsdp_cases.WORLD, tmp_path / "store")
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.gdn2_cases import slowly
+
 AOT = Path(__file__).parents[1] / "benchmarks" / "aot.py"
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 CHUNK_KERNELS = {"prepare_kernel", "scan_kernel", "reverse_kernel", "gradient_kernel"}
@@ -43,10 +45,12 @@ def assert_hopper_uses_wgmma(reports):
             assert report["matrix"].get("HGMMA") or few_rows, report
 
 
-def test_what_training_runs_on_hopper_context_parallel_too_does_not_spill_fits_and_uses_wgmma():
-    reports = compiled("--target", "sm_90", "--op", "chunk", "segment", "--kind", "bf16", "--size", "128",
-                       "--options", "plain")  # fmt: skip
-    assert {report["kernel"] for report in reports} == CHUNK_KERNELS | {"segment_kernel"}
+@pytest.mark.parametrize(
+    "op, kernels", [("segment", {"prepare_kernel", "segment_kernel"}), *slowly(("chunk", CHUNK_KERNELS))]
+)
+def test_what_training_runs_on_hopper_does_not_spill_fits_and_uses_wgmma(op, kernels):
+    reports = compiled("--target", "sm_90", "--op", op, "--kind", "bf16", "--size", "128", "--options", "plain")
+    assert {report["kernel"] for report in reports} == kernels
     assert_faultless(reports)
     assert_hopper_uses_wgmma(reports)
 
@@ -73,6 +77,7 @@ def test_no_kernel_spills_outgrows_the_target_or_multiplies_without_tensor_cores
     assert {report["size"] for report in reports if report["op"] == "chunk"} == {64, 128, 256}
 
 
+@pytest.mark.slow
 def test_a_configuration_that_spills_is_found_out():
     reports = compiled("--target", "sm_90", "--op", "decode", "--kind", "bf16", "--size", "256",
                        "--set", "num_warps=1")  # fmt: skip

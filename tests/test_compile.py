@@ -47,8 +47,10 @@ def test_loss_and_gradients_through_inductor_are_those_of_eager_in_graphs_that_i
     assert counters["aot_autograd"]["autograd_cache_hit"] + counters["aot_autograd"]["autograd_cache_miss"] == 1
 
 
-@pytest.mark.parametrize("documents", [False, True], ids=["no resets", "resets"])
-@pytest.mark.parametrize("whole", [False, True], ids=["per block", "whole"])
+@pytest.mark.parametrize(
+    "whole, documents", [(False, False), (True, True), *slowly((False, True), (True, False))],
+    ids=["per block", "whole, resets", "per block, resets", "whole"],
+)  # fmt: skip
 def test_with_marked_sizes_one_graph_per_kind_or_per_model_serves_every_batch_and_length_with_eagers_numbers(
     whole, documents
 ):

@@ -10,6 +10,7 @@ from gdn2_titan.ops import causal_conv1d, context_parallel_conv1d
 from gdn2_titan.ops.context_parallel.layout import LAYOUTS, SequenceShards
 from tests import conv_cases
 from tests.context_parallel_cases import Received, part, summed
+from tests.gdn2_cases import slowly
 from tests.processes import run
 
 # Where documents begin, relative to the edge of each segment; None for no resets at all.
@@ -63,7 +64,7 @@ def _equals_one_process(rank, world):
         assert_equals_one_process(shards, 2, 5, 4, None, bias=False, activation=None)
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, *slowly(4)])
 def test_outputs_and_gradients_equal_one_process_wherever_documents_begin(tmp_path, world):
     run(_equals_one_process, world, tmp_path / "store", world)
 

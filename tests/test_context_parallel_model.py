@@ -19,6 +19,7 @@ from gdn2_titan.parallel import (
     check_context_parallel,
 )
 from tests.context_parallel_cases import part, summed
+from tests.gdn2_cases import slowly
 from tests.processes import run
 
 no_compiler = not (shutil.which("g++") or shutil.which("c++"))
@@ -134,20 +135,21 @@ def test_the_state_norm_is_that_of_the_whole_sequence_states_are_refused_and_sta
     run(_layer, 2, tmp_path / "store")
 
 
-def _with_tensor_parallel(rank):
+def _with_tensor_parallel(rank, compiled):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("cp", "tp"))
     args = dataclasses.replace(ARGS, num_heads=4, num_v_heads=8)
     group, inputs = mesh["cp"].get_group(), batch(2, 96, True)
     for layout in LAYOUTS:
         single, sharded = build(args), build(args, mesh["tp"])
         apply_context_parallel(sharded, mesh["cp"], layout)
+        if compiled:
+            apply_compile(sharded, "aot_eager")
         assert_equal(sharded, single, inputs, group=group)
-    apply_compile(sharded, "aot_eager")
-    assert_equal(sharded, single, inputs, group=group)
 
 
-def test_with_tensor_parallelism_on_top_they_do_too_eager_and_compiled(tmp_path):
-    run(_with_tensor_parallel, 4, tmp_path / "store")
+@pytest.mark.parametrize("compiled", [False, *slowly(True)], ids=["eager", "compiled"])
+def test_with_tensor_parallelism_on_top_they_do_too(tmp_path, compiled):
+    run(_with_tensor_parallel, 4, tmp_path / "store", compiled)
 
 
 def _compiled(rank, args, layout, backend, shapes, options):
@@ -159,25 +161,30 @@ def _compiled(rank, args, layout, backend, shapes, options):
         assert_equal(sharded, single, batch(B, T, documents))
 
 
+ONE_BLOCK = dataclasses.replace(ARGS, n_layers=1, layer_pattern=("gdn2",))
+
+
 @pytest.mark.parametrize(
-    "layout, shapes, options",
+    "args, layout, shapes, options",
     [
-        pytest.param("head_tail", ((2, 96, True), (3, 64, True)), {}, marks=pytest.mark.slow),
-        ("contiguous", ((2, 96, True), (3, 64, True)), {"dynamic": True}),
-        pytest.param("head_tail", ((2, 96, False),), {"whole": True}, marks=pytest.mark.slow),
+        (ONE_BLOCK, "head_tail", ((2, 96, True),), {}),
+        *slowly(
+            (ARGS, "head_tail", ((2, 96, True), (3, 64, True)), {}),
+            (ARGS, "contiguous", ((2, 96, True), (3, 64, True)), {"dynamic": True}),
+            (ARGS, "head_tail", ((2, 96, False),), {"whole": True}),
+        ),
     ],
-    ids=["other shapes later", "any shape", "whole"],
+    ids=["one block", "other shapes later", "any shape", "whole"],
 )
-def test_blocks_and_the_model_compile_without_a_graph_break(tmp_path, layout, shapes, options):
-    run(_compiled, 2, tmp_path / "store", ARGS, layout, "aot_eager", shapes, options)
+def test_blocks_and_the_model_compile_without_a_graph_break(tmp_path, args, layout, shapes, options):
+    run(_compiled, 2, tmp_path / "store", args, layout, "aot_eager", shapes, options)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(no_compiler, reason="inductor needs a C++ compiler")
 def test_through_inductor_they_give_eagers_numbers(tmp_path):
     # Of what is exchanged, rank 0 receives nothing of the halo: the compiler must not leave the call out there.
-    args = dataclasses.replace(ARGS, n_layers=1, layer_pattern=("gdn2",))
-    run(_compiled, 2, tmp_path / "store", args, "contiguous", "inductor", ((2, 96, True),), {})
+    run(_compiled, 2, tmp_path / "store", ONE_BLOCK, "contiguous", "inductor", ((2, 96, True),), {})
 
 
 def test_a_length_that_the_ranks_cannot_share_is_refused_with_both_numbers():

@@ -15,6 +15,7 @@ import torch
 
 pytest.importorskip("torchtitan")
 
+from tests.gdn2_cases import slowly
 from tests.generations import IS_V02, only_functions, only_toml
 from tests.training import GRAD_NORM, LOSS, ROOT, environment, launch, scalars
 
@@ -87,7 +88,7 @@ def test_llama3_with_gdn2_in_every_second_layer_learns(llama3):
     assert losses[-1] < losses[0] - 1
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["FSDP2=2", "compiled, checkpointed by op", *slowly("TP=2")])
 def test_llama3_with_gdn2_has_the_losses_of_one_process(llama3, layout):
     begin, (losses, norms) = llama3
     processes, arguments = LAYOUTS[layout]

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from tests.gdn2_cases import slowly
+
 LIGHT = """
 import sys, torch
 before = set(sys.modules)
@@ -49,10 +51,15 @@ def test_importing_and_calling_an_op_brings_no_module_of_torch_distributed():
     assert run(LIGHT) == []
 
 
-@pytest.mark.parametrize("way", ["eager", "compiled", "inference"])
+OPS_FIRST = "gdn2_titan.ops", "torch.distributed.tensor"
+
+
 @pytest.mark.parametrize(
-    "order", [("gdn2_titan.ops", "torch.distributed.tensor"), ("torch.distributed.tensor", "gdn2_titan.ops")],
-    ids=["ops first", "dtensor first"],
+    "order, way",
+    [
+        (OPS_FIRST, "compiled"), (OPS_FIRST, "inference"), (OPS_FIRST[::-1], "eager"),
+        *slowly((OPS_FIRST, "eager"), (OPS_FIRST[::-1], "compiled"), (OPS_FIRST[::-1], "inference")),
+    ],
 )  # fmt: skip
 def test_a_bare_operator_takes_dtensors_whatever_was_imported_first(order, way):
     run(SHARDED, way, *order)

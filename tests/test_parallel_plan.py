@@ -49,6 +49,7 @@ def test_what_a_block_saves_for_backward_has_the_formulas_bytes_under_every_chec
         assert formula == measured, quantity
 
 
+@pytest.mark.slow
 def test_the_document_has_the_plans_that_the_formulas_give():
     run = plan()
     assert run.returncode == 0

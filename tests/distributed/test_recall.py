@@ -20,7 +20,7 @@ LAYOUTS = {  # processes, data parallel degree, overrides
     "compiled": (1, 1, ("--compile.enable", "--compile.backend=aot_eager")),
 }  # fmt: skip
 
-QUICK = ["tp2", "fsdp2-cp2"] if IS_V02 else ["fsdp2-cp2"]
+QUICK = ["fsdp2-cp2"]
 
 
 def run(folder, batch=GLOBAL_BATCH, *extra):
