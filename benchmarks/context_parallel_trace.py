@@ -4,7 +4,7 @@
 
 Two processes over gloo do what a layer does between the two halves of the operator: a projection of its input, forward,
 and both of its products, backward. Printed are the operators that ran between the start of each exchange and the wait
-for it, and how much of that time gloo's own thread was at work.
+for it.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def _step(inputs, x, weight, shards, exchange):
 
 
 def _trace(folder):
-    """[(exchange, phase, *what ``between`` says)] of this rank; rank 0 writes its traces, if there is a folder."""
+    """[(exchange, phase, what ``between`` says)] of this rank; rank 0 writes its traces, if there is a folder."""
     shards = SequenceShards.of(dist.group.WORLD, "contiguous")
     inputs = [torch.randn(B, T, H, K, requires_grad=True) for _ in range(6)]
     x, weight = torch.randn(B, T, D, requires_grad=True), torch.randn(H * K, D, requires_grad=True)
@@ -52,13 +52,13 @@ def _trace(folder):
                 loss.backward()
         if folder is not None and dist.get_rank() == 0:
             profiler.export_chrome_trace(str(folder / f"{exchange}.json"))
-        found += [(exchange, phase, *between(profiler.events(), exchange, phase)) for phase in ("forward", "backward")]
+        found += [(exchange, phase, between(profiler.events(), exchange, phase)) for phase in ("forward", "backward")]
     return found
 
 
 def between(events, exchange, phase):
-    """(outermost ATen operators on the calling thread between the exchange and its wait, in order; milliseconds between
-    the two; milliseconds thereof in which gloo's thread was at work). phase: "forward" or "backward"."""
+    """Outermost ATen operators on the calling thread between the exchange and its wait, in order. phase: "forward" or
+    "backward"."""
     (whole,) = (e for e in events if e.name == phase)
     first, last = whole.time_range.start, whole.time_range.end
     inside = [e for e in events if first <= e.time_range.start and e.time_range.end <= last]
@@ -71,9 +71,7 @@ def between(events, exchange, phase):
         if name.startswith("aten::") and busy_until <= begin and -end <= wait:
             names.append(name)
             busy_until = -end
-    gloo = [e.time_range for e in inside if e.name.startswith("gloo:")]
-    at_work = sum(max(0, min(e.end, wait) - max(e.start, start)) for e in gloo)
-    return names, (wait - start) / 1e3, at_work / 1e3
+    return names
 
 
 def main():
@@ -82,9 +80,9 @@ def main():
     folder = parser.parse_args().out
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    for exchange, phase, names, window, at_work in run(_trace, WORLD, folder)[0]:
+    for exchange, phase, names in run(_trace, WORLD, folder)[0]:
         counts = ", ".join(f"{n} x {name}" for name, n in collections.Counter(names).items())
-        print(f"{exchange}, {phase}: {counts}; {window:.2f} ms, gloo's thread at work in {at_work:.2f}")
+        print(f"{exchange}, {phase}: {counts}")
 
 
 if __name__ == "__main__":

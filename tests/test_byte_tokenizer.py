@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("torchtitan")
 
-from gdn2_titan.titan.byte_tokenizer import BYTE_TOKENIZER_DIR, build
+from gdn2_titan.titan.byte_tokenizer import BYTE_TOKENIZER_DIR
+from tests.byte_tokenizer_cases import build
 from tests.generations import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()

@@ -1,52 +1,5 @@
-"""The byte-level tokenizer that ships with the package: a token is a byte, so real text needs no download."""
+"""Where the byte-level tokenizer lies that ships with the package: a token is a byte, text needs no download."""
 
-import json
-from pathlib import Path
+from gdn2_titan.convert.checkpoint_info import BYTE_TOKENIZER as BYTE_TOKENIZER_DIR
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-BYTE_TOKENIZER_DIR = Path(__file__).parent / "assets" / "byte_tokenizer"
-"""Folder to name as ``model.hf_assets_path``."""
-
-BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
-
-
-def _byte_symbols() -> list[str]:
-    """The printable character that stands for each byte in the ``ByteLevel`` format, by byte value.
-
-    Bytes that are printable in Latin-1 stand for themselves; the others get the characters from 256 on, in order.
-    """
-    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    spare = iter(range(0x100, 0x200))
-    return [chr(byte) if byte in printable else chr(next(spare)) for byte in range(256)]
-
-
-def build() -> tuple[str, str]:
-    """Generate the tokenizer.
-
-    Returns:
-        The contents of ``tokenizer.json`` and of ``tokenizer_config.json``. Token ids 0 to 255 are byte values;
-        256, 257 and 258 are bos, eos and pad.
-    """
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: byte for byte, symbol in enumerate(_byte_symbols())}, merges=[]))
-    # Without a regex the whole text is one piece: nothing depends on how words are split.
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (BOS, EOS, PAD)])
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **{"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "add_bos_token": False, "add_eos_token": False},
-        # Otherwise transformers takes the space before a full stop or a comma out of decoded text.
-        "clean_up_tokenization_spaces": False,
-    }
-    return tokenizer.to_str(pretty=True) + "\n", json.dumps(config, indent=2) + "\n"
-
-
-def write(folder: Path = BYTE_TOKENIZER_DIR) -> None:
-    """Write both files into an existing ``folder``."""
-    for name, content in zip(("tokenizer.json", "tokenizer_config.json"), build()):
-        (folder / name).write_text(content, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    write()
+__all__ = ["BYTE_TOKENIZER_DIR"]

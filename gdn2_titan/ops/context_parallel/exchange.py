@@ -3,7 +3,7 @@
 from . import exchange_gather, exchange_scan
 from .layout import SequenceShards
 
-__all__ = ["FORMS", "choose", "launches", "received", "seconds"]
+__all__ = ["FORMS", "choose", "received"]
 
 FORMS = {"gather": exchange_gather, "scan": exchange_scan}
 
@@ -27,28 +27,21 @@ def received(form: str, size: int, per_rank: int, transition: int, state: int, f
     return forward, steps * per_rank * state
 
 
-def launches(form: str, size: int, per_rank: int) -> int:
-    """Kernels, forward and backward, of the rank that has most of them; with the final state there are at most 6 more.
-    The gather multiplies and adds for each segment, the scan on both sides of each step."""
-    if form == "gather":
-        return 4 * per_rank * size
-    steps = size.bit_length() - 1
-    return 15 * steps - 7 if per_rank == 1 else 21 * steps + 7
-
-
-def seconds(form: str, size: int, per_rank: int, transition: int, state: int, final: bool = False) -> float:
-    """Forward and backward, of which nothing is hidden behind other work."""
-    steps = size.bit_length() - 1
-    messages = 2 if form == "gather" else 2 * steps
-    bytes_ = sum(received(form, size, per_rank, transition, state, final))
-    return messages * MESSAGE + launches(form, size, per_rank) * LAUNCH + bytes_ / BANDWIDTH
-
-
 def choose(shards: SequenceShards, transition: int, state: int, final: bool) -> str:
-    """ "gather" or "scan"; transition, state: bytes of one segment's, of a whole batch."""
-    size = shards.size
+    """The form that should take less time, forward and backward, if nothing is hidden behind other work: "gather" or
+    "scan". transition, state: bytes of one segment's, of a whole batch."""
+    size, per_rank, steps = shards.size, shards.per_rank, shards.size.bit_length() - 1
     if size & (size - 1):
         return "gather"
-    costs = [seconds(form, size, shards.per_rank, transition, state, final) for form in ("gather", "scan")]
-    # Not min with a key: a compiler for whom the batch is open cannot read that.
-    return "gather" if costs[0] <= costs[1] else "scan"
+    # Form: messages, and kernels of the rank that has most of them; with the final state there are at most 6 more. The
+    # gather multiplies and adds for each segment, the scan on both sides of each step.
+    work = {
+        "gather": (2, 4 * per_rank * size),
+        "scan": (2 * steps, 15 * steps - 7 if per_rank == 1 else 21 * steps + 7),
+    }
+    gather, scan = (
+        messages * MESSAGE + kernels * LAUNCH
+        + sum(received(form, size, per_rank, transition, state, final)) / BANDWIDTH
+        for form, (messages, kernels) in work.items()
+    )  # fmt: skip
+    return "gather" if gather <= scan else "scan"
