@@ -19,6 +19,7 @@ from torchtitan.components.tokenizer import BaseTokenizer
 
 from gdn2_titan.titan.errors import ConfigError
 from gdn2_titan.titan.local_files import check_unicode, reason
+from gdn2_titan.titan.tasks.task import Draw
 from gdn2_titan.titan.tokens import DocumentTokens
 
 Mark = dict[str, Any]
@@ -235,13 +236,8 @@ def _samples(data: IterableDataset) -> Iterator[Mapping[str, Any]]:
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of ``range(count)`` that depends on (count, seed, epoch) only.
-
-    NumPy keeps the raw output of its bit generators the same from version to version, which it does not promise for
-    ``Generator.permutation`` (nor torch for ``randperm``); a checkpoint outlives such versions.
-    """
-    keys = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(count)
-    return np.argsort(keys, kind="stable")
+    """A permutation of ``range(count)`` that depends on (count, seed, epoch) only, on every machine: see ``Draw``."""
+    return Draw(seed, epoch).order(count)
 
 
 def _text(sample: Mapping[str, Any], column: str) -> str | None:
