@@ -47,7 +47,8 @@ class GDN2Inputs(NamedTuple):
 
     @property
     def state_shape(self) -> tuple[int, int, int, int]:
-        return self.num_sequences, self.v.shape[2], self.q.shape[3], self.v.shape[3]
+        _, _, HV, V = self.v.shape  # a shape is made anew each time that it is asked for
+        return self.num_sequences, HV, self.q.shape[3], V
 
     @property
     def differentiable(self) -> tuple[Tensor | None, ...]:
