@@ -1,4 +1,4 @@
-"""Host time of the public functions and of the bare operators: python -m benchmarks.host_time
+"""Host time of the public functions and of the bare operators: python benchmarks/host_time.py
 
 The kernels are replaced by ones that compute nothing, so that only the host's own work is left. A call: the public
 function, its tensors requiring gradients. Bare: the operator on the same tensors without gradients.
@@ -9,8 +9,8 @@ from collections.abc import Callable
 from unittest import mock
 
 import torch
+from calls import conv_inputs, gdn2_inputs
 
-from benchmarks.calls import conv_inputs, gdn2_inputs
 from gdn2_titan.ops import causal_conv1d, chunk_gdn2, recurrent_gdn2_
 from gdn2_titan.ops.gdn2 import chunked, reference
 from gdn2_titan.ops.gdn2.arguments import GDN2Inputs, GDN2Options

@@ -1,6 +1,5 @@
 """Softmax attention, its masks and its rotary positions, against a softmax written out and masks made by hand."""
 
-
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention

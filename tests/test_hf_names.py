@@ -162,9 +162,7 @@ def test_embeddings_start_a_generation_as_their_ids_do(pattern, options):
 def test_ids_follow_embeddings_in_one_cache():
     theirs, _ = pair()
     ids, more = tokens(2, 9), tokens(2, 4, seed=1)
-    first = theirs.generate(
-        inputs_embeds=theirs.get_input_embeddings()(ids), return_dict_in_generate=True, **EIGHT
-    )
+    first = theirs.generate(inputs_embeds=theirs.get_input_embeddings()(ids), return_dict_in_generate=True, **EIGHT)
     turn = torch.cat((first.sequences[:, -1:], more), 1)
     mask = torch.ones(2, 9 + 8 + 4, dtype=torch.long)
     continued = theirs.generate(turn, attention_mask=mask, past_key_values=first.past_key_values, **EIGHT)

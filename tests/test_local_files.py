@@ -200,9 +200,9 @@ def test_what_is_met_in_the_middle_of_a_run_ends_it_with_its_sentence(tmp_path, 
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b'\xef\xbb\xbf[job]\n', "begins with a byte order mark"),
+        (b"\xef\xbb\xbf[job]\n", "begins with a byte order mark"),
         ("[job]\n".encode("utf-16"), "must be UTF-8, which it is not at line 1 (byte 0xff)"),
-        (b'[job]\n# caf\xe9\n', "must be UTF-8, which it is not at line 2 (byte 0xe9)"),
+        (b"[job]\n# caf\xe9\n", "must be UTF-8, which it is not at line 2 (byte 0xe9)"),
         (b"[job\n", "must be valid TOML"),
         (b"[a]\nx = 1\nx = 2\n", "must be valid TOML"),
         (None, "must be a readable TOML file (Is a directory)"),

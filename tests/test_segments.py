@@ -1,6 +1,5 @@
 """A segment as a map of the state: the operator, and segment_summary."""
 
-
 import pytest
 import torch
 from hypothesis import given, settings

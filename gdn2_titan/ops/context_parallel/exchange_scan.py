@@ -55,18 +55,20 @@ def _one_way(shards, step):
     return shards.per_rank == 1 and step == _steps(shards) - 1
 
 
-def _swap(tensors, shards, step, gives=True, takes=True):
-    """Begin to give ``tensors`` to the partner of a step and to take as much."""
+def _swap(tensors, shards, step, to_later=None):
+    """Begin to give ``tensors`` to the partner of a step and to take as much; or one way, to the later of the two
+    blocks or to the earlier."""
+    gives = takes = True
+    if to_later is not None:
+        takes = _upper(shards, step)[0] == to_later
+        gives = not takes
     flat = torch.cat([x.reshape(-1) for x in tensors])
-    sizes = [0] * shards.size
-    sizes[shards.rank ^ (1 << step)] = flat.numel()
+    sizes = [flat.numel() if rank == shards.rank ^ (1 << step) else 0 for rank in range(shards.size)]
     nothing = [0] * shards.size
     return torch.ops._c10d_functional.all_to_all_single(
-        flat if gives else ordered_after(flat[:0], flat),
-        sizes if takes else nothing,
-        sizes if gives else nothing,
+        flat if gives else ordered_after(flat[:0], flat), sizes if takes else nothing, sizes if gives else nothing,
         shards.group,
-    )
+    )  # fmt: skip
 
 
 def _wait(flat, *shapes):
@@ -97,8 +99,7 @@ def kept(shards: SequenceShards) -> int:
 
 def _send(M, D, shards, step, final):
     if _one_way(shards, step) and not final:
-        (upper,) = _upper(shards, step)
-        return _swap([D], shards, step, gives=not upper, takes=upper)
+        return _swap([D], shards, step, to_later=True)
     return _swap([M, D], shards, step)
 
 
@@ -153,21 +154,14 @@ def receive(
     return torch.stack(entering), final_state, torch.stack(keep) if keep else M.new_empty(0, *M.shape[1:])
 
 
-def _send_back(dD, shards, step):
-    if _one_way(shards, step):
-        (upper,) = _upper(shards, step)
-        return _swap([dD], shards, step, gives=upper, takes=not upper)
-    return _swap([dD], shards, step)
-
-
 def pending_back(shape: torch.Size, shards: SequenceShards) -> tuple[int, ...]:
     """The shape of what ``send_back`` begins to receive, for dD of this shape."""
     return (0,) if _one_way(shards, 0) and _upper(shards, 0)[0] else (math.prod(shape),)
 
 
-def send_back(dD: Tensor, shards: SequenceShards) -> Tensor:
+def send_back(dD: Tensor, shards: SequenceShards, step: int = 0) -> Tensor:
     """Begin. dD [S, B, HV, K, V]: the gradient of each entering state that this rank's own outputs give."""
-    return _send_back(dD, shards, 0)
+    return _swap([dD], shards, step, to_later=False if _one_way(shards, step) else None)
 
 
 def receive_back(pending: Tensor, dD: Tensor, kept: Tensor, shards: SequenceShards) -> Tensor:
@@ -175,7 +169,7 @@ def receive_back(pending: Tensor, dD: Tensor, kept: Tensor, shards: SequenceShar
     lanes, kept = range(shards.per_rank), iter(kept)
     leaving, passed = [torch.zeros_like(dD[lane]) for lane in lanes], [False for _ in lanes]
     for step in range(_steps(shards)):
-        flat = pending if step == 0 else _send_back(dD, shards, step)
+        flat = pending if step == 0 else send_back(dD, shards, step)
         whole = not _one_way(shards, step)
         other = _wait(flat, *([dD.shape] if whole or not _upper(shards, step)[0] else []))
         totals = []

@@ -13,6 +13,7 @@ from .ranges import check_range
 
 __all__ = ["check_arguments", "check_table", "config_file", "options_of"]
 
+
 def config_file(argv: Sequence[str]) -> str | None:
     """The TOML file named on a command line, or None."""
     return next((values[0] for name, values in options_of(argv) if name == "job.config_file" and values), None)

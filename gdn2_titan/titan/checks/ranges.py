@@ -55,6 +55,7 @@ MOMENT = Allowed("at least 0 and less than 1", lambda value: 0 <= value < 1)
 TIMEOUT = Allowed("at least 1 and at most 1000000000", lambda value: 1 <= value <= 10**9)
 TEXT = Allowed("not empty", lambda value: value.strip() != "")
 
+
 def each(section: str, values: dict[str, Any]) -> dict[str, Any]:
     """{field: value} of {"name name": value}."""
     return {f"{section}.{name}": value for names, value in values.items() for name in names.split()}
