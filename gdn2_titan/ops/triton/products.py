@@ -6,7 +6,7 @@ import triton.language as tl
 
 from .target import interpreted
 
-__all__ = ["cast", "dot"]
+__all__ = ["cast", "dot", "fast_exp", "fast_sigmoid"]
 
 INTERPRETED = tl.constexpr(interpreted())
 
@@ -30,3 +30,26 @@ def cast(x, dtype: tl.constexpr):
             bits = (bits >> 16) << 16  # of what else is left of 0, .to makes 1e-38
             x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
     return x.to(dtype)
+
+
+NVIDIA = tl.constexpr(True)
+
+
+@triton.jit
+def fast_exp(x):
+    """exp of x to fp32 rounding, 0 where that is below the least normal number."""
+    if INTERPRETED or not NVIDIA:
+        return tl.exp(x)
+    return tl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def fast_sigmoid(x):
+    """1 / (1 + exp(-x)) to fp32 rounding."""
+    if INTERPRETED or not NVIDIA:
+        return tl.sigmoid(x)
+    return tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + fast_exp(-x)], dtype=tl.float32, is_pure=True, pack=1
+    )

@@ -19,9 +19,13 @@ from . import configurations
 from .gradient import gradient_kernel
 from .prepare import prepare_kernel
 from .scan import reverse_kernel, scan_kernel, segment_kernel
-from .tree import LEVELS
 
 __all__ = ["chunk_backward", "chunk_forward", "segment_forward"]
+
+
+# Of the decay of a block that is one product: exp of half of it, and of its negative, are factors of numbers in this
+# dtype; in fp32 the sums round too.
+LIMITS = {torch.bfloat16: 120.0, torch.float16: 8.0, torch.float32: 20.0}
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,8 @@ def _call(inputs):
 def _activation(q, options):
     """Constants of the kernels that read raw inputs."""
     split = q.dtype != torch.float32
-    return dict(GATE=options.gate, SIGMOID=options.sigmoid, ERASE_SCALE=options.erase_scale, SPLIT=split)
+    gates = dict(GATE=options.gate, SIGMOID=options.sigmoid, ERASE_SCALE=options.erase_scale)
+    return gates | dict(SPLIT=split, LIMIT=LIMITS[q.dtype])
 
 
 def _prepare(call, inputs, options):
@@ -76,20 +81,7 @@ def _prepare(call, inputs, options):
 def _parameters(call, inputs, options):
     """Arguments of the kernels that read raw inputs, beside those."""
     parameters = dict(A_log=inputs.A_log, dt_bias=inputs.dt_bias, resets=inputs.resets)
-    return parameters | dict(N=call.sequences, scale=options.scale, levels=_levels(inputs.q.device))
-
-
-_LEVELS = {}  # by device
-
-
-def _levels(device):
-    """LEVELS in memory: see ``tree``. It is kept, and any stream may read it: the copy is over when this returns. In a
-    CUDA graph's capture no copy can be waited for: there a kernel of the graph writes what the graph's kernels read."""
-    if device not in _LEVELS:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return torch.full((1,), LEVELS.value, dtype=torch.int32, device=device)
-        _LEVELS[device] = torch.tensor([LEVELS.value], dtype=torch.int32, device=device)
-    return _LEVELS[device]
+    return parameters | dict(N=call.sequences, scale=options.scale)
 
 
 def _scan(call, prepared, inputs, options, o=None, final_state=None, R=None, states=None):
@@ -163,16 +155,16 @@ def chunk_backward(
         if parameter is not None:
             # Of chunks that there are not (see _call) nothing is written.
             new = q.new_empty if inputs.cu_seqlens is None else q.new_zeros
-            parts[name] = new((call.chunks, H, 2, K), dtype=torch.float32)
+            parts[name] = new((call.chunks, H, K), dtype=torch.float32)
     launching.launch(
         gradient_kernel, lambda meta: (call.chunks * H,),
         configurations.gradient(call.arch, call.sizes["BK"], V, v.element_size()),
-        dict(do=do, R=R, dZ=dZ, states=states, dstates=dstates, squares=q.new_empty(call.chunks, H, 2, CHUNK, CHUNK))
+        dict(do=do, R=R, dZ=dZ, states=states, dstates=dstates)
         | tokens | _parameters(call, inputs, options) | call.spans | norms | parts | grads,
         call.sizes | dict(HV=HV, V=V) | _activation(q, options),
     )  # fmt: skip
-    dA_log = None if inputs.A_log is None else parts["dA_log"].sum((0, 2, 3)).to(inputs.A_log.dtype)
+    dA_log = None if inputs.A_log is None else parts["dA_log"].sum((0, 2)).to(inputs.A_log.dtype)
     ddt_bias = inputs.dt_bias
     if ddt_bias is not None:
-        ddt_bias = parts["ddt_bias"].sum((0, 2)).to(ddt_bias.dtype).view(ddt_bias.shape)
+        ddt_bias = parts["ddt_bias"].sum(0).to(ddt_bias.dtype).view(ddt_bias.shape)
     return GDN2Inputs(*grads.values(), dA_log, ddt_bias, dinitial_state)

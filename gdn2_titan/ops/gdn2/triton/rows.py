@@ -86,6 +86,16 @@ def store_inverse_norms(x, norms, stride, D, BD: tl.constexpr, BS: tl.constexpr,
 
 
 @triton.jit
+def inverse_norms(x, stride, D, BD: tl.constexpr, BS: tl.constexpr, count, ROWS: tl.constexpr):
+    """1 / sqrt(sum of squares + eps) of each of ROWS rows [ROWS], BS columns at a time."""
+    squares = tl.zeros([ROWS], tl.float32)
+    for first in range(0, BD, BS):
+        rows = load_rows(x, stride, first + tl.arange(0, BS), D, count, ROWS)
+        squares += tl.sum(rows * rows, 1)
+    return tl.rsqrt(squares + EPS)
+
+
+@triton.jit
 def load_unit(x, norms, stride, cols, D, count, ROWS: tl.constexpr):
     """``load_rows``, each divided by its length where norms, from ``store_inverse_norms``, is given."""
     rows = load_rows(x, stride, cols, D, count, ROWS)
@@ -148,5 +158,5 @@ def load_log_decay(g, stride, cols, K, count, A_log, dt_bias, resets, GATE: tl.c
     inside = (tl.arange(0, ROWS) < count)[:, None] & (cols < K)[None, :]
     decay = tl.where(inside, tl.where(decay < RESET, RESET, decay), 0.0)  # a NaN stays one
     if resets is not None:
-        decay = tl.where(load_reset(resets, count, ROWS)[:, None], RESET, decay)
+        decay = tl.where(load_reset(resets, count, ROWS)[:, None], 0.0, decay)
     return decay, x
