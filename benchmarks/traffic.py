@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gdn2_titan.ops import chunk_gdn2
 
-LENGTHS = (256, 512)
+LENGTHS = (128, 256)
 SIZE = 128  # K and V
 # Of the launches of one kernel, bytes but for the first.
 FIELDS = ("launches", "loaded", "stored", "issued", "distinct")

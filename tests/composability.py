@@ -87,7 +87,7 @@ def write_document(path, cells):
     path.write_text("\n".join([
         "# What the mixer composes with", "",
         f"Written by the test suite: Python {platform.python_version()}, {with_us}, {platform.machine()}, by",
-        "`./run_tests.sh --composability=docs/composability.md`. Which tests stand for which row:",
+        "`./run_tests.sh --all --composability=docs/composability.md`. Which tests stand for which row:",
         "[tests/composability.py](../tests/composability.py).", "",
         "| with | tests |", "| --- | --- |", *(f"| {feature} | {cell} |" for feature, cell in cells.items()), "",
     ]))  # fmt: skip

@@ -36,6 +36,8 @@ def store_of_launch():
 def become_rank(rank, world, address):
     """What torchrun tells a process."""
     os.environ.update(address, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), OMP_NUM_THREADS="1")
+    # A loader's worker ends when its parent is gone: that must be the rank, not the server that forks processes.
+    multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
 
 

@@ -7,7 +7,7 @@ import importlib.metadata
 
 __all__ = ["BEGIN", "END", "FEATURES", "installed", "read_table", "write_column"]
 
-BEGIN = "<!-- versions: written by ./run_tests.sh --versions=docs/torchtitan.md -->"
+BEGIN = "<!-- versions: written by ./run_tests.sh --all --versions=docs/torchtitan.md -->"
 END = "<!-- end of versions -->"
 
 LAYOUTS, OPTIONS, RECORDED = (f"distributed/test_{name}.py" for name in ("layouts", "options", "recorded"))
