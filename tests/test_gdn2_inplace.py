@@ -73,6 +73,77 @@ def test_a_state_inside_a_larger_cache_is_updated_there_and_nowhere_else():
     assert cache[[0, 1, 3]].isnan().all()
 
 
+POOLS = {  # case: state_indices of its sequences
+    "one token": [3, 0],
+    "raw, resets, grouped": [2],
+    "packed, empty sequences": [4, -1, 1, 0],
+    "bf16": [1],
+}
+
+
+def pool_of(state, indices, blocks=5):
+    """A pool in larger memory, with the states of the sequences where the indices say."""
+    memory = torch.full((blocks, state[0].numel() + 7), torch.nan, dtype=state.dtype)
+    pool = memory[:, : state[0].numel()].view(blocks, *state.shape[1:])
+    for block, x in zip(indices, state, strict=True):
+        if block >= 0:
+            pool[block] = x
+    return memory, pool
+
+
+def check_pool(inputs, state, indices, index_dtype=torch.int64, **options):
+    """One call on a pool: the named blocks as the functional op's states, all other memory as it was."""
+    want, states = recurrent_gdn2(**inputs, initial_state=state, output_final_state=True)
+    memory, pool = pool_of(state, indices)
+    expected_memory, expected = pool_of(states, indices)
+    o = recurrent_gdn2_(**inputs, state=pool, state_indices=torch.tensor(indices, dtype=index_dtype), **options)
+    cu = inputs["cu_seqlens"]
+    counts = torch.tensor([inputs["q"].shape[1]] * len(indices)) if cu is None else cu.diff()
+    used = (torch.tensor(indices) >= 0).repeat_interleave(counts).view(inputs["q"].shape[:2])
+    want = torch.where(used[:, :, None, None], want, 0.0)
+    torch.testing.assert_close((o, memory), (want, expected_memory), rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("case", POOLS)
+def test_the_blocks_of_a_pool_that_indices_name_are_updated_and_no_other_memory(case, backend, index_dtype):
+    check_pool(*split(given(**CASES[case])), POOLS[case], index_dtype, backend=backend)
+
+
+def test_a_step_on_a_pool_passes_opcheck_and_compiles():
+    torch._dynamo.reset()
+    inputs, state = split(given(**CASES["one token"]))
+    indices = torch.tensor(POOLS["one token"])
+    _, pool = pool_of(state, POOLS["one token"])
+    torch.library.opcheck(OP, (*op_arguments(inputs | {"state": pool.clone()}), "auto", indices))
+    expected = pool.clone()
+    want = recurrent_gdn2_(**inputs, state=expected, state_indices=indices)
+    step = torch.compile(recurrent_gdn2_, fullgraph=True, backend="aot_eager")
+    assert torch.equal(step(**inputs, state=pool, state_indices=indices), want)
+    torch.testing.assert_close(pool, expected, rtol=0, atol=0, equal_nan=True)
+
+
+BLOCKS = torch.zeros(3, 2, 4, 3, dtype=torch.float64)
+POOL_REFUSALS = [
+    (ValueError, r"state has shape \(3, 2, 3, 4\); it must be \[blocks, HV, K, V\]", BLOCKS.mT, torch.tensor([0])),
+    (ValueError, r"state has strides .*; every block of it must be contiguous",
+     BLOCKS.mT.contiguous().mT, torch.tensor([0])),
+    (ValueError, r"state has shape \(2, 4, 3\); it must be \[blocks, HV, K, V\]", BLOCKS[0], torch.tensor([0])),
+    (TypeError, "state_indices is a list; it must be a torch.Tensor or None", BLOCKS, [0]),
+    (TypeError, "state_indices has dtype torch.float32; it must be int32 or int64", BLOCKS, torch.zeros(1)),
+    (ValueError, r"state_indices has shape \(2,\); it must be \[N\] = \(1,\)", BLOCKS, torch.tensor([0, 1])),
+    (ValueError, "state_indices is on meta; it must be on q's device cpu", BLOCKS,
+     torch.zeros(1, dtype=torch.int64, device="meta")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("error, sentence, state, indices", POOL_REFUSALS)
+def test_a_pool_or_indices_that_cannot_serve_are_refused(error, sentence, state, indices):
+    with pytest.raises(error, match=f"^{sentence}"):
+        recurrent_gdn2_(**given() | {"state": state}, state_indices=indices)
+
+
 def test_steps_of_one_token_equal_the_definition():
     inputs, state = split(given(B=2, T=9, **RAW))
     want = naive_recurrent_gdn2(**inputs, initial_state=state.clone(), output_final_state=True)

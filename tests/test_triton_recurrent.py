@@ -193,6 +193,33 @@ def test_nothing_is_written_outside_the_state_in_place():
     assert cache[[0, 2]].isnan().all()
 
 
+@pytest.mark.parametrize("case", ["one token, raw", "packed"])
+def test_a_pools_blocks_are_updated_where_the_indices_say_and_no_other_memory(case):
+    inputs = moved(cast(make(**dict(K=20, V=40) | POOLS[case]), FP32))
+    state = inputs.pop("initial_state")
+    N = len(state)
+    indices = [3, -1, 0, 5][:N]
+    want, states = recurrent_gdn2(**inputs, initial_state=state, output_final_state=True, backend="triton")
+    memory = torch.full((6, state[0].numel() + 8), torch.nan, device=DEVICE)
+    pool = memory[:, : state[0].numel()].view(6, *state.shape[1:])
+    expected = memory.clone()
+    for block, before, after in zip(indices, state, states, strict=True):
+        if block >= 0:
+            pool[block] = before
+            expected[block, : after.numel()] = after.flatten()
+    o = recurrent_gdn2_(
+        **inputs, state=pool, backend="triton", state_indices=torch.tensor(indices, dtype=torch.int32, device=DEVICE)
+    )
+    cu = inputs["cu_seqlens"]
+    counts = torch.tensor([inputs["q"].shape[1]] * N) if cu is None else cu.diff().cpu()
+    used = (torch.tensor(indices) >= 0).repeat_interleave(counts).view(inputs["q"].shape[:2]).to(DEVICE)
+    assert torch.equal(o, torch.where(used[:, :, None, None], want, 0.0))
+    torch.testing.assert_close(memory, expected, rtol=0, atol=0, equal_nan=True)
+
+
+POOLS = {"one token, raw": dict(B=4, T=1, **RAW), "packed": dict(T=9, cu=[0, 3, 4, 9])}
+
+
 def test_inputs_are_left_alone_and_results_are_contiguous_memory_of_their_own():
     inputs = moved(make(B=1, T=1, H=1, groups=2, **RAW, dtype=FP32))
     before = {n: inputs[n].clone() for n in leaves(inputs)}

@@ -114,13 +114,18 @@ def recurrent_gdn2_(
     use_qk_l2norm_in_kernel: bool = False, use_gate_in_kernel: bool = False, A_log: Tensor | None = None,
     dt_bias: Tensor | None = None, use_sigmoid_in_kernel: bool = False, erase_scale: float = 1.0,
     cu_seqlens: Tensor | None = None, resets: Tensor | None = None, backend: str = "auto",
+    state_indices: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """:func:`recurrent_gdn2` that starts from ``state`` and leaves the final state there: a step of decoding that
     allocates nothing but its output.
 
     Args:
         state: [N, HV, K, V], contiguous, float32 (float64 for float64 inputs), read and overwritten. N is B, or the
-            number of packed sequences. A sequence of no tokens keeps its state.
+            number of packed sequences. A sequence of no tokens keeps its state. With state_indices a pool of them,
+            [blocks, HV, K, V], whose blocks are contiguous and may lie apart.
+        state_indices: int32 or int64 [N]: the block that each sequence reads and writes, no two the same one; -1 for a
+            sequence that is left out, of which o is zero. Their values are not read on the host: on a GPU another
+            number reads and writes memory that is not the pool's.
         The others: as in :func:`chunk_gdn2`.
 
     Returns:
@@ -135,13 +140,11 @@ def recurrent_gdn2_(
         scale, use_qk_l2norm_in_kernel, use_gate_in_kernel, use_sigmoid_in_kernel, erase_scale, backend
     )
     options = check_arguments(inputs, options, reference=True)
-    check_state(state, inputs)
+    check_state(state, inputs, state_indices)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, state)):
         raise RuntimeError(
             "recurrent_gdn2_ overwrites its state and has no gradient; use recurrent_gdn2 or torch.no_grad()"
         )
     if options.backend == "reference":
-        o, final_state = reference.recurrent(inputs._replace(initial_state=state), options)
-        state.copy_(final_state)
-        return o
-    return library.inplace_recurrent_gdn2(*inputs[:8], state, cu_seqlens, resets, *options)
+        return reference.update(inputs, options, state, state_indices)
+    return library.inplace_recurrent_gdn2(*inputs[:8], state, cu_seqlens, resets, *options, state_indices)

@@ -141,8 +141,9 @@ def _check_tensors(inputs):
     return B, T, H, K, HV, V
 
 
-def check_state(state: Tensor, inputs: GDN2Inputs) -> None:
-    """Raise for an argument ``state`` that cannot be updated in place. ``check_arguments`` passed the inputs."""
+def check_state(state: Tensor, inputs: GDN2Inputs, state_indices: Tensor | None) -> None:
+    """Raise for an argument ``state`` that cannot be updated in place, or ``state_indices`` that cannot tell where.
+    ``check_arguments`` passed the inputs."""
     q, dtype = inputs.q, inputs.compute_dtype
     if not isinstance(state, Tensor):
         raise TypeError(f"state is a {type(state).__name__}; it must be a torch.Tensor")
@@ -150,6 +151,19 @@ def check_state(state: Tensor, inputs: GDN2Inputs) -> None:
         raise ValueError(f"state is on {state.device}; it must be on q's device {q.device}")
     if state.dtype != dtype:
         raise TypeError(f"state has dtype {state.dtype}; it must be {dtype}, which {q.dtype} is computed in")
-    require_shape("state", state, inputs.state_shape, "[N, HV, K, V]")
-    if not state.is_contiguous():
-        raise ValueError(f"state has strides {state.stride()}; it must be contiguous, as it is updated in place")
+    if state_indices is None:
+        require_shape("state", state, inputs.state_shape, "[N, HV, K, V]")
+        if not state.is_contiguous():
+            raise ValueError(f"state has strides {state.stride()}; it must be contiguous, as it is updated in place")
+        return
+    N, HV, K, V = inputs.state_shape
+    require_shape("state", state, (*state.shape[:1], HV, K, V), "[blocks, HV, K, V]")
+    if state.stride()[1:] != (K * V, V, 1):
+        raise ValueError(f"state has strides {state.stride()}; every block of it must be contiguous")
+    if not isinstance(state_indices, Tensor):
+        raise TypeError(f"state_indices is a {type(state_indices).__name__}; it must be a torch.Tensor or None")
+    if state_indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"state_indices has dtype {state_indices.dtype}; it must be int32 or int64")
+    if state_indices.device != q.device:
+        raise ValueError(f"state_indices is on {state_indices.device}; it must be on q's device {q.device}")
+    require_shape("state_indices", state_indices, (N,), "[N]")

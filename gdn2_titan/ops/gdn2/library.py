@@ -26,6 +26,7 @@ OPTIONS = 'float scale, bool l2norm, bool gate, bool sigmoid, float erase_scale,
 INPUTS = f"{GATED}, Tensor? initial_state, Tensor? cu_seqlens, Tensor? resets, {OPTIONS}"
 GRADIENTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 TENSORS = len(GDN2Inputs._fields)
+INPLACE_ARGUMENTS = TENSORS + len(GDN2Options._fields) + 1  # state_indices too
 
 
 def _records(*args):
@@ -46,16 +47,6 @@ def kernels(inputs: GDN2Inputs, backend: str) -> ModuleType:
     return chunked if inputs.q.numel() > 0 else tokenless
 
 
-def _recurrent(inputs, options, final_state=None):
-    """o and the final state, which is written to ``final_state`` where that is given; it may be the initial state."""
-    if _use_triton(inputs, options.backend):
-        from .triton import recurrent
-
-        return recurrent.recurrent_forward(inputs, options, final_state)
-    o, state = reference.recurrent(inputs, options)
-    return o, state if final_state is None else final_state.copy_(state)
-
-
 def or_empty(grads: GDN2Inputs) -> tuple[Tensor, ...]:
     """The gradients as a backward operator returns them: empty where the input is absent."""
     return tuple(grads.q.new_empty(0) if x is None else x.contiguous() for x in grads.differentiable)
@@ -71,15 +62,26 @@ def _chunk_forward(*args):
 def _recurrent_forward(*args):
     inputs, options = _records(*args)
     with no_autocast(inputs.q):
-        o, final_state = _recurrent(inputs, options)
+        if _use_triton(inputs, options.backend):
+            from .triton import recurrent
+
+            o, final_state = recurrent.recurrent_forward(inputs, options)
+        else:
+            o, final_state = reference.recurrent(inputs, options)
     return o.contiguous(), final_state.contiguous()
 
 
 def _recurrent_inplace(*args):
-    """o; ``state``, contiguous and in the compute dtype, is the initial state and becomes the final one."""
-    inputs, options = _records(*args)
+    """o; ``state``, in the compute dtype, is the initial state and becomes the final one."""
+    state_indices = args[INPLACE_ARGUMENTS - 1] if len(args) == INPLACE_ARGUMENTS else None
+    inputs, options = _records(*args[: INPLACE_ARGUMENTS - 1])
     with no_autocast(inputs.q):
-        o, _ = _recurrent(inputs, options, inputs.initial_state)
+        if _use_triton(inputs, options.backend):
+            from .triton import recurrent
+
+            o, _ = recurrent.recurrent_forward(inputs, options, inputs.initial_state, state_indices)
+        else:
+            o = reference.update(inputs, options, inputs.initial_state, state_indices)
     return o.contiguous()
 
 
@@ -104,7 +106,8 @@ _recurrent_op = define(
     "gdn2_titan::recurrent_gdn2", f"({INPUTS}) -> (Tensor, Tensor)", _recurrent_forward, _fake_forward
 )
 _inplace_op = define(
-    "gdn2_titan::recurrent_gdn2_", f"({INPUTS}) -> Tensor".replace("Tensor? initial_state", "Tensor(a!) state"),
+    "gdn2_titan::recurrent_gdn2_",
+    f"({INPUTS}, Tensor? state_indices=None) -> Tensor".replace("Tensor? initial_state", "Tensor(a!) state"),
     _recurrent_inplace, lambda q, k, v, *rest: v.new_empty(v.shape),
 )  # fmt: skip
 _backward_op = define(

@@ -14,7 +14,7 @@ from ..checks import check_cu_seqlens
 from .arguments import GDN2Inputs, GDN2Options, check_arguments
 from .gates import activate
 
-__all__ = ["naive_recurrent_gdn2", "recurrent"]
+__all__ = ["naive_recurrent_gdn2", "recurrent", "update"]
 
 
 def _recur(q, k, v, g, b, w, state, scale):
@@ -64,6 +64,22 @@ def recurrent(inputs: GDN2Inputs, options: GDN2Options) -> tuple[Tensor, Tensor]
         state = inputs.initial_state.to(q.dtype, copy=True)
     o, final_state = _recur_packed(q, k, v, g, b, w, state, options.scale, inputs.cu_seqlens)
     return o.to(inputs.v.dtype), final_state
+
+
+def update(inputs: GDN2Inputs, options: GDN2Options, state: Tensor, state_indices: Tensor | None) -> Tensor:
+    """o [B, T, HV, V] in v's dtype; ``state`` [N, HV, K, V], or those blocks of a pool [blocks, HV, K, V] that
+    state_indices [N] names, is the initial state and becomes the final one. A sequence at block -1 is left out: zeros."""
+    if state_indices is None:
+        o, final_state = recurrent(inputs._replace(initial_state=state), options)
+        state.copy_(final_state)
+        return o
+    blocks = state_indices.long()
+    used = blocks >= 0
+    o, final_state = recurrent(inputs._replace(initial_state=state[blocks.clamp_min(0)]), options)
+    state[blocks[used]] = final_state[used]
+    if inputs.cu_seqlens is not None:
+        used = used.repeat_interleave(inputs.cu_seqlens.diff().long())[None]
+    return torch.where(used.view(*used.shape, *[1] * (4 - used.ndim)), o, 0.0)
 
 
 def naive_recurrent_gdn2(

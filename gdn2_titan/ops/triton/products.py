@@ -1,13 +1,16 @@
-"""The matrix product and the rounding that all kernels use: the one place that knows what Triton's interpreter gets
+"""The matrix product, the rounding and the functions that all kernels use: the one place that knows what Triton's interpreter gets
 wrong (3.9): it multiplies bf16 wrongly, truncates where the hardware rounds, and cannot make bf16 of a bool."""
+
+import math
 
 import triton
 import triton.language as tl
 
 from .target import interpreted
 
-__all__ = ["cast", "dot", "fast_exp", "fast_sigmoid"]
+__all__ = ["LOG2E", "cast", "dot", "exp2", "reciprocal", "sigmoid"]
 
+LOG2E = tl.constexpr(math.log2(math.e))
 INTERPRETED = tl.constexpr(interpreted())
 
 
@@ -32,24 +35,27 @@ def cast(x, dtype: tl.constexpr):
     return x.to(dtype)
 
 
-NVIDIA = tl.constexpr(True)
+@triton.jit
+def exp2(x):
+    """2^x to fp32 rounding; 0 where that is below the least normal number. One instruction on NVIDIA."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    if tl.target_info.is_cuda():
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    return tl.exp2(x)
 
 
 @triton.jit
-def fast_exp(x):
-    """exp of x to fp32 rounding, 0 where that is below the least normal number."""
-    if INTERPRETED or not NVIDIA:
-        return tl.exp(x)
-    return tl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1
-    )
+def reciprocal(x):
+    """1 / x to fp32 rounding."""
+    if INTERPRETED:
+        return 1.0 / x
+    if tl.target_info.is_cuda():
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    return 1.0 / x
 
 
 @triton.jit
-def fast_sigmoid(x):
+def sigmoid(x):
     """1 / (1 + exp(-x)) to fp32 rounding."""
-    if INTERPRETED or not NVIDIA:
-        return tl.sigmoid(x)
-    return tl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + fast_exp(-x)], dtype=tl.float32, is_pure=True, pack=1
-    )
+    return reciprocal(1.0 + exp2(-LOG2E * x))

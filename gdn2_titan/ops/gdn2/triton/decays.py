@@ -2,15 +2,16 @@
 
 Tokens r and s of a block whose whole decay is not too strong for the dtype meet around its middle,
 
-    exp(G_r - G_s) = exp(x_r) * exp(-x_s),    x_r = (g summed up to r - g summed behind r) / 2    within the block,
+    2^(G_r - G_s) = 2^x_r * 2^-x_s,    x_r = (g summed up to r - g summed behind r) / 2    within the block,
 
-one product for the whole block: ``safe_depth`` says how long the blocks may be, 2^depth tokens; nearly always that is the
-chunk. Longer ones are joined by halving: where row r lies in the right half of a block of 2m tokens and column s in its
+one product for the whole block. Nearly always that is the chunk; else ``safe_depth`` says how long the blocks may be,
+2^depth tokens, and they are joined by halving: where row r lies in the right half of a block of 2m tokens and column s in its
 left half,
 
-    exp(G_r - G_s) = exp(g summed from the middle to r) * exp(g summed from s + 1 to the middle),
+    2^(G_r - G_s) = 2^(g summed from the middle to r) * 2^(g summed from s + 1 to the middle),
 
-two factors in [0, 1]. Every sum is a product with a 0/1 matrix, on tensor cores, and of numbers of one sign.
+two factors in [0, 1]. Every sum is a product with a 0/1 matrix, on tensor cores, and of numbers of one sign; the gradient
+goes through the same matrices turned. All logarithms are to the base 2.
 """
 
 import triton
@@ -20,8 +21,8 @@ from ...triton.products import cast, dot
 from .rows import C, load_reset
 
 __all__ = [
-    "DEPTH", "behind", "documents_of", "level", "middle", "off_diagonal", "row_and_column", "safe_depth", "same_block",
-    "sum_over", "up_to",
+    "DEPTH", "decay_gradient", "documents_of", "level", "middle", "off_diagonal", "row_and_column", "safe_depth",
+    "same_block", "sum_over", "sums_of",
 ]  # fmt: skip
 
 DEPTH = tl.constexpr(C.value.bit_length() - 1)  # at depth n, blocks of 2^n tokens
@@ -35,38 +36,21 @@ def row_and_column():
 
 
 @triton.jit
-def safe_depth(decay, LIMIT: tl.constexpr):
-    """The greatest n with blocks of 2^n tokens whose decay [C, D], of every channel, is at most LIMIT; 0 where none is."""
-    whole = tl.min(tl.sum(decay, 0), 0)
-    token = tl.min(tl.min(decay, 0), 0)
-    n = (token * 2 >= -LIMIT).to(tl.int32)
-    for depth in tl.static_range(2, DEPTH):
-        n += (token * (1 << depth) >= -LIMIT).to(tl.int32)
-    return tl.where(whole >= -LIMIT, DEPTH, n)
-
-
-@triton.jit
 def documents_of(resets, count):
-    """Of the tokens of a chunk: whether each sees the state before the chunk [C], and is seen by the state behind it [C];
-    whether the chunk is of one document that began before it; and which see each other [C, C]. resets: at the first row,
-    or None."""
-    document = tl.zeros([C], tl.int32)
-    if resets is not None:
-        document = tl.cumsum(load_reset(resets, count, C).to(tl.int32), 0)
-    newest = tl.max(document, 0)
-    return document == 0, document == newest, newest == 0, document[:, None] == document[None, :]
+    """The document of each token of a chunk [C], from 0, the one that began before the chunk; and the newest of them.
+    resets: at the first row."""
+    document = tl.cumsum(load_reset(resets, count, C).to(tl.int32), 0)
+    return document, tl.max(document, 0)
 
 
 @triton.jit
-def up_to(i, j):
-    """Weights of G: all tokens up to row i."""
-    return tl.where(j <= i, 1.0, 0.0)
-
-
-@triton.jit
-def behind(i, j):
-    """Weights of G_C - G: all tokens behind row i."""
-    return tl.where(j > i, 1.0, 0.0)
+def safe_depth(decay, LIMIT: tl.constexpr):
+    """An n with blocks of 2^n tokens, less than the chunk, whose decay [C, D], of every channel, is at most LIMIT."""
+    strongest = tl.min(tl.min(decay, 0), 0)
+    depth = 0
+    for n in tl.static_range(1, DEPTH):
+        depth += (strongest * (1 << n) >= -LIMIT).to(tl.int32)
+    return depth
 
 
 @triton.jit
@@ -83,7 +67,7 @@ def middle(i, j, depth):
 
 @triton.jit
 def level(i, j, depth):
-    """Whether row i takes on the decay of token j when blocks of 2^depth tokens are joined."""
+    """Weights of a factor: whether row i takes on the decay of token j when blocks of 2^depth tokens are joined."""
     right = ((i >> depth) & 1) == 1
     return tl.where(same_block(i, j, depth) & (right == (j <= i)), 1.0, 0.0)
 
@@ -106,3 +90,28 @@ def sum_over(weights, x, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     else:
         total = dot(weights, x, PRECISION)
     return total
+
+
+@triton.jit
+def sums_of(decay, LIMIT: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """Of the decay [C, D] of a chunk: its sums G up to each token, and behind each [C, D], over all [D], and whether they
+    are weak enough for one product of the whole chunk.
+
+    They then are small, and what is behind a token is what is left of the whole. Of strong ones that would lose it."""
+    i, j = row_and_column()
+    G = sum_over(tl.where(j <= i, 1.0, 0.0), decay, SPLIT, PRECISION)
+    whole = tl.sum(tl.where(i == C - 1, G, 0.0), 0)
+    rest = whole[None, :] - G
+    weak = tl.min(whole, 0) >= -LIMIT
+    if not weak:
+        rest = sum_over(tl.where(j > i, 1.0, 0.0), decay, SPLIT, PRECISION)
+    return G, rest, whole, weak
+
+
+@triton.jit
+def decay_gradient(into_G, into_rest, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """The gradient of the decay [C, D], given those of the first two of ``sums_of``."""
+    i, j = row_and_column()
+    difference = into_rest - into_G
+    up_to = sum_over(tl.where(j <= i, 1.0, 0.0), difference, SPLIT, PRECISION)
+    return up_to - difference + tl.sum(into_G, 0)[None, :]

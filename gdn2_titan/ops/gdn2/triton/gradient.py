@@ -8,12 +8,13 @@ summed over the value heads that read the key head; dv = dZ * w, dw = dZ * v. Q 
 A_qk and T gain goes to q, b, k and g by the factors that ``prepare`` made them with.
 """
 
-import triton  # noqa: I001 - or each name of the long list below takes a line
+import triton
 import triton.language as tl
 
-from ...triton.products import cast, dot, fast_exp, fast_sigmoid
+from ...triton.products import LOG2E, cast, dot, exp2, sigmoid
 from .decays import (
-    DEPTH, behind, documents_of, level, middle, off_diagonal, row_and_column, safe_depth, same_block, sum_over, up_to,
+    DEPTH, decay_gradient, documents_of, level, middle, off_diagonal, row_and_column, safe_depth, same_block, sum_over,
+    sums_of,
 )  # fmt: skip
 from .rows import C, chunk_of, load_erase, load_gate, load_log_decay, load_reset, load_rows, program, store_rows
 
@@ -26,27 +27,31 @@ def _square_gradients(
     H: tl.constexpr, HV: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, SIGMOID: tl.constexpr,
     dtype: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dA_qk and dT [C, C] as if all were used; and on the way dv and dw."""
+    """dA_qk and dT [C, C] as if all were used; dZ * (2 R - Z) summed over values [C]; and on the way dv and dw."""
     dproducts = tl.zeros([C, C], tl.float32)
     dtriangle = tl.zeros([C, C], tl.float32)
+    radial = tl.zeros([C], tl.float32)
     SLICES: tl.constexpr = (V + BV - 1) // BV
     for step in tl.range(HV // H * SLICES, disable_licm=True):
         tokens = (start * HV + h * (HV // H) + step // SLICES) * V
         cols = step % SLICES * BV + tl.arange(0, BV)
-        r = tl.trans(cast(load_rows(R + tokens, HV * V, cols, V, count, C), dtype))
+        r = load_rows(R + tokens, HV * V, cols, V, count, C)
+        columns = tl.trans(cast(r, dtype))
         dz = load_rows(dZ + tokens, HV * V, cols, V, count, C)
-        dtriangle -= dot(cast(dz, dtype), r, PRECISION)
+        dtriangle -= dot(cast(dz, dtype), columns, PRECISION)
         if do is not None:
             dout = cast(load_rows(do + tokens, HV * V, cols, V, count, C), dtype)
-            dproducts += dot(dout, r, PRECISION)
+            dproducts += dot(dout, columns, PRECISION)
         gate = load_rows(w + tokens, HV * V, cols, V, count, C)
-        dgate = dz * load_rows(v + tokens, HV * V, cols, V, count, C)
+        value = load_rows(v + tokens, HV * V, cols, V, count, C)
+        dgate = dz * value
         if SIGMOID:
-            gate = fast_sigmoid(gate)
+            gate = sigmoid(gate)
             dgate *= gate * (1.0 - gate)
+        radial += tl.sum(dz * (2.0 * r - gate * value), 1)
         store_rows(dv + tokens, dz * gate, HV * V, cols, V, count, C)
         store_rows(dw + tokens, dgate, HV * V, cols, V, count, C)
-    return dproducts, dtriangle
+    return dproducts, dtriangle, radial
 
 
 @triton.jit
@@ -81,10 +86,63 @@ def _state_gradients(
 
 
 @triton.jit
+def _gradients_of_blocks(
+    dqs, des, dks, qs, es, ks, decay, dproducts, dtriangle, LIMIT: tl.constexpr,
+    dtype: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What ``prepare``'s products of blocks gain, of channels whose decay is too strong for one product: added to the
+    gradients of qs, es, ks [C, BS]; and the gradient of the decay."""
+    i, j = row_and_column()
+    depth = safe_depth(decay, LIMIT)
+    x = sum_over(middle(i, j, depth), decay, SPLIT, PRECISION)
+    inside = same_block(i, j, depth)
+    dqs, des, dks, dx = _gradients_of_product(
+        dqs, des, dks, qs, es, ks, exp2(x), exp2(-x),
+        tl.where(inside, dproducts, 0.0), tl.where(inside, dtriangle, 0.0), dtype, PRECISION,
+    )  # fmt: skip
+    ddecay = sum_over(middle(j, i, depth), dx, SPLIT, PRECISION)
+    for d in tl.range(depth, DEPTH, disable_licm=True):
+        factor = exp2(sum_over(level(i, j, d), decay, SPLIT, PRECISION))
+        inside = off_diagonal(i, j, d)
+        dA = tl.where(inside, dproducts, 0.0)
+        dT = tl.where(inside, dtriangle, 0.0)
+        rows = cast(ks * factor, dtype)
+        dA_rows = dot(dA, rows, PRECISION) * factor
+        dT_rows = dot(dT, rows, PRECISION) * factor
+        drows = dot(tl.trans(dA), cast(qs * factor, dtype), PRECISION)
+        drows = (drows + dot(tl.trans(dT), cast(es * factor, dtype), PRECISION)) * factor
+        ddecay += sum_over(level(j, i, d), qs * dA_rows + es * dT_rows + ks * drows, SPLIT, PRECISION)
+        dqs += dA_rows
+        des += dT_rows
+        dks += drows
+    return dqs, des, dks, ddecay
+
+
+@triton.jit
+def _gradients_of_product(
+    dqs, des, dks, qs, es, ks, factor, inverse, dA, dT, dtype: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """What the products of qs and es, decayed by ``factor``, with ks, by its inverse, gain: added to the gradients of
+    qs, es, ks [C, BS]; and the gradient of the log of the factor.
+
+    A factor turns the gradient of a decayed row into that of the row; the product of that with the row is the gradient
+    of the factor's log. It is taken with the rows as rounded for the other's product, so that what two tokens gain from
+    each other cancels where their decay has no part in it."""
+    rows = cast(ks * inverse, dtype)
+    dA_rows = dot(dA, rows, PRECISION)
+    dT_rows = dot(dT, rows, PRECISION)
+    q_rows = cast(qs * factor, dtype)
+    e_rows = cast(es * factor, dtype)
+    drows = dot(tl.trans(dA), q_rows, PRECISION) + dot(tl.trans(dT), e_rows, PRECISION)
+    dx = q_rows.to(tl.float32) * dA_rows + e_rows.to(tl.float32) * dT_rows - rows.to(tl.float32) * drows
+    return dqs + dA_rows * factor, des + dT_rows * factor, dks + drows * inverse, dx
+
+
+@triton.jit
 def _without_radial(
     dx, x, unit, radial, stride, K: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr, count
 ):  # fmt: skip
-    """Make the gradient of x / |x|, stored in dx, the one of x. unit: 1 / |x|; radial: their product summed, [C]."""
+    """Make the gradient of x / |x|, stored in dx, the one of x. unit: 1 / |x|; radial: their product summed [C]."""
     for first in tl.range(0, BK, BS, disable_licm=True):
         cols = first + tl.arange(0, BS)
         grad = load_rows(dx, stride, cols, K, count, C)
@@ -92,7 +150,7 @@ def _without_radial(
         store_rows(dx, grad * unit[:, None], stride, cols, K, count, C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "NT", "N"])
 def gradient_kernel(
     q, k, v, g, b, w, A_log, dt_bias, resets, cu_seqlens, ends, T, NT, N, scale,
     do, R, dZ, states, dstates, norm_q, norm_k,
@@ -105,11 +163,7 @@ def gradient_kernel(
     norm_q, norm_k: from ``prepare_kernel``.
 
     Writes dq .. dw in the shape of their inputs, and for each chunk its part of dA_log (to be summed over channels too)
-    and ddt_bias [NC, H, K], fp32, where given. BS channels of K at a time.
-
-    A factor turns the gradient of a decayed row into that of the row; the product of that with the row is the gradient
-    of the factor's log. It is taken with the rows as rounded for the other's product, so that what two tokens gain from
-    each other cancels where their decay has no part in it."""
+    and ddt_bias [NC, H, K], fp32, where given. BS channels of K at a time."""
     i_c, h = program(H)
     n, start, count = chunk_of(i_c, ends, cu_seqlens, T, NT, N, PACKED)
     if count == 0:
@@ -128,9 +182,11 @@ def gradient_kernel(
     block = i_c.to(tl.int64) * H + h
     rows = tl.arange(0, C)
     i, j = row_and_column()
+    lower = i >= j
     if resets is not None:
         resets += start
-    alive, last, whole, together = documents_of(resets, count)
+        document, newest = documents_of(resets, count)
+        lower = lower & (document[:, None] == document[None, :])
     if GATE:
         A_log += h
         dA_log += block * K
@@ -141,16 +197,15 @@ def gradient_kernel(
         unit_q = tl.load(norm_q + block * C + rows)
         unit_k = tl.load(norm_k + block * C + rows)
         radial_q = tl.zeros([C], tl.float32)
-        radial_k = tl.zeros([C], tl.float32)
-    dproducts, dtriangle = _square_gradients(
+    dproducts, dtriangle, radial_k = _square_gradients(
         do, R, dZ, v, w, dv, dw, start, count, h, H, HV, V, BV, SIGMOID, dtype, PRECISION
     )
-    dproducts = cast(tl.where(together & (i >= j), dproducts, 0.0), dtype)
-    dtriangle = cast(tl.where(together & (i > j), dtriangle, 0.0), dtype)
+    dproducts = cast(tl.where(lower, dproducts, 0.0), dtype)
+    dtriangle = cast(tl.where(lower & (i > j), dtriangle, 0.0), dtype)
 
     for first in tl.range(0, BK, BS, disable_licm=True):
         cols = first + tl.arange(0, BS)
-        dQ, dE, dKt, dtotal = _state_gradients(
+        dqs, des, dks, dtotal = _state_gradients(
             do, R, dZ, states, dstates, i_c, start, count, h, cols, H, HV, K, V, BS, BV, dtype, PRECISION
         )
         decay, raw = load_log_decay(g, stride, cols, K, count, A_log, dt_bias, resets, GATE, C)
@@ -159,63 +214,38 @@ def gradient_kernel(
         if norm_q is not None:
             qs *= unit_q[:, None]
             ks *= unit_k[:, None]
+        es = ks * load_erase(b, stride, cols, K, count, SIGMOID, ERASE_SCALE, C)
+        G, rest, log_whole, weak = sums_of(decay, LIMIT, SPLIT, PRECISION)
+        before, after, whole = exp2(G), exp2(rest), exp2(log_whole)
+        if resets is not None:
+            before = tl.where((document == 0)[:, None], before, 0.0)
+            after = tl.where((document == newest)[:, None], after, 0.0)
+            whole = tl.where(newest == 0, whole, 0.0)
+        dqs *= before
+        des *= before
+        dks *= after
+        into_G = qs * dqs + es * des
+        into_rest = ks * dks
+        ddecay = tl.zeros([C, BS], tl.float32) + (whole * dtotal)[None, :]
+        if weak:
+            factor = exp2(0.5 * (G - rest))
+            dqs, des, dks, dx = _gradients_of_product(
+                dqs, des, dks, qs, es, ks, factor, exp2(0.5 * (rest - G)), dproducts, dtriangle, dtype, PRECISION
+            )
+            into_G += 0.5 * dx
+            into_rest -= 0.5 * dx
+        else:
+            dqs, des, dks, more = _gradients_of_blocks(
+                dqs, des, dks, qs, es, ks, decay, dproducts, dtriangle, LIMIT, dtype, SPLIT, PRECISION
+            )
+            ddecay += more
+        ddecay += decay_gradient(into_G, into_rest, SPLIT, PRECISION)
+
         erase = load_erase(b, stride, cols, K, count, SIGMOID, ERASE_SCALE, C)
-        es = ks * erase
-        dtotal *= tl.where(whole, fast_exp(tl.sum(decay, 0)), 0.0)
-
-        # Of the state before the chunk, and into the one behind it.
-        factor = tl.where(alive[:, None], fast_exp(sum_over(up_to(i, j), decay, SPLIT, PRECISION)), 0.0)
-        dqs = dQ * factor
-        des = dE * factor
-        ddecay = sum_over(up_to(j, i), qs * dqs + es * des, SPLIT, PRECISION) + dtotal[None, :]
-        factor = tl.where(last[:, None], fast_exp(sum_over(behind(i, j), decay, SPLIT, PRECISION)), 0.0)
-        dks = dKt * factor
-        ddecay += sum_over(behind(j, i), ks * dks, SPLIT, PRECISION)
-
-        # Within blocks.
-        depth = safe_depth(decay, LIMIT)
-        x = sum_over(middle(i, j, depth), decay, SPLIT, PRECISION)
-        factor = fast_exp(x)
-        inverse = fast_exp(-x)
-        qf = cast(qs * factor, dtype)
-        ef = cast(es * factor, dtype)
-        kf = cast(ks * inverse, dtype)
-        inside = same_block(i, j, depth)
-        dA = tl.where(inside, dproducts, 0.0)
-        dT = tl.where(inside, dtriangle, 0.0)
-        dqf = dot(dA, kf, PRECISION)
-        dx = qf.to(tl.float32) * dqf
-        dqs += dqf * factor
-        def_ = dot(dT, kf, PRECISION)
-        dx += ef.to(tl.float32) * def_
-        des += def_ * factor
-        dkf = dot(tl.trans(dA), qf, PRECISION)
-        dkf += dot(tl.trans(dT), ef, PRECISION)
-        dx -= kf.to(tl.float32) * dkf
-        dks += dkf * inverse
-        ddecay += sum_over(middle(j, i, depth), dx, SPLIT, PRECISION)
-        # And where they are joined.
-        for d in tl.range(depth, DEPTH, disable_licm=True):
-            factor = fast_exp(sum_over(level(i, j, d), decay, SPLIT, PRECISION))
-            inside = off_diagonal(i, j, d)
-            dA = tl.where(inside, dproducts, 0.0)
-            dT = tl.where(inside, dtriangle, 0.0)
-            qf = cast(qs * factor, dtype)
-            ef = cast(es * factor, dtype)
-            kf = cast(ks * factor, dtype)
-            dqf = dot(dA, kf, PRECISION) * factor
-            def_ = dot(dT, kf, PRECISION) * factor
-            dkf = dot(tl.trans(dA), qf, PRECISION)
-            dkf = (dkf + dot(tl.trans(dT), ef, PRECISION)) * factor
-            ddecay += sum_over(level(j, i, d), qs * dqf + es * def_ + ks * dkf, SPLIT, PRECISION)
-            dqs += dqf
-            des += def_
-            dks += dkf
-
         dks += des * erase
         if norm_q is not None:
             radial_q += tl.sum(dqs * qs, 1)
-            radial_k += tl.sum(dks * ks, 1)
+            dks = unit_k[:, None] * (dks - ks * radial_k[:, None])
         store_rows(dq, dqs * scale, stride, cols, K, count, C)
         store_rows(dk, dks, stride, cols, K, count, C)
         des *= ks
@@ -226,9 +256,9 @@ def gradient_kernel(
             ddecay = tl.where(load_reset(resets, count, C)[:, None], 0.0, ddecay)
         if GATE:
             ddecay = tl.where((rows < count)[:, None], ddecay, 0.0)
-            tl.store(dA_log + cols, tl.sum(ddecay * decay, 0), mask=cols < K)
+            tl.store(dA_log + cols, tl.sum(ddecay * decay, 0) / LOG2E, mask=cols < K)
             rate, stretch, _, _ = load_gate(A_log)
-            ddecay *= -(rate * stretch) * fast_sigmoid(raw)
+            ddecay *= -(rate * stretch) * sigmoid(raw)
             if ddt_bias is not None:
                 tl.store(ddt_bias + cols, tl.sum(ddecay, 0), mask=cols < K)
         store_rows(dg, ddecay, stride, cols, K, count, C)
@@ -236,4 +266,3 @@ def gradient_kernel(
     if norm_q is not None:
         tl.debug_barrier()  # what follows reads what other threads of the program may have written
         _without_radial(dq, q, unit_q, radial_q, stride, K, BK, BS, count)
-        _without_radial(dk, k, unit_k, radial_k, stride, K, BK, BS, count)

@@ -7,13 +7,50 @@ A_qk, times scale too     A = (I + T)^-1
 import triton
 import triton.language as tl
 
-from ...triton.products import cast, dot, fast_exp
+from ...triton.products import cast, dot, exp2
 from .decays import (
-    DEPTH, behind, documents_of, level, middle, off_diagonal, row_and_column, safe_depth, same_block, sum_over, up_to,
+    DEPTH, documents_of, level, middle, off_diagonal, row_and_column, safe_depth, same_block, sum_over, sums_of,
 )  # fmt: skip
 from .rows import C, chunk_of, inverse_norms, load_erase, load_log_decay, load_rows, program
 
 __all__ = ["prepare_kernel"]
+
+
+@triton.jit
+def _load_chunk(
+    q, k, g, b, A_log, dt_bias, resets, unit_q, unit_k, stride, cols, count, scale,
+    K: tl.constexpr, GATE: tl.constexpr, SIGMOID: tl.constexpr, ERASE_SCALE: tl.constexpr,
+):  # fmt: skip
+    """scale * q, k, b * k and the log-decay of a chunk [C, BS]. unit_q, unit_k: 1 / length of q and k, or None."""
+    decay, _ = load_log_decay(g, stride, cols, K, count, A_log, dt_bias, resets, GATE, C)
+    qs = load_rows(q, stride, cols, K, count, C) * scale
+    ks = load_rows(k, stride, cols, K, count, C)
+    if unit_q is not None:
+        qs *= unit_q[:, None]
+        ks *= unit_k[:, None]
+    return qs, ks, ks * load_erase(b, stride, cols, K, count, SIGMOID, ERASE_SCALE, C), decay
+
+
+@triton.jit
+def _products_of_blocks(
+    qs, ks, es, decay, depth, dtype: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """What channels whose decay is too strong for one product add to A_qk and T [C, C]: blocks of 2^depth tokens, and
+    what joins them."""
+    i, j = row_and_column()
+    x = sum_over(middle(i, j, depth), decay, SPLIT, PRECISION)
+    factor = exp2(x)
+    columns = tl.trans(cast(ks * exp2(-x), dtype))
+    inside = same_block(i, j, depth)
+    products = tl.where(inside, dot(cast(qs * factor, dtype), columns, PRECISION), 0.0)
+    triangle = tl.where(inside, dot(cast(es * factor, dtype), columns, PRECISION), 0.0)
+    for d in tl.range(depth, DEPTH, disable_licm=True):
+        factor = exp2(sum_over(level(i, j, d), decay, SPLIT, PRECISION))
+        columns = tl.trans(cast(ks * factor, dtype))
+        inside = off_diagonal(i, j, d)
+        products += tl.where(inside, dot(cast(qs * factor, dtype), columns, PRECISION), 0.0)
+        triangle += tl.where(inside, dot(cast(es * factor, dtype), columns, PRECISION), 0.0)
+    return products, triangle
 
 
 @triton.jit
@@ -26,7 +63,7 @@ def _inverse(T, PRECISION: tl.constexpr):
     return X
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "NT", "N"])
 def prepare_kernel(
     q, k, g, b, A_log, dt_bias, resets, cu_seqlens, ends, T, NT, N, scale,
     Q, E, Kt, total, A_qk, A, norm_q, norm_k,
@@ -34,8 +71,8 @@ def prepare_kernel(
     PACKED: tl.constexpr, GATE: tl.constexpr, SIGMOID: tl.constexpr, ERASE_SCALE: tl.constexpr,
     LIMIT: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """q, k, g, b [B * T, H, K]; Q, E, Kt [NC, H, C, BK]; total [NC, H, BK] fp32; A_qk, A [NC, H, C, C];
-    norm_q, norm_k [NC, H, C] fp32: 1 / length of q and k, None where they are used as they are.
+    """q, k, g, b [B * T, H, K]; Q, E, Kt [NC, H, C, BK]; total [NC, H, BK] fp32; A_qk, A [NC, H, C, C], None where the
+    forward has kept them; norm_q, norm_k [NC, H, C] fp32: 1 / length of q and k, None where they are used as they are.
 
     BK: K padded to a power of two, worked on BS channels at a time."""
     i_c, h = program(H)
@@ -49,8 +86,6 @@ def prepare_kernel(
     k += offset
     g += offset
     b += offset
-    if resets is not None:
-        resets += start
     if GATE:
         A_log += h
         if dt_bias is not None:
@@ -58,7 +93,11 @@ def prepare_kernel(
     block = i_c.to(tl.int64) * H + h
     i, j = row_and_column()
     rows = tl.arange(0, C)
-    alive, last, one, together = documents_of(resets, count)
+    if resets is not None:
+        resets += start
+        document, newest = documents_of(resets, count)
+    unit_q = None
+    unit_k = None
     if norm_q is not None:
         unit_q = inverse_norms(q, stride, K, BK, BS, count, C)
         unit_k = inverse_norms(k, stride, K, BK, BS, count, C)
@@ -67,41 +106,48 @@ def prepare_kernel(
 
     products = tl.zeros([C, C], tl.float32)
     triangle = tl.zeros([C, C], tl.float32)
+    strong = 0
     for first in tl.range(0, BK, BS, disable_licm=True):
         cols = first + tl.arange(0, BS)
         place = block * C * BK + rows[:, None] * BK + cols[None, :]
-        decay, _ = load_log_decay(g, stride, cols, K, count, A_log, dt_bias, resets, GATE, C)
-        qs = load_rows(q, stride, cols, K, count, C) * scale
-        ks = load_rows(k, stride, cols, K, count, C)
-        if norm_q is not None:
-            qs *= unit_q[:, None]
-            ks *= unit_k[:, None]
-        es = ks * load_erase(b, stride, cols, K, count, SIGMOID, ERASE_SCALE, C)
-        depth = safe_depth(decay, LIMIT)
-        tl.store(total + block * BK + cols, tl.where(one, fast_exp(tl.sum(decay, 0)), 0.0))
-
-        x = sum_over(middle(i, j, depth), decay, SPLIT, PRECISION)
-        factor = fast_exp(x)
-        inverse = fast_exp(-x)
-        columns = tl.trans(cast(ks * inverse, dtype))
-        inside = same_block(i, j, depth) & (i >= j)
-        products += tl.where(inside, dot(cast(qs * factor, dtype), columns, PRECISION), 0.0)
-        triangle += tl.where(inside & (i > j), dot(cast(es * factor, dtype), columns, PRECISION), 0.0)
-        for d in tl.range(depth, DEPTH, disable_licm=True):
-            factor = fast_exp(sum_over(level(i, j, d), decay, SPLIT, PRECISION))
-            columns = tl.trans(cast(ks * factor, dtype))
-            inside = off_diagonal(i, j, d)
-            products += tl.where(inside, dot(cast(qs * factor, dtype), columns, PRECISION), 0.0)
-            triangle += tl.where(inside, dot(cast(es * factor, dtype), columns, PRECISION), 0.0)
-        before = fast_exp(sum_over(up_to(i, j), decay, SPLIT, PRECISION))
-        before = tl.where(alive[:, None], before, 0.0)
+        qs, ks, es, decay = _load_chunk(
+            q, k, g, b, A_log, dt_bias, resets, unit_q, unit_k, stride, cols, count, scale,
+            K, GATE, SIGMOID, ERASE_SCALE,
+        )  # fmt: skip
+        G, rest, log_whole, weak = sums_of(decay, LIMIT, SPLIT, PRECISION)
+        before, after, whole = exp2(G), exp2(rest), exp2(log_whole)
+        if resets is not None:
+            before = tl.where((document == 0)[:, None], before, 0.0)
+            after = tl.where((document == newest)[:, None], after, 0.0)
+            whole = tl.where(newest == 0, whole, 0.0)
         tl.store(Q + place, cast(qs * before, dtype))
         tl.store(E + place, cast(es * before, dtype))
-        after = fast_exp(sum_over(behind(i, j), decay, SPLIT, PRECISION))
-        after = tl.where(last[:, None], after, 0.0)
         tl.store(Kt + place, cast(ks * after, dtype))
-    products = tl.where(together, products, 0.0)
-    triangle = tl.where(together, triangle, 0.0)
-    square = block * C * C + i * C + j
-    tl.store(A_qk + square, cast(products, dtype))
-    tl.store(A + square, cast(_inverse(triangle, PRECISION), dtype))
+        tl.store(total + block * BK + cols, whole)
+        if A is not None:
+            if weak:
+                factor = exp2(0.5 * (G - rest))
+                columns = tl.trans(cast(ks * exp2(0.5 * (rest - G)), dtype))
+                products += dot(cast(qs * factor, dtype), columns, PRECISION)
+                triangle += dot(cast(es * factor, dtype), columns, PRECISION)
+            else:
+                strong += 1
+    if A is not None:
+        if strong > 0:
+            for first in tl.range(0, BK, BS, disable_licm=True):
+                qs, ks, es, decay = _load_chunk(
+                    q, k, g, b, A_log, dt_bias, resets, unit_q, unit_k, stride, first + tl.arange(0, BS), count, scale,
+                    K, GATE, SIGMOID, ERASE_SCALE,
+                )  # fmt: skip
+                _, _, _, weak = sums_of(decay, LIMIT, SPLIT, PRECISION)
+                if not weak:
+                    depth = safe_depth(decay, LIMIT)
+                    more, more_triangle = _products_of_blocks(qs, ks, es, decay, depth, dtype, SPLIT, PRECISION)
+                    products += more
+                    triangle += more_triangle
+        lower = i >= j
+        if resets is not None:
+            lower = lower & (document[:, None] == document[None, :])
+        square = block * C * C + i * C + j
+        tl.store(A_qk + square, cast(tl.where(lower, products, 0.0), dtype))
+        tl.store(A + square, cast(_inverse(tl.where(lower & (i > j), triangle, 0.0), PRECISION), dtype))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...checks import check_cu_seqlens
 from ...triton import launching
-from ...triton.products import cast
+from ...triton.products import LOG2E, cast, exp2, sigmoid
 from ..arguments import GDN2Inputs, GDN2Options
 from ..gates import NORM_EPS
 from .configurations import padded
@@ -26,15 +26,17 @@ def l2_normalized(x, EPS: tl.constexpr):
     return x * tl.rsqrt(tl.sum(x * x, 0) + EPS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "block_stride"])
 def recurrent_kernel(
-    q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets, o, final_state, T, scale,
+    q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets, state_indices, o, final_state, T, scale,
+    block_stride,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     L2NORM: tl.constexpr, GATE: tl.constexpr, SIGMOID: tl.constexpr, ERASE_SCALE: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     """One sequence, one value head, BV columns of its state; the slices of a head are neighbours in the grid.
 
-    q, k, g, b [B, T, H, K]; v, w, o [B, T, HV, V]; states [N, HV, K, V]; all contiguous, T any number when packed.
+    q, k, g, b [B, T, H, K]; v, w, o [B, T, HV, V]; states [N, HV, K, V], or with state_indices [N] a pool of blocks
+    [HV, K, V] that lie block_stride apart; all contiguous, T any number when packed.
     """
     SLICES: tl.constexpr = (V + BV - 1) // BV
     program = tl.program_id(0)
@@ -46,15 +48,24 @@ def recurrent_kernel(
     in_k, in_v = kk < K, vv < V
     cell = kk[:, None] * V + vv[None, :]
     in_cell = in_k[:, None] & in_v[None, :]
-    if initial_state is None:
-        S = tl.zeros([BK, BV], tl.float32)
-    else:
-        S = tl.load(initial_state + row * K * V + cell, mask=in_cell, other=0).to(tl.float32)
-
     first, length = n * T, T
     if cu_seqlens is not None:
         first = tl.load(cu_seqlens + n).to(tl.int64)
         length = (tl.load(cu_seqlens + n + 1) - first).to(tl.int32)
+    block = n
+    if state_indices is not None:
+        block = tl.load(state_indices + n).to(tl.int64)
+        if block < 0:
+            for t in range(length):
+                at_value = ((first + t) * HV + hv) * V
+                tl.store(o + at_value + vv, tl.zeros([BV], o.dtype.element_ty), mask=in_v)
+            return
+    state = block * block_stride + hv * K * V
+    if initial_state is None:
+        S = tl.zeros([BK, BV], tl.float32)
+    else:
+        S = tl.load(initial_state + state + cell, mask=in_cell, other=0).to(tl.float32)
+
     if GATE:
         rate, stretch, shift, rest = load_gate(A_log + h)
         if dt_bias is not None:
@@ -75,8 +86,8 @@ def recurrent_kernel(
         if GATE:
             g_t = -rate * softplus(g_t * stretch + shift + rest)
         if SIGMOID:
-            b_t, w_t = ERASE_SCALE * tl.sigmoid(b_t), tl.sigmoid(w_t)
-        decay = tl.exp(g_t)
+            b_t, w_t = ERASE_SCALE * sigmoid(b_t), sigmoid(w_t)
+        decay = exp2(LOG2E * g_t)
         if resets is not None:
             decay = tl.where(tl.load(resets + token) != 0, 0.0, decay)
 
@@ -88,7 +99,7 @@ def recurrent_kernel(
         S += k_t[:, None] * write[None, :]
         o_t = scale * (kept + tl.sum(q_t * k_t, 0) * write)
         tl.store(o + at_value + vv, cast(o_t, o.dtype.element_ty), mask=in_v)
-    tl.store(final_state + row * K * V + cell, S, mask=in_cell)
+    tl.store(final_state + state + cell, S, mask=in_cell)
 
 
 def configuration(BK, V):
@@ -102,7 +113,7 @@ def configuration(BK, V):
 
 
 def recurrent_forward(
-    inputs: GDN2Inputs, options: GDN2Options, final_state: Tensor | None = None
+    inputs: GDN2Inputs, options: GDN2Options, final_state: Tensor | None = None, state_indices: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """o [B, T, HV, V] and the final state [N, HV, K, V] fp32, written to ``final_state`` where that is given, which may
     be the initial state itself."""
@@ -114,9 +125,13 @@ def recurrent_forward(
     if final_state is None:
         final_state = inputs.q.new_empty(inputs.state_shape, dtype=torch.float32)
     o = inputs.v.new_empty(inputs.v.shape)
+    tensors = inputs._replace(initial_state=None).map(Tensor.contiguous)._asdict()
+    tensors |= dict(initial_state=inputs.initial_state, state_indices=state_indices)
+    if final_state is not inputs.initial_state and inputs.initial_state is not None:
+        tensors["initial_state"] = inputs.initial_state.contiguous()
     launching.launch(
         recurrent_kernel, lambda meta: (N * HV * triton.cdiv(V, meta["BV"]),), (configuration(BK, V),),
-        inputs.map(Tensor.contiguous)._asdict() | dict(o=o, final_state=final_state, T=T, scale=options.scale),
+        tensors | dict(o=o, final_state=final_state, T=T, scale=options.scale, block_stride=final_state.stride(0)),
         dict(H=H, HV=HV, K=K, V=V, BK=BK, L2NORM=options.l2norm, GATE=options.gate, SIGMOID=options.sigmoid,
              ERASE_SCALE=options.erase_scale, EPS=NORM_EPS),
     )  # fmt: skip

@@ -6,20 +6,20 @@ import torch
 import triton
 import triton.language as tl
 
-from ...triton.products import cast
+from ...triton.products import LOG2E, cast, exp2, reciprocal, sigmoid
 from ..flops import CHUNK
 from ..gates import NORM_EPS, STRONG
 
 __all__ = [
-    "C", "RESET", "chunk_of", "load_erase", "load_gate", "load_log_decay", "load_reset", "load_rows", "load_unit",
-    "program", "softplus", "store_inverse_norms", "store_rows",
+    "C", "chunk_of", "inverse_norms", "load_erase", "load_gate", "load_log_decay", "load_reset", "load_rows", "program",
+    "softplus", "store_rows",
 ]  # fmt: skip
 
 C = tl.constexpr(CHUNK)
 EPS = tl.constexpr(NORM_EPS)
-# exp of it is exactly 0, and sums of 64 of it are far from overflow: a finite stand-in for -inf, whose products with
-# the zeros of a mask would be NaN. No sum of decays is ever subtracted from another, so its size does no harm.
-RESET = tl.constexpr(-1e4)
+# 2 to it is exactly 0, and sums of 64 of it are far from overflow: a finite stand-in for -inf, whose products with the
+# zeros of a mask would be NaN.
+LEAST_DECAY = tl.constexpr(-160.0)
 MOST = tl.constexpr(STRONG)
 LEAST = tl.constexpr(math.log(torch.finfo(torch.float32).tiny))
 
@@ -76,16 +76,6 @@ def store_rows(x, value, stride, cols, D, count, ROWS: tl.constexpr):
 
 
 @triton.jit
-def store_inverse_norms(x, norms, stride, D, BD: tl.constexpr, BS: tl.constexpr, count, ROWS: tl.constexpr):
-    """1 / sqrt(sum of squares + eps) of each of ROWS rows to norms [ROWS], BS columns at a time."""
-    squares = tl.zeros([ROWS], tl.float32)
-    for first in range(0, BD, BS):
-        rows = load_rows(x, stride, first + tl.arange(0, BS), D, count, ROWS)
-        squares += tl.sum(rows * rows, 1)
-    tl.store(norms + tl.arange(0, ROWS), tl.rsqrt(squares + EPS))
-
-
-@triton.jit
 def inverse_norms(x, stride, D, BD: tl.constexpr, BS: tl.constexpr, count, ROWS: tl.constexpr):
     """1 / sqrt(sum of squares + eps) of each of ROWS rows [ROWS], BS columns at a time."""
     squares = tl.zeros([ROWS], tl.float32)
@@ -96,28 +86,19 @@ def inverse_norms(x, stride, D, BD: tl.constexpr, BS: tl.constexpr, count, ROWS:
 
 
 @triton.jit
-def load_unit(x, norms, stride, cols, D, count, ROWS: tl.constexpr):
-    """``load_rows``, each divided by its length where norms, from ``store_inverse_norms``, is given."""
-    rows = load_rows(x, stride, cols, D, count, ROWS)
-    if norms is not None:
-        rows *= tl.load(norms + tl.arange(0, ROWS))[:, None]
-    return rows
-
-
-@triton.jit
 def load_erase(b, stride, cols, K, count, SIGMOID: tl.constexpr, ERASE_SCALE: tl.constexpr, ROWS: tl.constexpr):
     """Erase gates of ROWS rows [ROWS, BLOCK]. b: at the first row and head."""
     erase = load_rows(b, stride, cols, K, count, ROWS)
     if SIGMOID:
-        erase = ERASE_SCALE * tl.sigmoid(erase)
+        erase = ERASE_SCALE * sigmoid(erase)
     return erase
 
 
 @triton.jit
 def softplus(x):
     """log(1 + exp(x)), to fp32 rounding also where it is small: 2 atanh(u / (2 + u)) as a series, u = exp(-|x|)."""
-    u = tl.exp(-tl.abs(x))
-    z = u / (2.0 + u)
+    u = exp2(-LOG2E * tl.abs(x))
+    z = u * reciprocal(2.0 + u)
     s = z * z
     series = 1.0 + s * (1 / 3 + s * (1 / 5 + s * (1 / 7 + s * (1 / 9 + s * (1 / 11 + s * (1 / 13 + s / 15))))))
     return tl.maximum(x, 0.0) + 2.0 * z * series
@@ -143,20 +124,21 @@ def load_gate(A_log):
 
 @triton.jit
 def load_log_decay(g, stride, cols, K, count, A_log, dt_bias, resets, GATE: tl.constexpr, ROWS: tl.constexpr):
-    """Log-decays of ROWS rows [ROWS, BLOCK], no less than RESET; and the argument of softplus, which the gate's
-    gradient needs.
+    """Log-decays, to the base 2, of ROWS rows [ROWS, BLOCK], no less than LEAST_DECAY and 0 at resets, whose tokens see
+    none before them; and the argument of softplus, which the gate's gradient needs.
 
     g, resets: at the first row; A_log, dt_bias: at the head."""
     x = load_rows(g, stride, cols, K, count, ROWS)
-    decay = x
     if GATE:
         rate, stretch, shift, rest = load_gate(A_log)
         if dt_bias is not None:
             rest += tl.load(dt_bias + cols, mask=cols < K, other=0.0).to(tl.float32)[None, :] * stretch
         x = x * stretch + shift + rest
-        decay = -rate * softplus(x)
-    inside = (tl.arange(0, ROWS) < count)[:, None] & (cols < K)[None, :]
-    decay = tl.where(inside, tl.where(decay < RESET, RESET, decay), 0.0)  # a NaN stays one
+        decay = -(rate * LOG2E) * softplus(x)
+        decay = tl.where((tl.arange(0, ROWS) < count)[:, None] & (cols < K)[None, :], decay, 0.0)
+    else:
+        decay = x * LOG2E
+    decay = tl.where(decay < LEAST_DECAY, LEAST_DECAY, decay)  # a NaN stays one
     if resets is not None:
         decay = tl.where(load_reset(resets, count, ROWS)[:, None], 0.0, decay)
     return decay, x

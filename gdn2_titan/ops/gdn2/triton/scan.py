@@ -10,7 +10,7 @@ operand of a product, which tensor cores take from the registers that the produc
 import triton
 import triton.language as tl
 
-from ...triton.products import cast, dot
+from ...triton.products import cast, dot, sigmoid
 from .rows import C
 
 __all__ = ["reverse_kernel", "scan_kernel", "segment_kernel"]
@@ -57,10 +57,10 @@ def _store_state(states, S, chunk, hv, cols, HV: tl.constexpr, K: tl.constexpr, 
 
 @triton.jit
 def _load_transposed(x, stride, cols, V, count):
-    """C rows of x, transposed [BV, C], in fp32, zeros from row count on."""
+    """C rows of x, transposed [BV, C], zeros from row count on."""
     rows = tl.arange(0, C)
     inside = (cols < V)[:, None] & (rows < count)[None, :]
-    return tl.load(x + rows[None, :] * stride + cols[:, None], mask=inside, other=0.0).to(tl.float32)
+    return tl.load(x + rows[None, :] * stride + cols[:, None], mask=inside, other=0.0)
 
 
 @triton.jit
@@ -84,6 +84,10 @@ def _run(
     wide = rows[:, None] * BK + channels[None, :]
     tall = channels[:, None] + rows[None, :] * BK
     transposed = rows[:, None] + rows[None, :] * C
+    if v is not None:
+        tokens = (start * HV + hv) * V
+        next_v = _load_transposed(v + tokens, HV * V, cols, V, length)
+        next_w = _load_transposed(w + tokens, HV * V, cols, V, length)
     for c in range(chunks):
         count = length - c * C
         prepared = (chunk + c).to(tl.int64) * H + h
@@ -92,10 +96,14 @@ def _run(
         if states is not None:
             _store_state(states, S_in, chunk + c, hv, cols, HV, K, V, BK)
         if v is not None:
-            gate = _load_transposed(w + tokens, HV * V, cols, V, count)
+            gate = next_w.to(tl.float32)
             if SIGMOID:
-                gate = tl.sigmoid(gate)
-            r = gate * _load_transposed(v + tokens, HV * V, cols, V, count)
+                gate = sigmoid(gate)
+            r = gate * next_v.to(tl.float32)
+            # Those of the next chunk, asked for before the products of this one.
+            ahead = tokens + C * HV * V
+            next_v = _load_transposed(v + ahead, HV * V, cols, V, count - C)
+            next_w = _load_transposed(w + ahead, HV * V, cols, V, count - C)
             r -= dot(S_in, tl.load(E + prepared * C * BK + tall), PRECISION)
         else:
             r = -dot(S_in, tl.load(E + prepared * C * BK + tall), PRECISION)
@@ -112,7 +120,7 @@ def _run(
     return S
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "NT"])
 def scan_kernel(
     Q, E, Kt, total, A_qk, A, v, w, initial_state, cu_seqlens, ends, T, NT,
     o, final_state, R, states,
@@ -152,7 +160,7 @@ def _first_reset(resets, length):
     return tl.min(first, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "NT"])
 def segment_kernel(
     Q, E, Kt, total, A_qk, A, v, w, resets, cu_seqlens, ends, T, NT,
     o, contribution, read, transition,
@@ -201,7 +209,7 @@ def segment_kernel(
     tl.store(state + rows[None, :] * width + cols[:, None], S, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "NT"])
 def reverse_kernel(
     Q, E, Kt, total, A_qk, A, do, dfinal_state, cu_seqlens, ends, T, NT,
     dZ, dstates, dinitial_state,
@@ -227,6 +235,9 @@ def reverse_kernel(
     dS = tl.zeros([BV, BK], tl.float32)
     if dfinal_state is not None:
         dS += tl.load(dfinal_state + block, mask=inside, other=0.0).to(tl.float32)
+    if do is not None:
+        tokens = ((start + (chunks - 1) * C) * HV + hv) * V
+        next_do = _load_transposed(do + tokens, HV * V, cols, V, length - (chunks - 1) * C)
     for back in range(chunks):
         c = chunks - 1 - back
         count = length - c * C
@@ -237,7 +248,8 @@ def reverse_kernel(
         dr = dot(dS_out, tl.load(Kt + prepared * C * BK + tall), PRECISION)
         dS *= tl.load(total + prepared * BK + channels)[None, :]
         if do is not None:
-            dout = cast(_load_transposed(do + tokens, HV * V, cols, V, count), dtype)
+            dout = cast(next_do, dtype)
+            next_do = _load_transposed(do + (tokens - C * HV * V), HV * V, cols, V, tl.where(c > 0, C, 0))
             dr += dot(dout, tl.load(A_qk + prepared * C * C + square), PRECISION)
             dS += dot(dout, tl.load(Q + prepared * C * BK + wide), PRECISION)
         dz = cast(dot(cast(dr, dtype), tl.load(A + prepared * C * C + square), PRECISION), dtype)
