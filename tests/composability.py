@@ -26,6 +26,7 @@ FEATURES = {
     "torch.compile(fullgraph=True) of blocks and models, marked sizes in one graph": [("test_compile.py", "test_")],
     "activation checkpointing: full, by layer, by op, memory budget": [
         (LIBRARY, "test_selective_checkpointing_that_names_the_op"), ("test_activation_checkpoint.py", "test_"),
+        ("test_titan_activation_checkpoint.py", "test_"),
     ],
     "float8 and MXFP8 by torchao, emulated, compiled, gathered by FSDP2": [
         ("test_float8.py", "test_"), ("test_titan_float8.py", "test_"),

@@ -9,12 +9,9 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gdn2_titan.models import GDN2Model, GDN2ModelArgs
-from gdn2_titan.ops.gdn2 import chunked
-from gdn2_titan.ops.short_conv import windowed as windowed_conv1d
 from gdn2_titan.parallel import (
     apply_activation_checkpoint,
     apply_compile,
@@ -23,42 +20,14 @@ from gdn2_titan.parallel import (
     sum_gradients,
 )
 from tests import fsdp_cases
+from tests.activation_checkpoint_cases import LAYERS, counted, counted_calls, fresh_compiler  # noqa: F401 - fixtures
 from tests.compile_cases import assert_same, batch, build, gradients, loss, step
 from tests.gdn2_cases import slowly
 from tests.processes import run
 
-LAYERS = 4
 # mode, every: (calls of the mixer, calls of the convolution), in units of a forward pass of all layers
 PLANS = {None: (1, 1), ("full", 1): (2, 2), ("full", 2): (1.5, 1.5), ("op", 1): (1, 2), ("op", 2): (1, 1.5)}
 plans = pytest.mark.parametrize("plan", PLANS, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    config = torch._functorch.config
-    with config.patch(activation_memory_budget=1.0, is_non_builtin_to_include=False):
-        yield
-    torch._dynamo.reset()
-
-
-def counted(set_attribute):
-    """A dict that counts the runs of the mixer's and the convolution's forward kernels, compiled or not."""
-    calls = {"mixer": 0, "convolution": 0}
-    for name, module, function in (("mixer", chunked, "chunk_forward"), ("convolution", windowed_conv1d, "forward")):
-        kernel = getattr(module, function)
-
-        def counting(*args, name=name, kernel=kernel):
-            calls[name] += 1
-            return kernel(*args)
-
-        set_attribute(module, function, counting)
-    return calls
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    return counted(monkeypatch.setattr)
 
 
 def expected_calls(plan):
@@ -246,42 +215,6 @@ def _same_as_one_process(rank):
             fsdp_cases.assert_near(name, gradient.full_tensor(), expected[name])
 
 
-@pytest.fixture
-def one_rank():
-    """A process group of this process alone: TorchTitan 0.3 shards parameters on one rank too."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.slow
 def test_selective_checkpointing_in_compiled_blocks_on_two_ranks_gives_one_processs_gradients(tmp_path):
     run(_same_as_one_process, fsdp_cases.WORLD, tmp_path / "store")
-
-
-@pytest.mark.parametrize(
-    "settings, mixer",
-    [
-        (dict(mode="full"), 2 * LAYERS),
-        (dict(mode="selective", selective_ac_option="2"), 1.5 * LAYERS),
-        (dict(mode="selective", selective_ac_option="op"), LAYERS),
-        (dict(mode="memory_budget", memory_budget=0.5), LAYERS),
-    ],
-    ids=lambda x: "-".join(map(str, x.values())) if isinstance(x, dict) else None,
-)
-def test_torchtitans_settings_checkpoint_the_model_as_they_say(settings, mixer, calls, one_rank):
-    from gdn2_titan.titan.job_config import JobConfig
-    from tests.generations import dimensions, parallelized
-
-    job_config = JobConfig()
-    for name, value in settings.items():
-        setattr(job_config.activation_checkpoint, name, value)
-    job_config.compile.enable = settings["mode"] == "memory_budget"  # which TorchTitan insists on
-    job_config.compile.backend = "aot_eager"
-    job_config.training.mixed_precision_param = "float32"
-    model, inputs = build("gdn2", repeats=LAYERS), batch(2, 20)
-    found = step(parallelized(copy.deepcopy(model), dimensions(1), job_config), *inputs)
-    assert calls["mixer"] == mixer
-    whole = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in found.items()}
-    assert_same(whole, step(model, *inputs))
-    assert torch._functorch.config.is_non_builtin_to_include == (settings["mode"] == "memory_budget")

@@ -28,7 +28,7 @@ FEATURES = {
         (OPTIONS, AS_ONE, "compiled|inductor"),
     ],
     "activation checkpointing": [
-        ("test_activation_checkpoint.py", "test_torchtitans_settings"), (OPTIONS, AS_ONE, "checkpointed|memory budget"),
+        ("test_titan_activation_checkpoint.py", "test_"), (OPTIONS, AS_ONE, "checkpointed|memory budget"),
     ],
     "float8 and MXFP8, emulated": [("test_titan_float8.py", "test_"), (RECORDED, "test_", "float8|mxfp8")],
     "losses and gradient norms of 0.2.2": [(RECORDED, "test_"), (RECALL, "test_its_accuracies")],

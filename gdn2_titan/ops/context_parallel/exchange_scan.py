@@ -58,10 +58,8 @@ def _one_way(shards, step):
 def _swap(tensors, shards, step, to_later=None):
     """Begin to give ``tensors`` to the partner of a step and to take as much; or one way, to the later of the two
     blocks or to the earlier."""
-    gives = takes = True
-    if to_later is not None:
-        takes = _upper(shards, step)[0] == to_later
-        gives = not takes
+    takes = to_later is None or _upper(shards, step)[0] == to_later
+    gives = to_later is None or not takes
     flat = torch.cat([x.reshape(-1) for x in tensors])
     sizes = [flat.numel() if rank == shards.rank ^ (1 << step) else 0 for rank in range(shards.size)]
     nothing = [0] * shards.size
