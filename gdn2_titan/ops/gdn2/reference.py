@@ -68,7 +68,8 @@ def recurrent(inputs: GDN2Inputs, options: GDN2Options) -> tuple[Tensor, Tensor]
 
 def update(inputs: GDN2Inputs, options: GDN2Options, state: Tensor, state_indices: Tensor | None) -> Tensor:
     """o [B, T, HV, V] in v's dtype; ``state`` [N, HV, K, V], or those blocks of a pool [blocks, HV, K, V] that
-    state_indices [N] names, is the initial state and becomes the final one. A sequence at block -1 is left out: zeros."""
+    state_indices [N] names, is the initial state and becomes the final one. A sequence at block -1 is left out: its o
+    is zero."""
     if state_indices is None:
         o, final_state = recurrent(inputs._replace(initial_state=state), options)
         state.copy_(final_state)

@@ -1,5 +1,6 @@
-"""The matrix product, the rounding and the functions that all kernels use: the one place that knows what Triton's interpreter gets
-wrong (3.9): it multiplies bf16 wrongly, truncates where the hardware rounds, and cannot make bf16 of a bool."""
+"""The matrix product, the rounding and the functions that all kernels use: the one place that knows what Triton's
+interpreter gets wrong (3.9): it multiplies bf16 wrongly, truncates where the hardware rounds, and cannot make bf16 of a
+bool."""
 
 import math
 
@@ -58,4 +59,4 @@ def reciprocal(x):
 @triton.jit
 def sigmoid(x):
     """1 / (1 + exp(-x)) to fp32 rounding."""
-    return reciprocal(1.0 + exp2(-LOG2E * x))
+    return reciprocal(1.0 + exp2(x * -LOG2E))

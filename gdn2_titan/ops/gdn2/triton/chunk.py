@@ -71,7 +71,7 @@ def _prepare(call, inputs, options):
     norms = {name: q.new_empty(wide[:3], dtype=torch.float32) if options.l2norm else None
              for name in ("norm_q", "norm_k")}  # fmt: skip
     launching.launch(
-        prepare_kernel, lambda meta: (call.chunks * H,), configurations.prepare(q.element_size()),
+        prepare_kernel, lambda meta: (call.chunks * H,), configurations.prepare(BK, q.element_size()),
         dict(q=q, k=inputs.k, g=inputs.g, b=inputs.b) | _parameters(call, inputs, options) | call.spans | out | norms,
         call.sizes | _activation(q, options),
     )  # fmt: skip

@@ -21,8 +21,9 @@ def padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def prepare(itemsize: int) -> tuple[dict, ...]:
-    return tuple(dict(BS=16, num_warps=warps, num_stages=1) for warps in ((2, 4) if itemsize == 2 else (4, 2)))
+def prepare(BK: int, itemsize: int) -> tuple[dict, ...]:
+    """BS key channels at a time."""
+    return (dict(BS=min(BK, 64 if itemsize == 2 else 32), num_warps=4, num_stages=1),)
 
 
 def _amd(arch):
@@ -48,11 +49,7 @@ def scan(arch: int | str, BK: int, V: int, itemsize: int) -> tuple[dict, ...]:
 
 
 def gradient(arch: int | str, BK: int, V: int, itemsize: int) -> tuple[dict, ...]:
-    """BS key channels and BV value channels at a time.
-
-    In fp32 on NVIDIA BS=16 would spill less, 8 to 56 bytes at a head of 128, but not give each warp a part of a product
-    of its own: four times as many matrix instructions."""
-    if _amd(arch):
+    """BS key channels and BV value channels at a time."""
+    if _amd(arch) or itemsize == 4:
         return (dict(BS=min(BK, 32), BV=min(padded(V), 32), num_warps=4, num_stages=1),)
-    BV = min(padded(V), 64) if itemsize == 2 else 16
-    return (dict(BS=min(BK, 64), BV=BV, num_warps=8, num_stages=1),)
+    return (dict(BS=min(BK, 32), BV=min(padded(V), 64 if arch in SMALL else 128), num_warps=4, num_stages=1),)

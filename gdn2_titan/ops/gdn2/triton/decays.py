@@ -5,13 +5,13 @@ Tokens r and s of a block whose whole decay is not too strong for the dtype meet
     2^(G_r - G_s) = 2^x_r * 2^-x_s,    x_r = (g summed up to r - g summed behind r) / 2    within the block,
 
 one product for the whole block. Nearly always that is the chunk; else ``safe_depth`` says how long the blocks may be,
-2^depth tokens, and they are joined by halving: where row r lies in the right half of a block of 2m tokens and column s in its
-left half,
+2^depth tokens, and they are joined by halving: where row r lies in the right half of a block of 2m tokens and column s
+in its left half,
 
     2^(G_r - G_s) = 2^(g summed from the middle to r) * 2^(g summed from s + 1 to the middle),
 
-two factors in [0, 1]. Every sum is a product with a 0/1 matrix, on tensor cores, and of numbers of one sign; the gradient
-goes through the same matrices turned. All logarithms are to the base 2.
+two factors in [0, 1]. Every sum is a product with a 0/1 matrix, on tensor cores, and of numbers of one sign; the
+gradient goes through the same matrices turned. All logarithms are to the base 2.
 """
 
 import triton
@@ -21,7 +21,7 @@ from ...triton.products import cast, dot
 from .rows import C, load_reset
 
 __all__ = [
-    "DEPTH", "decay_gradient", "documents_of", "level", "middle", "off_diagonal", "row_and_column", "safe_depth",
+    "DEPTH", "documents_of", "gradient_of_sums", "level", "middle", "off_diagonal", "row_and_column", "safe_depth",
     "same_block", "sum_over", "sums_of",
 ]  # fmt: skip
 
@@ -74,7 +74,7 @@ def level(i, j, depth):
 
 @triton.jit
 def off_diagonal(i, j, depth):
-    """Whether (i, j) is off the diagonal where two blocks of 2^depth tokens are joined: right half down, left across."""
+    """Whether (i, j) is off the diagonal where two blocks of 2^depth tokens are joined: right half down, left along."""
     return (i > j) & (((i ^ j) >> depth) == 1)
 
 
@@ -94,8 +94,8 @@ def sum_over(weights, x, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def sums_of(decay, LIMIT: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """Of the decay [C, D] of a chunk: its sums G up to each token, and behind each [C, D], over all [D], and whether they
-    are weak enough for one product of the whole chunk.
+    """Of the decay [C, D] of a chunk: its sums G up to each token, and behind each [C, D], over all [D], and whether
+    they are weak enough for one product of the whole chunk.
 
     They then are small, and what is behind a token is what is left of the whole. Of strong ones that would lose it."""
     i, j = row_and_column()
@@ -109,9 +109,13 @@ def sums_of(decay, LIMIT: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.const
 
 
 @triton.jit
-def decay_gradient(into_G, into_rest, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+def gradient_of_sums(into_G, into_rest, weak: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     """The gradient of the decay [C, D], given those of the first two of ``sums_of``."""
     i, j = row_and_column()
-    difference = into_rest - into_G
-    up_to = sum_over(tl.where(j <= i, 1.0, 0.0), difference, SPLIT, PRECISION)
-    return up_to - difference + tl.sum(into_G, 0)[None, :]
+    if weak:
+        difference = into_rest - into_G
+        below = sum_over(tl.where(j <= i, 1.0, 0.0), difference, SPLIT, PRECISION) - difference
+        return below + tl.sum(into_G, 0)[None, :]
+    else:
+        above = sum_over(tl.where(j >= i, 1.0, 0.0), into_G, SPLIT, PRECISION)
+        return above + sum_over(tl.where(j < i, 1.0, 0.0), into_rest, SPLIT, PRECISION)

@@ -8,13 +8,13 @@ summed over the value heads that read the key head; dv = dZ * w, dw = dZ * v. Q 
 A_qk and T gain goes to q, b, k and g by the factors that ``prepare`` made them with.
 """
 
-import triton
+import triton  # noqa: I001 - or each name of the long list below takes a line
 import triton.language as tl
 
 from ...triton.products import LOG2E, cast, dot, exp2, sigmoid
 from .decays import (
-    DEPTH, decay_gradient, documents_of, level, middle, off_diagonal, row_and_column, safe_depth, same_block, sum_over,
-    sums_of,
+    DEPTH, documents_of, gradient_of_sums, level, middle, off_diagonal, row_and_column, safe_depth, same_block,
+    sum_over, sums_of,
 )  # fmt: skip
 from .rows import C, chunk_of, load_erase, load_gate, load_log_decay, load_reset, load_rows, program, store_rows
 
@@ -226,7 +226,6 @@ def gradient_kernel(
         dks *= after
         into_G = qs * dqs + es * des
         into_rest = ks * dks
-        ddecay = tl.zeros([C, BS], tl.float32) + (whole * dtotal)[None, :]
         if weak:
             factor = exp2(0.5 * (G - rest))
             dqs, des, dks, dx = _gradients_of_product(
@@ -234,12 +233,13 @@ def gradient_kernel(
             )
             into_G += 0.5 * dx
             into_rest -= 0.5 * dx
+            ddecay = gradient_of_sums(into_G, into_rest, True, SPLIT, PRECISION)
         else:
-            dqs, des, dks, more = _gradients_of_blocks(
+            dqs, des, dks, ddecay = _gradients_of_blocks(
                 dqs, des, dks, qs, es, ks, decay, dproducts, dtriangle, LIMIT, dtype, SPLIT, PRECISION
             )
-            ddecay += more
-        ddecay += decay_gradient(into_G, into_rest, SPLIT, PRECISION)
+            ddecay += gradient_of_sums(into_G, into_rest, False, SPLIT, PRECISION)
+        ddecay += (whole * dtotal)[None, :]
 
         erase = load_erase(b, stride, cols, K, count, SIGMOID, ERASE_SCALE, C)
         dks += des * erase

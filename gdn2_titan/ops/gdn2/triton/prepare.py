@@ -4,7 +4,7 @@ Q = scale * exp(G) * q    E = exp(G) * b * k    Kt = exp(G_C - G) * k    total =
 A_qk, times scale too     A = (I + T)^-1
 """
 
-import triton
+import triton  # noqa: I001 - or each name of the long list below takes a line
 import triton.language as tl
 
 from ...triton.products import cast, dot, exp2

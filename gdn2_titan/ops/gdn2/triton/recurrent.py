@@ -87,7 +87,7 @@ def recurrent_kernel(
             g_t = -rate * softplus(g_t * stretch + shift + rest)
         if SIGMOID:
             b_t, w_t = ERASE_SCALE * sigmoid(b_t), sigmoid(w_t)
-        decay = exp2(LOG2E * g_t)
+        decay = exp2(g_t * LOG2E)
         if resets is not None:
             decay = tl.where(tl.load(resets + token) != 0, 0.0, decay)
 

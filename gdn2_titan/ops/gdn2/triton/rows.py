@@ -97,7 +97,7 @@ def load_erase(b, stride, cols, K, count, SIGMOID: tl.constexpr, ERASE_SCALE: tl
 @triton.jit
 def softplus(x):
     """log(1 + exp(x)), to fp32 rounding also where it is small: 2 atanh(u / (2 + u)) as a series, u = exp(-|x|)."""
-    u = exp2(-LOG2E * tl.abs(x))
+    u = exp2(tl.abs(x) * -LOG2E)
     z = u * reciprocal(2.0 + u)
     s = z * z
     series = 1.0 + s * (1 / 3 + s * (1 / 5 + s * (1 / 7 + s * (1 / 9 + s * (1 / 11 + s * (1 / 13 + s / 15))))))
