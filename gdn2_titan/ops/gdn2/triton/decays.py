@@ -4,7 +4,7 @@ Tokens r and s of a block whose whole decay is not too strong for the dtype meet
 
     2^(G_r - G_s) = 2^x_r * 2^-x_s,    x_r = (g summed up to r - g summed behind r) / 2    within the block,
 
-one product for the whole block. Nearly always that is the chunk; else ``safe_depth`` says how long the blocks may be,
+one product for the whole block. Nearly always that is the chunk; else ``steps_of`` says how long the blocks may be,
 2^depth tokens, and they are joined by halving: where row r lies in the right half of a block of 2m tokens and column s
 in its left half,
 
@@ -21,8 +21,8 @@ from ...triton.products import cast, dot
 from .rows import C, load_reset
 
 __all__ = [
-    "DEPTH", "documents_of", "gradient_of_sums", "level", "middle", "off_diagonal", "row_and_column", "safe_depth",
-    "same_block", "sum_over", "sums_of",
+    "DEPTH", "documents_of", "gradient_of_sums", "off_diagonal", "row_and_column", "step_mask", "step_weights",
+    "steps_of", "sum_over", "sums_of",
 ]  # fmt: skip
 
 DEPTH = tl.constexpr(C.value.bit_length() - 1)  # at depth n, blocks of 2^n tokens
@@ -44,32 +44,33 @@ def documents_of(resets, count):
 
 
 @triton.jit
-def safe_depth(decay, LIMIT: tl.constexpr):
-    """An n with blocks of 2^n tokens, less than the chunk, whose decay [C, D], of every channel, is at most LIMIT."""
-    strongest = tl.min(tl.min(decay, 0), 0)
-    depth = 0
-    for n in tl.static_range(1, DEPTH):
-        depth += (strongest * (1 << n) >= -LIMIT).to(tl.int32)
-    return depth
+def steps_of(decay, weak, LIMIT: tl.constexpr):
+    """depth and number of steps for the decay [C, D] of a chunk: one where it is weak, else blocks of 2^depth tokens
+    whose decay, of every channel, is at most LIMIT, and what joins them."""
+    depth = DEPTH + 0
+    if not weak:
+        strongest = tl.min(tl.min(decay, 0), 0)
+        depth = 0
+        for n in tl.static_range(1, DEPTH):
+            depth += (strongest * (1 << n) >= -LIMIT).to(tl.int32)
+    return depth, 1 - depth + DEPTH
 
 
 @triton.jit
-def same_block(i, j, depth):
-    """Whether row i and column j are of one block of 2^depth tokens."""
-    return (i >> depth) == (j >> depth)
+def step_weights(i, j, depth, step):
+    """Weights of the log of the factors of a step [C, C]: step 0 takes blocks of 2^depth tokens around their middle,
+    step n joins two blocks of 2^(depth + n - 1)."""
+    level = depth + step - 1
+    right = ((i >> level) & 1) == 1
+    joins = ((i >> level) == (j >> level)) & (right == (j <= i))
+    block = ((i >> depth) == (j >> depth)) & (depth > 0)
+    return tl.where(step == 0, tl.where(block, tl.where(j <= i, 0.5, -0.5), 0.0), tl.where(joins, 1.0, 0.0))
 
 
 @triton.jit
-def middle(i, j, depth):
-    """Weights of x: of the decay of token j in x_i; zeros for blocks of one token."""
-    return tl.where(same_block(i, j, depth) & (depth > 0), tl.where(j <= i, 0.5, -0.5), 0.0)
-
-
-@triton.jit
-def level(i, j, depth):
-    """Weights of a factor: whether row i takes on the decay of token j when blocks of 2^depth tokens are joined."""
-    right = ((i >> depth) & 1) == 1
-    return tl.where(same_block(i, j, depth) & (right == (j <= i)), 1.0, 0.0)
+def step_mask(i, j, depth, step):
+    """Which products of row i and column j <= i a step makes [C, C]."""
+    return tl.where(step == 0, (i >> depth) == (j >> depth), ((i ^ j) >> (depth + step - 1)) == 1)
 
 
 @triton.jit

@@ -13,8 +13,7 @@ import triton.language as tl
 
 from ...triton.products import LOG2E, cast, dot, exp2, sigmoid
 from .decays import (
-    DEPTH, documents_of, gradient_of_sums, level, middle, off_diagonal, row_and_column, safe_depth, same_block,
-    sum_over, sums_of,
+    documents_of, gradient_of_sums, row_and_column, step_mask, step_weights, steps_of, sum_over, sums_of,
 )  # fmt: skip
 from .rows import C, chunk_of, load_erase, load_gate, load_log_decay, load_reset, load_rows, program, store_rows
 
@@ -86,59 +85,6 @@ def _state_gradients(
 
 
 @triton.jit
-def _gradients_of_blocks(
-    dqs, des, dks, qs, es, ks, decay, dproducts, dtriangle, LIMIT: tl.constexpr,
-    dtype: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """What ``prepare``'s products of blocks gain, of channels whose decay is too strong for one product: added to the
-    gradients of qs, es, ks [C, BS]; and the gradient of the decay."""
-    i, j = row_and_column()
-    depth = safe_depth(decay, LIMIT)
-    x = sum_over(middle(i, j, depth), decay, SPLIT, PRECISION)
-    inside = same_block(i, j, depth)
-    dqs, des, dks, dx = _gradients_of_product(
-        dqs, des, dks, qs, es, ks, exp2(x), exp2(-x),
-        tl.where(inside, dproducts, 0.0), tl.where(inside, dtriangle, 0.0), dtype, PRECISION,
-    )  # fmt: skip
-    ddecay = sum_over(middle(j, i, depth), dx, SPLIT, PRECISION)
-    for d in tl.range(depth, DEPTH, disable_licm=True):
-        factor = exp2(sum_over(level(i, j, d), decay, SPLIT, PRECISION))
-        inside = off_diagonal(i, j, d)
-        dA = tl.where(inside, dproducts, 0.0)
-        dT = tl.where(inside, dtriangle, 0.0)
-        rows = cast(ks * factor, dtype)
-        dA_rows = dot(dA, rows, PRECISION) * factor
-        dT_rows = dot(dT, rows, PRECISION) * factor
-        drows = dot(tl.trans(dA), cast(qs * factor, dtype), PRECISION)
-        drows = (drows + dot(tl.trans(dT), cast(es * factor, dtype), PRECISION)) * factor
-        ddecay += sum_over(level(j, i, d), qs * dA_rows + es * dT_rows + ks * drows, SPLIT, PRECISION)
-        dqs += dA_rows
-        des += dT_rows
-        dks += drows
-    return dqs, des, dks, ddecay
-
-
-@triton.jit
-def _gradients_of_product(
-    dqs, des, dks, qs, es, ks, factor, inverse, dA, dT, dtype: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    """What the products of qs and es, decayed by ``factor``, with ks, by its inverse, gain: added to the gradients of
-    qs, es, ks [C, BS]; and the gradient of the log of the factor.
-
-    A factor turns the gradient of a decayed row into that of the row; the product of that with the row is the gradient
-    of the factor's log. It is taken with the rows as rounded for the other's product, so that what two tokens gain from
-    each other cancels where their decay has no part in it."""
-    rows = cast(ks * inverse, dtype)
-    dA_rows = dot(dA, rows, PRECISION)
-    dT_rows = dot(dT, rows, PRECISION)
-    q_rows = cast(qs * factor, dtype)
-    e_rows = cast(es * factor, dtype)
-    drows = dot(tl.trans(dA), q_rows, PRECISION) + dot(tl.trans(dT), e_rows, PRECISION)
-    dx = q_rows.to(tl.float32) * dA_rows + e_rows.to(tl.float32) * dT_rows - rows.to(tl.float32) * drows
-    return dqs + dA_rows * factor, des + dT_rows * factor, dks + drows * inverse, dx
-
-
-@triton.jit
 def _without_radial(
     dx, x, unit, radial, stride, K: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr, count
 ):  # fmt: skip
@@ -163,7 +109,11 @@ def gradient_kernel(
     norm_q, norm_k: from ``prepare_kernel``.
 
     Writes dq .. dw in the shape of their inputs, and for each chunk its part of dA_log (to be summed over channels too)
-    and ddt_bias [NC, H, K], fp32, where given. BS channels of K at a time."""
+    and ddt_bias [NC, H, K], fp32, where given. BS channels of K at a time.
+
+    A factor turns the gradient of a decayed row into that of the row; the product of that with the row is the gradient
+    of the factor's log. It is taken with the rows as rounded for the other's product, so that what two tokens gain from
+    each other cancels where their decay has no part in it."""
     i_c, h = program(H)
     n, start, count = chunk_of(i_c, ends, cu_seqlens, T, NT, N, PACKED)
     if count == 0:
@@ -198,7 +148,7 @@ def gradient_kernel(
         unit_k = tl.load(norm_k + block * C + rows)
         radial_q = tl.zeros([C], tl.float32)
     dproducts, dtriangle, radial_k = _square_gradients(
-        do, R, dZ, v, w, dv, dw, start, count, h, H, HV, V, BV, SIGMOID, dtype, PRECISION
+        do, R, dZ, v, w, dv, dw, start, count, h, H, HV, V, min(BV, 32), SIGMOID, dtype, PRECISION
     )
     dproducts = cast(tl.where(lower, dproducts, 0.0), dtype)
     dtriangle = cast(tl.where(lower & (i > j), dtriangle, 0.0), dtype)
@@ -226,18 +176,39 @@ def gradient_kernel(
         dks *= after
         into_G = qs * dqs + es * des
         into_rest = ks * dks
+        ddecay = tl.zeros([C, BS], tl.float32)
+        depth, steps = steps_of(decay, weak, LIMIT)
+        for step in tl.range(steps, disable_licm=True):
+            x = 0.5 * (G - rest)
+            dA = dproducts
+            dT = dtriangle
+            if not weak:
+                x = sum_over(step_weights(i, j, depth, step), decay, SPLIT, PRECISION)
+                inside = step_mask(i, j, depth, step)
+                dA = tl.where(inside, dproducts, 0.0)
+                dT = tl.where(inside, dtriangle, 0.0)
+            sign = tl.where(step == 0, -1.0, 1.0)
+            inverse = exp2(sign * x)
+            k_rows = cast(ks * inverse, dtype)
+            dA_rows = dot(dA, k_rows, PRECISION)
+            dT_rows = dot(dT, k_rows, PRECISION)
+            factor = exp2(x)
+            dqs += dA_rows * factor
+            des += dT_rows * factor
+            q_rows = cast(qs * factor, dtype)
+            e_rows = cast(es * factor, dtype)
+            dk_rows = dot(tl.trans(dA), q_rows, PRECISION) + dot(tl.trans(dT), e_rows, PRECISION)
+            dks += dk_rows * inverse
+            dx = q_rows.to(tl.float32) * dA_rows + e_rows.to(tl.float32) * dT_rows
+            dx += sign * k_rows.to(tl.float32) * dk_rows
+            if weak:
+                into_G += 0.5 * dx
+                into_rest -= 0.5 * dx
+            else:
+                ddecay += sum_over(step_weights(j, i, depth, step), dx, SPLIT, PRECISION)
         if weak:
-            factor = exp2(0.5 * (G - rest))
-            dqs, des, dks, dx = _gradients_of_product(
-                dqs, des, dks, qs, es, ks, factor, exp2(0.5 * (rest - G)), dproducts, dtriangle, dtype, PRECISION
-            )
-            into_G += 0.5 * dx
-            into_rest -= 0.5 * dx
-            ddecay = gradient_of_sums(into_G, into_rest, True, SPLIT, PRECISION)
+            ddecay += gradient_of_sums(into_G, into_rest, True, SPLIT, PRECISION)
         else:
-            dqs, des, dks, ddecay = _gradients_of_blocks(
-                dqs, des, dks, qs, es, ks, decay, dproducts, dtriangle, LIMIT, dtype, SPLIT, PRECISION
-            )
             ddecay += gradient_of_sums(into_G, into_rest, False, SPLIT, PRECISION)
         ddecay += (whole * dtotal)[None, :]
 

@@ -4,53 +4,16 @@ Q = scale * exp(G) * q    E = exp(G) * b * k    Kt = exp(G_C - G) * k    total =
 A_qk, times scale too     A = (I + T)^-1
 """
 
-import triton  # noqa: I001 - or each name of the long list below takes a line
+import triton  # noqa: I001 - or each name of the list below takes a line
 import triton.language as tl
 
 from ...triton.products import cast, dot, exp2
 from .decays import (
-    DEPTH, documents_of, level, middle, off_diagonal, row_and_column, safe_depth, same_block, sum_over, sums_of,
+    DEPTH, documents_of, off_diagonal, row_and_column, step_mask, step_weights, steps_of, sum_over, sums_of,
 )  # fmt: skip
 from .rows import C, chunk_of, inverse_norms, load_erase, load_log_decay, load_rows, program
 
 __all__ = ["prepare_kernel"]
-
-
-@triton.jit
-def _load_chunk(
-    q, k, g, b, A_log, dt_bias, resets, unit_q, unit_k, stride, cols, count, scale,
-    K: tl.constexpr, GATE: tl.constexpr, SIGMOID: tl.constexpr, ERASE_SCALE: tl.constexpr,
-):  # fmt: skip
-    """scale * q, k, b * k and the log-decay of a chunk [C, BS]. unit_q, unit_k: 1 / length of q and k, or None."""
-    decay, _ = load_log_decay(g, stride, cols, K, count, A_log, dt_bias, resets, GATE, C)
-    qs = load_rows(q, stride, cols, K, count, C) * scale
-    ks = load_rows(k, stride, cols, K, count, C)
-    if unit_q is not None:
-        qs *= unit_q[:, None]
-        ks *= unit_k[:, None]
-    return qs, ks, ks * load_erase(b, stride, cols, K, count, SIGMOID, ERASE_SCALE, C), decay
-
-
-@triton.jit
-def _products_of_blocks(
-    qs, ks, es, decay, depth, dtype: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    """What channels whose decay is too strong for one product add to A_qk and T [C, C]: blocks of 2^depth tokens, and
-    what joins them."""
-    i, j = row_and_column()
-    x = sum_over(middle(i, j, depth), decay, SPLIT, PRECISION)
-    factor = exp2(x)
-    columns = tl.trans(cast(ks * exp2(-x), dtype))
-    inside = same_block(i, j, depth)
-    products = tl.where(inside, dot(cast(qs * factor, dtype), columns, PRECISION), 0.0)
-    triangle = tl.where(inside, dot(cast(es * factor, dtype), columns, PRECISION), 0.0)
-    for d in tl.range(depth, DEPTH, disable_licm=True):
-        factor = exp2(sum_over(level(i, j, d), decay, SPLIT, PRECISION))
-        columns = tl.trans(cast(ks * factor, dtype))
-        inside = off_diagonal(i, j, d)
-        products += tl.where(inside, dot(cast(qs * factor, dtype), columns, PRECISION), 0.0)
-        triangle += tl.where(inside, dot(cast(es * factor, dtype), columns, PRECISION), 0.0)
-    return products, triangle
 
 
 @triton.jit
@@ -96,8 +59,6 @@ def prepare_kernel(
     if resets is not None:
         resets += start
         document, newest = documents_of(resets, count)
-    unit_q = None
-    unit_k = None
     if norm_q is not None:
         unit_q = inverse_norms(q, stride, K, BK, BS, count, C)
         unit_k = inverse_norms(k, stride, K, BK, BS, count, C)
@@ -106,14 +67,16 @@ def prepare_kernel(
 
     products = tl.zeros([C, C], tl.float32)
     triangle = tl.zeros([C, C], tl.float32)
-    strong = 0
     for first in tl.range(0, BK, BS, disable_licm=True):
         cols = first + tl.arange(0, BS)
         place = block * C * BK + rows[:, None] * BK + cols[None, :]
-        qs, ks, es, decay = _load_chunk(
-            q, k, g, b, A_log, dt_bias, resets, unit_q, unit_k, stride, cols, count, scale,
-            K, GATE, SIGMOID, ERASE_SCALE,
-        )  # fmt: skip
+        decay, _ = load_log_decay(g, stride, cols, K, count, A_log, dt_bias, resets, GATE, C)
+        qs = load_rows(q, stride, cols, K, count, C) * scale
+        ks = load_rows(k, stride, cols, K, count, C)
+        if norm_q is not None:
+            qs *= unit_q[:, None]
+            ks *= unit_k[:, None]
+        es = ks * load_erase(b, stride, cols, K, count, SIGMOID, ERASE_SCALE, C)
         G, rest, log_whole, weak = sums_of(decay, LIMIT, SPLIT, PRECISION)
         before, after, whole = exp2(G), exp2(rest), exp2(log_whole)
         if resets is not None:
@@ -125,26 +88,22 @@ def prepare_kernel(
         tl.store(Kt + place, cast(ks * after, dtype))
         tl.store(total + block * BK + cols, whole)
         if A is not None:
-            if weak:
-                factor = exp2(0.5 * (G - rest))
-                columns = tl.trans(cast(ks * exp2(0.5 * (rest - G)), dtype))
-                products += dot(cast(qs * factor, dtype), columns, PRECISION)
-                triangle += dot(cast(es * factor, dtype), columns, PRECISION)
-            else:
-                strong += 1
-    if A is not None:
-        if strong > 0:
-            for first in tl.range(0, BK, BS, disable_licm=True):
-                qs, ks, es, decay = _load_chunk(
-                    q, k, g, b, A_log, dt_bias, resets, unit_q, unit_k, stride, first + tl.arange(0, BS), count, scale,
-                    K, GATE, SIGMOID, ERASE_SCALE,
-                )  # fmt: skip
-                _, _, _, weak = sums_of(decay, LIMIT, SPLIT, PRECISION)
+            depth, steps = steps_of(decay, weak, LIMIT)
+            for step in tl.range(steps, disable_licm=True):
+                x = 0.5 * (G - rest)
                 if not weak:
-                    depth = safe_depth(decay, LIMIT)
-                    more, more_triangle = _products_of_blocks(qs, ks, es, decay, depth, dtype, SPLIT, PRECISION)
-                    products += more
-                    triangle += more_triangle
+                    x = sum_over(step_weights(i, j, depth, step), decay, SPLIT, PRECISION)
+                factor = exp2(x)
+                columns = tl.trans(cast(ks * exp2(tl.where(step == 0, -x, x)), dtype))
+                more = dot(cast(qs * factor, dtype), columns, PRECISION)
+                more_triangle = dot(cast(es * factor, dtype), columns, PRECISION)
+                if not weak:
+                    inside = step_mask(i, j, depth, step)
+                    more = tl.where(inside, more, 0.0)
+                    more_triangle = tl.where(inside, more_triangle, 0.0)
+                products += more
+                triangle += more_triangle
+    if A is not None:
         lower = i >= j
         if resets is not None:
             lower = lower & (document[:, None] == document[None, :])
