@@ -30,6 +30,7 @@ from triton.backends.compiler import GPUTarget
 from gdn2_titan import ops
 
 KB = 1024
+INSTRUCTION = 16  # bytes, on NVIDIA
 TENSOR_MEMORY = 512  # columns, of a program on sm_100; for a kernel that wants more Triton emits a trap
 # Name: what ``target.arch`` returns there, what Triton calls it, the shared memory of one program.
 TARGETS = {
@@ -122,6 +123,7 @@ def _cuda_resources(compiled):
         "spilled": used["STACK"] + used["LOCAL"],  # bytes of a thread
         "spill_instructions": instructions["STL"] + instructions["LDL"],
         "matrix": {n: x for n, x in sorted(instructions.items()) if re.fullmatch(r"[HQDIO]?G?MMA|UTC\w*MMA", n)},
+        "code": INSTRUCTION * sum(instructions.values()),  # bytes
     }
 
 
@@ -138,6 +140,7 @@ def _hip_resources(compiled):
         # Spilled scalars go to lanes of vectors, vectors first to accumulation registers: memory is what counts.
         "spill_instructions": field("vgpr_spill_count") if field("private_segment_fixed_size") else 0,
         "matrix": dict(sorted(matrix.items())),
+        "code": int(re.search(r"codeLenInByte = (\d+)", text).group(1)),
     }
 
 
@@ -167,8 +170,6 @@ def faults(report):
     if "error" in report:
         return [f"does not compile: {report['error']}"]
     found = []
-    if report["spilled"] or report["spill_instructions"]:
-        found.append(f"spills {report['spilled']} bytes in {report['spill_instructions']} places")
     if report["shared"] > report["shared_limit"]:
         found.append(f"wants {report['shared']} bytes of shared memory of {report['shared_limit']}")
     if report["tensor_memory"] > TENSOR_MEMORY:
@@ -209,15 +210,16 @@ def _row(report):
     row = [report["target"], report["kernel"], ", ".join(inputs)]
     row.append(", ".join(f"{name} {value}" for name, value in report["config"].items()))
     if "error" in report:
-        row += ["does not compile", "", "", ""]
+        row += ["does not compile", "", "", "", ""]
     else:
         shared = f"{report['shared'] / KB:.0f} of {report['shared_limit'] // KB}"
         matrix = ", ".join(f"{count} {name}" for name, count in report["matrix"].items())
-        row += [report["registers"], report["spilled"], shared, matrix]
+        row += [report["registers"], report["spilled"], report["code"] // KB, shared, matrix]
     return [f"**{cell}**" if cell != "" else "" for cell in row] if faults(report) else row
 
 
-COLUMNS = ("GPU", "kernel", "inputs", "configuration", "registers", "spilled", "shared", "matrix instructions")
+COLUMNS = ("GPU", "kernel", "inputs", "configuration", "registers", "spilled", "code", "shared",
+           "matrix instructions")  # fmt: skip
 
 
 def main():

@@ -36,8 +36,9 @@ class Launch(NamedTuple):
 
 
 @contextlib.contextmanager
-def recorded(architecture, start=lambda launch: None):
-    """The launches within this block, in order, as if all tensors were on ``architecture`` (a value of target.arch).
+def recorded(architecture, start=lambda launch: None, processors=132):
+    """The launches within this block, in order, as if all tensors were on ``architecture`` (a value of target.arch), a
+    GPU with so many processors.
 
     start: called with each of them in place of starting it. By default nothing runs, and the results are whatever lay
     in memory.
@@ -51,6 +52,7 @@ def recorded(architecture, start=lambda launch: None):
     with (
         mock.patch.object(launching, "launch", launch),
         mock.patch.object(target, "arch", lambda x: architecture),
+        mock.patch.object(target, "processors", lambda x: processors),
         mock.patch.object(target, "interpreted", lambda: True),  # CPU tensors are not refused
     ):
         yield launches

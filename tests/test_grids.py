@@ -1,14 +1,12 @@
-"""What the Triton kernels ask of a GPU that no interpreter refuses: grids of one axis, and constants any stream sees.
+"""What the Triton kernels ask of a GPU that no interpreter refuses: grids of one axis.
 
 The tensors are on the meta device: every launch is recorded, none is made.
 """
 
 import itertools
-import types
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gdn2_titan.ops.gdn2.arguments import GDN2Inputs, GDN2Options
 from gdn2_titan.ops.gdn2.triton import chunk, recurrent
@@ -83,29 +81,3 @@ def test_every_launch_is_a_grid_of_one_axis_that_a_gpu_accepts(case, arch, monke
     assert grids.keys() == kernels
     for name, grid in ((name, grid) for name, found in grids.items() for grid in found):
         assert len(grid) == 1 and 0 < grid[0] <= MOST, f"{name} has the grid {grid}"
-
-
-def test_the_levels_are_copied_once_and_no_kernel_writes_them(monkeypatch):
-    """A kernel would write them on the stream of the first call, and other streams would not wait for it."""
-    operators = []
-
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            operators.append(func.overloadpacket.__name__)
-            return func(*args, **kwargs or {})
-
-    monkeypatch.setattr(chunk, "_LEVELS", {})
-    with Record():
-        levels = chunk._levels(torch.device("cpu"))
-    assert levels.tolist() == [chunk.LEVELS.value]
-    assert set(operators) <= {"lift_fresh", "_to_copy", "detach"}
-    assert chunk._levels(torch.device("cpu")) is levels
-
-
-def test_levels_first_met_in_a_cuda_graphs_capture_belong_to_that_graph(monkeypatch):
-    graphs = types.SimpleNamespace(is_current_stream_capturing=lambda: True)
-    stand_in = types.SimpleNamespace(cuda=graphs, full=lambda *args, **kwargs: ("filled", args), int32=torch.int32)
-    monkeypatch.setattr(chunk, "torch", stand_in)
-    monkeypatch.setattr(chunk, "_LEVELS", {})
-    assert chunk._levels(torch.device("cuda:0")) == ("filled", ((1,), chunk.LEVELS.value))
-    assert not chunk._LEVELS

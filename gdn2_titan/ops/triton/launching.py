@@ -16,7 +16,7 @@ from .target import interpreted
 
 __all__ = ["launch", "pin"]
 
-LAUNCH_OPTIONS = ("num_warps", "num_stages")
+LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 _pinned = {}
 _tuners = {}
@@ -25,8 +25,8 @@ _tuners = {}
 def pin(kernel: str, **config: int) -> None:
     """Always run the kernel of this name with this configuration, e.g. pin("scan_kernel", BV=64, num_warps=4).
 
-    kernel: the name of the kernel's function; config: num_warps, num_stages and the kernel's block sizes, all of them.
-    No config: tune again.
+    kernel: the name of the kernel's function; config: num_warps, num_stages, maxnreg where wanted, and the kernel's
+    block sizes, all of them. No config: tune again.
     """
     if config:
         _pinned[kernel] = config

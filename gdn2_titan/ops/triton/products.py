@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .target import interpreted
 
-__all__ = ["LOG2E", "cast", "dot", "exp2", "reciprocal", "sigmoid"]
+__all__ = ["LOG2E", "cast", "dot", "exp2", "opaque", "reciprocal", "sigmoid"]
 
 LOG2E = tl.constexpr(math.log2(math.e))
 INTERPRETED = tl.constexpr(interpreted())
@@ -60,3 +60,14 @@ def reciprocal(x):
 def sigmoid(x):
     """1 / (1 + exp(-x)) to fp32 rounding."""
     return reciprocal(1.0 + exp2(x * -LOG2E))
+
+
+@triton.jit
+def opaque(x):
+    """int32 x, of which the compiler knows nothing: what is made of it is made where it is needed. What can be made
+    before a loop is kept in registers all through it, and other things are spilled."""
+    if INTERPRETED:
+        return x
+    if tl.target_info.is_cuda():
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.int32, is_pure=False, pack=1)
+    return x

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["MAX_HEAD_SIZE", "arch", "interpreted", "obstacle", "obstacle_on", "precision"]
+__all__ = ["MAX_HEAD_SIZE", "arch", "interpreted", "obstacle", "obstacle_on", "precision", "processors"]
 
 MAX_HEAD_SIZE = 256
 OLDEST = (8, 0)
@@ -72,6 +72,11 @@ def arch(x: torch.Tensor) -> int | str:
         return torch.cuda.get_device_properties(x.device).gcnArchName.split(":")[0]
     major, minor = torch.cuda.get_device_capability(x.device)
     return 10 * major + minor
+
+
+def processors(x: torch.Tensor) -> int:
+    """How many programs run side by side on x's GPU, one to a multiprocessor; an H100's where there is none."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.device.type == "cuda" else 132
 
 
 def precision(architecture: int | str, dtype: torch.dtype) -> str:

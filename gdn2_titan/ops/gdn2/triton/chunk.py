@@ -71,7 +71,7 @@ def _prepare(call, inputs, options):
     norms = {name: q.new_empty(wide[:3], dtype=torch.float32) if options.l2norm else None
              for name in ("norm_q", "norm_k")}  # fmt: skip
     launching.launch(
-        prepare_kernel, lambda meta: (call.chunks * H,), configurations.prepare(BK, q.element_size()),
+        prepare_kernel, lambda meta: (call.chunks * H,), configurations.prepare(BK),
         dict(q=q, k=inputs.k, g=inputs.g, b=inputs.b) | _parameters(call, inputs, options) | call.spans | out | norms,
         call.sizes | _activation(q, options),
     )  # fmt: skip
@@ -84,11 +84,17 @@ def _parameters(call, inputs, options):
     return parameters | dict(N=call.sequences, scale=options.scale)
 
 
+def _scan_configurations(call, width, v):
+    """For a walk over ``width`` columns of the state of every sequence and value head."""
+    fills = call.sequences * v.shape[2] * triton.cdiv(width, 128) > 0.75 * target.processors(v)
+    return configurations.scan(call.arch, call.sizes["BK"], width, v.element_size(), fills)
+
+
 def _scan(call, prepared, inputs, options, o=None, final_state=None, R=None, states=None):
     v, (HV, V) = inputs.v, inputs.v.shape[2:]
     launching.launch(
         scan_kernel, lambda meta: (triton.cdiv(V, meta["BV"]) * call.sequences * HV,),
-        configurations.scan(call.arch, call.sizes["BK"], V, v.element_size()),
+        _scan_configurations(call, V, v),
         dict(v=v, w=inputs.w, initial_state=inputs.initial_state, o=o, final_state=final_state, R=R, states=states)
         | call.spans | prepared,
         call.sizes | dict(HV=HV, V=V, SIGMOID=options.sigmoid),
@@ -118,7 +124,7 @@ def segment_forward(inputs: GDN2Inputs, options: GDN2Options) -> tuple[Tensor, T
     transition, contribution = (q.new_empty(shape, dtype=torch.float32) for shape in ((B, H, K, K), (B, HV, K, V)))
     launching.launch(
         segment_kernel, lambda meta: ((triton.cdiv(V, meta["BV"]) + triton.cdiv(K, meta["BV"])) * B * HV,),
-        configurations.scan(call.arch, call.sizes["BK"], max(K, V), v.element_size()),
+        _scan_configurations(call, max(K, V), v),
         dict(v=v, w=inputs.w, resets=inputs.resets, o=o, contribution=contribution, read=read, transition=transition)
         | call.spans | prepared,
         call.sizes | dict(HV=HV, V=V, SIGMOID=options.sigmoid),
@@ -143,7 +149,7 @@ def chunk_backward(
     dinitial_state = None if inputs.initial_state is None else torch.empty_like(inputs.initial_state)
     launching.launch(
         reverse_kernel, lambda meta: (triton.cdiv(V, meta["BV"]) * call.sequences * HV,),
-        configurations.scan(call.arch, call.sizes["BK"], V, v.element_size()),
+        _scan_configurations(call, V, v),
         dict(do=do, dfinal_state=dfinal_state, dZ=dZ, dstates=dstates, dinitial_state=dinitial_state)
         | call.spans | prepared,
         call.sizes | dict(HV=HV, V=V),

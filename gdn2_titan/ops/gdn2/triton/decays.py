@@ -17,7 +17,7 @@ gradient goes through the same matrices turned. All logarithms are to the base 2
 import triton
 import triton.language as tl
 
-from ...triton.products import cast, dot
+from ...triton.products import cast, dot, opaque
 from .rows import C, load_reset
 
 __all__ = [
@@ -31,7 +31,7 @@ DEPTH = tl.constexpr(C.value.bit_length() - 1)  # at depth n, blocks of 2^n toke
 @triton.jit
 def row_and_column():
     """Row and column numbers [C, 1], [1, C]."""
-    rows = tl.arange(0, C)
+    rows = opaque(tl.arange(0, C))
     return rows[:, None], rows[None, :]
 
 

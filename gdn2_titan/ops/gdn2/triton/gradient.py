@@ -183,6 +183,7 @@ def gradient_kernel(
             dA = dproducts
             dT = dtriangle
             if not weak:
+                i, j = row_and_column()
                 x = sum_over(step_weights(i, j, depth, step), decay, SPLIT, PRECISION)
                 inside = step_mask(i, j, depth, step)
                 dA = tl.where(inside, dproducts, 0.0)
@@ -205,6 +206,7 @@ def gradient_kernel(
                 into_G += 0.5 * dx
                 into_rest -= 0.5 * dx
             else:
+                i, j = row_and_column()
                 ddecay += sum_over(step_weights(j, i, depth, step), dx, SPLIT, PRECISION)
         if weak:
             ddecay += gradient_of_sums(into_G, into_rest, True, SPLIT, PRECISION)

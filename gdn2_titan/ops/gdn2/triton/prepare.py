@@ -92,6 +92,7 @@ def prepare_kernel(
             for step in tl.range(steps, disable_licm=True):
                 x = 0.5 * (G - rest)
                 if not weak:
+                    i, j = row_and_column()
                     x = sum_over(step_weights(i, j, depth, step), decay, SPLIT, PRECISION)
                 factor = exp2(x)
                 columns = tl.trans(cast(ks * exp2(tl.where(step == 0, -x, x)), dtype))
