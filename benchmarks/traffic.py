@@ -8,8 +8,8 @@ again it finds in its cache; "issued" is without that mercy, "distinct" counts a
 the cache between programs never missed. Memory traffic lies between "distinct" and "issued". PyTorch operators that the
 op calls on the way count as launches too, each reading and writing its tensors once.
 Each figure is the difference between two lengths, so that what a call costs once a sequence (its states) falls out.
-One head stands for as many as fill the GPU. The floor: every input read once and every output written once. "segment" is
-the forward of a rank of a context parallel group, which does not know the state that its tokens are entered with.
+One head stands for as many as fill the GPU. The floor: every input read once and every output written once. "segment"
+is the forward of a rank of a context parallel group, which does not know the state that its tokens are entered with.
 """
 
 import argparse

@@ -234,6 +234,15 @@ def test_no_result_depends_on_what_fresh_memory_holds(cu):
         assert_exact(small(T=50, K=5, V=3, cu=cu, **RAW))
 
 
+@pytest.mark.parametrize("strong", [slice(0, 32), slice(40, 64)], ids=["first channels", "last channels"])
+def test_channels_of_weak_and_of_strong_decay_side_by_side_are_exact_to_rounding(strong):
+    """The weak ones are one product for the whole chunk; the others, here, blocks of four tokens."""
+    inputs = small(T=70, H=1, K=64)
+    with torch.no_grad():
+        inputs["g"][..., strong] -= 3.0
+    assert_exact(inputs)
+
+
 @pytest.mark.parametrize("length", [1e-3, 0.0])
 def test_norms_of_vectors_of_next_to_no_length_are_exact_to_rounding(length):
     """There the constant under the root is all there is."""
