@@ -234,6 +234,15 @@ def test_no_result_depends_on_what_fresh_memory_holds(cu):
         assert_exact(small(T=50, K=5, V=3, cu=cu, **RAW))
 
 
+@pytest.mark.parametrize("g, tokens", [(-8.0, 70), (-60.0, 40), (-1e6, 40)], ids=["every token", "40", "40 of 1e6"])
+def test_a_decay_of_many_strong_tokens_leaves_those_behind_them_exact_to_rounding(g, tokens):
+    """Sums over all of a chunk are large numbers then, and the weak decays behind them small."""
+    inputs = small(T=70, K=8, V=8)
+    with torch.no_grad():
+        inputs["g"][:, :tokens] = g
+    assert_exact(inputs)
+
+
 @pytest.mark.parametrize("strong", [slice(0, 32), slice(40, 64)], ids=["first channels", "last channels"])
 def test_channels_of_weak_and_of_strong_decay_side_by_side_are_exact_to_rounding(strong):
     """The weak ones are one product for the whole chunk; the others, here, blocks of four tokens."""
