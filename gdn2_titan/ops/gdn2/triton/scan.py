@@ -237,7 +237,8 @@ def reverse_kernel(
         dS += tl.load(dfinal_state + block, mask=inside, other=0.0).to(tl.float32)
     if do is not None:
         tokens = ((start + (chunks - 1) * C) * HV + hv) * V
-        next_do = _load_transposed(do + tokens, HV * V, cols, V, length - (chunks - 1) * C)
+        left = tl.where(chunks > 0, length - (chunks - 1) * C, 0)  # an empty sequence has no last chunk to read
+        next_do = _load_transposed(do + tokens, HV * V, cols, V, left)
     for back in range(chunks):
         c = chunks - 1 - back
         count = length - c * C
