@@ -121,7 +121,6 @@ def _cuda_resources(compiled):
     return {
         "registers": used["REG"],
         "spilled": used["STACK"] + used["LOCAL"],  # bytes of a thread
-        "spill_instructions": instructions["STL"] + instructions["LDL"],
         "matrix": {n: x for n, x in sorted(instructions.items()) if re.fullmatch(r"[HQDIO]?G?MMA|UTC\w*MMA", n)},
         "code": INSTRUCTION * sum(instructions.values()),  # bytes
     }
@@ -137,8 +136,6 @@ def _hip_resources(compiled):
     return {
         "registers": field("vgpr_count"),
         "spilled": field("private_segment_fixed_size"),
-        # Spilled scalars go to lanes of vectors, vectors first to accumulation registers: memory is what counts.
-        "spill_instructions": field("vgpr_spill_count") if field("private_segment_fixed_size") else 0,
         "matrix": dict(sorted(matrix.items())),
         "code": int(re.search(r"codeLenInByte = (\d+)", text).group(1)),
     }

@@ -80,10 +80,11 @@ def _register(op, gradients=(), results=(ACTIVATION, STATE)):
 def _update_state(cls, op, types, args, kwargs):
     # A sharding rule would not do: DTensor takes an op whose name ends in "_" for one that returns its first argument,
     # and what the op writes to a redistributed state would be lost.
-    if len(args) > 17 and args[17] is not None:
+    given = dict(zip((argument.name for argument in op._schema.arguments), args, strict=False))  # less defaults
+    if given.pop("state_indices", None) is not None:
         raise ValueError("state_indices is given with DTensors; it must be None, each rank has a pool of its own")
-    o, final_state = torch.ops.gdn2_titan.recurrent_gdn2(*args)
-    args[8].copy_(final_state)
+    o, final_state = torch.ops.gdn2_titan.recurrent_gdn2(*given.values())
+    given["state"].copy_(final_state)
     return o
 
 

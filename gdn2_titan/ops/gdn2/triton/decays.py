@@ -17,12 +17,12 @@ gradient goes through the same matrices turned. All logarithms are to the base 2
 import triton
 import triton.language as tl
 
-from ...triton.products import cast, dot, opaque
+from ...triton.products import cast, dot, exp2, opaque
 from .rows import C, load_reset
 
 __all__ = [
-    "DEPTH", "documents_of", "gradient_of_sums", "off_diagonal", "row_and_column", "step_mask", "step_weights",
-    "steps_of", "sum_over", "sums_of",
+    "DEPTH", "documents_of", "factors_of", "gradient_of_sums", "off_diagonal", "row_and_column", "step_mask",
+    "step_weights", "steps_of", "sum_over", "sums_of",
 ]  # fmt: skip
 
 DEPTH = tl.constexpr(C.value.bit_length() - 1)  # at depth n, blocks of 2^n tokens
@@ -107,6 +107,18 @@ def sums_of(decay, LIMIT: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.const
     if not weak:
         rest = sum_over(tl.where(j > i, 1.0, 0.0), decay, SPLIT, PRECISION)
     return G, rest, whole, weak
+
+
+@triton.jit
+def factors_of(G, rest, log_whole, resets, document, newest):
+    """What each token has of the state before the chunk, and the state behind it of each token [C, D]; and of the state
+    before [D]. document, newest: ``documents_of`` where resets are given."""
+    before, after, whole = exp2(G), exp2(rest), exp2(log_whole)
+    if resets is not None:
+        before = tl.where((document == 0)[:, None], before, 0.0)
+        after = tl.where((document == newest)[:, None], after, 0.0)
+        whole = tl.where(newest == 0, whole, 0.0)
+    return before, after, whole
 
 
 @triton.jit

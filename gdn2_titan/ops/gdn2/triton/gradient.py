@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ...triton.products import LOG2E, cast, dot, exp2, sigmoid
 from .decays import (
-    documents_of, gradient_of_sums, row_and_column, step_mask, step_weights, steps_of, sum_over, sums_of,
+    documents_of, factors_of, gradient_of_sums, row_and_column, step_mask, step_weights, steps_of, sum_over, sums_of,
 )  # fmt: skip
 from .rows import C, chunk_of, load_erase, load_gate, load_log_decay, load_reset, load_rows, program, store_rows
 
@@ -133,6 +133,8 @@ def gradient_kernel(
     rows = tl.arange(0, C)
     i, j = row_and_column()
     lower = i >= j
+    document = None
+    newest = None
     if resets is not None:
         resets += start
         document, newest = documents_of(resets, count)
@@ -166,11 +168,7 @@ def gradient_kernel(
             ks *= unit_k[:, None]
         es = ks * load_erase(b, stride, cols, K, count, SIGMOID, ERASE_SCALE, C)
         G, rest, log_whole, weak = sums_of(decay, LIMIT, SPLIT, PRECISION)
-        before, after, whole = exp2(G), exp2(rest), exp2(log_whole)
-        if resets is not None:
-            before = tl.where((document == 0)[:, None], before, 0.0)
-            after = tl.where((document == newest)[:, None], after, 0.0)
-            whole = tl.where(newest == 0, whole, 0.0)
+        before, after, whole = factors_of(G, rest, log_whole, resets, document, newest)
         dqs *= before
         des *= before
         dks *= after

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from ...triton.products import cast, dot, exp2
 from .decays import (
-    DEPTH, documents_of, off_diagonal, row_and_column, step_mask, step_weights, steps_of, sum_over, sums_of,
+    DEPTH, documents_of, factors_of, off_diagonal, row_and_column, step_mask, step_weights, steps_of, sum_over, sums_of,
 )  # fmt: skip
 from .rows import C, chunk_of, inverse_norms, load_erase, load_log_decay, load_rows, program
 
@@ -34,8 +34,8 @@ def prepare_kernel(
     PACKED: tl.constexpr, GATE: tl.constexpr, SIGMOID: tl.constexpr, ERASE_SCALE: tl.constexpr,
     LIMIT: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """q, k, g, b [B * T, H, K]; Q, E, Kt [NC, H, C, BK]; total [NC, H, BK] fp32; A_qk, A [NC, H, C, C], None where the
-    forward has kept them; norm_q, norm_k [NC, H, C] fp32: 1 / length of q and k, None where they are used as they are.
+    """q, k, g, b [B * T, H, K]; Q, E, Kt [NC, H, C, BK]; total [NC, H, BK] fp32; A_qk, A [NC, H, C, C];
+    norm_q, norm_k [NC, H, C] fp32: 1 / length of q and k, None where they are used as they are.
 
     BK: K padded to a power of two, worked on BS channels at a time."""
     i_c, h = program(H)
@@ -56,6 +56,8 @@ def prepare_kernel(
     block = i_c.to(tl.int64) * H + h
     i, j = row_and_column()
     rows = tl.arange(0, C)
+    document = None
+    newest = None
     if resets is not None:
         resets += start
         document, newest = documents_of(resets, count)
@@ -78,36 +80,30 @@ def prepare_kernel(
             ks *= unit_k[:, None]
         es = ks * load_erase(b, stride, cols, K, count, SIGMOID, ERASE_SCALE, C)
         G, rest, log_whole, weak = sums_of(decay, LIMIT, SPLIT, PRECISION)
-        before, after, whole = exp2(G), exp2(rest), exp2(log_whole)
-        if resets is not None:
-            before = tl.where((document == 0)[:, None], before, 0.0)
-            after = tl.where((document == newest)[:, None], after, 0.0)
-            whole = tl.where(newest == 0, whole, 0.0)
+        before, after, whole = factors_of(G, rest, log_whole, resets, document, newest)
         tl.store(Q + place, cast(qs * before, dtype))
         tl.store(E + place, cast(es * before, dtype))
         tl.store(Kt + place, cast(ks * after, dtype))
         tl.store(total + block * BK + cols, whole)
-        if A is not None:
-            depth, steps = steps_of(decay, weak, LIMIT)
-            for step in tl.range(steps, disable_licm=True):
-                x = 0.5 * (G - rest)
-                if not weak:
-                    i, j = row_and_column()
-                    x = sum_over(step_weights(i, j, depth, step), decay, SPLIT, PRECISION)
-                factor = exp2(x)
-                columns = tl.trans(cast(ks * exp2(tl.where(step == 0, -x, x)), dtype))
-                more = dot(cast(qs * factor, dtype), columns, PRECISION)
-                more_triangle = dot(cast(es * factor, dtype), columns, PRECISION)
-                if not weak:
-                    inside = step_mask(i, j, depth, step)
-                    more = tl.where(inside, more, 0.0)
-                    more_triangle = tl.where(inside, more_triangle, 0.0)
-                products += more
-                triangle += more_triangle
-    if A is not None:
-        lower = i >= j
-        if resets is not None:
-            lower = lower & (document[:, None] == document[None, :])
-        square = block * C * C + i * C + j
-        tl.store(A_qk + square, cast(tl.where(lower, products, 0.0), dtype))
-        tl.store(A + square, cast(_inverse(tl.where(lower & (i > j), triangle, 0.0), PRECISION), dtype))
+        depth, steps = steps_of(decay, weak, LIMIT)
+        for step in tl.range(steps, disable_licm=True):
+            x = 0.5 * (G - rest)
+            if not weak:
+                i, j = row_and_column()
+                x = sum_over(step_weights(i, j, depth, step), decay, SPLIT, PRECISION)
+            factor = exp2(x)
+            columns = tl.trans(cast(ks * exp2(tl.where(step == 0, -x, x)), dtype))
+            more = dot(cast(qs * factor, dtype), columns, PRECISION)
+            more_triangle = dot(cast(es * factor, dtype), columns, PRECISION)
+            if not weak:
+                inside = step_mask(i, j, depth, step)
+                more = tl.where(inside, more, 0.0)
+                more_triangle = tl.where(inside, more_triangle, 0.0)
+            products += more
+            triangle += more_triangle
+    lower = i >= j
+    if resets is not None:
+        lower = lower & (document[:, None] == document[None, :])
+    square = block * C * C + i * C + j
+    tl.store(A_qk + square, cast(tl.where(lower, products, 0.0), dtype))
+    tl.store(A + square, cast(_inverse(tl.where(lower & (i > j), triangle, 0.0), PRECISION), dtype))
