@@ -50,6 +50,7 @@ def compare(inputs):
     assert_close({name: x.cpu() for name, x in got.items()}, definition(inputs), 1e-5)
 
 
+# The options of test_gdn2_reference, of another implementation.
 OPTIONS = {
     "plain": dict(),
     "no state": dict(state=False),

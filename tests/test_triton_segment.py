@@ -182,6 +182,7 @@ HALF = {
 }
 
 
+# The cases and the bound of test_triton_chunk, of another kernel.
 @pytest.mark.parametrize(
     "case, dtype, decay_dtype",
     [

@@ -69,6 +69,7 @@ def _fake_segment_forward(*args):
     return v.new_empty(v.shape), q.new_empty(q.shape), M, D
 
 
+# Looks like the operators of ``library``: torch.library reads each schema by itself.
 _segment_op = define(
     "gdn2_titan::segment_gdn2", f"({GATED}, Tensor? resets, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _segment_forward, _fake_segment_forward,

@@ -96,6 +96,7 @@ def _without_radial(
         store_rows(dx, grad * unit[:, None], stride, cols, K, count, C)
 
 
+# The signature and the pointers at its start are those of prepare_kernel: Triton passes each one by itself.
 @triton.jit(do_not_specialize=["T", "NT", "N"])
 def gradient_kernel(
     q, k, v, g, b, w, A_log, dt_bias, resets, cu_seqlens, ends, T, NT, N, scale,

@@ -26,6 +26,7 @@ def _inverse(T, PRECISION: tl.constexpr):
     return X
 
 
+# The signature and the pointers at its start are those of gradient_kernel: Triton passes each one by itself.
 @triton.jit(do_not_specialize=["T", "NT", "N"])
 def prepare_kernel(
     q, k, g, b, A_log, dt_bias, resets, cu_seqlens, ends, T, NT, N, scale,

@@ -160,6 +160,7 @@ def _first_reset(resets, length):
     return tl.min(first, 0)
 
 
+# What the kernels of this file share in their signatures is spelled out: Triton reads each one by itself.
 @triton.jit(do_not_specialize=["T", "NT"])
 def segment_kernel(
     Q, E, Kt, total, A_qk, A, v, w, resets, cu_seqlens, ends, T, NT,

@@ -12,6 +12,7 @@ from .walk import (
 __all__ = ["causal_conv1d_backward_kernel", "causal_conv1d_sum_kernel"]
 
 
+# Pointers to the batch row are moved here as in the forward kernel: Triton passes each one by itself.
 @triton.jit
 def _backward_tokens(
     tile, d, dy, dfinal_state, x, weight, bias, initial_state, cu_seqlens, resets, dx, partial,
