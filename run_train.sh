@@ -9,7 +9,13 @@ prepare "${TITAN:-0.2}"
 export NGPU=${NGPU:-1}
 CONFIG_FILE=${CONFIG_FILE:-$ROOT/train_configs/debug.toml}
 
-# A config that cannot train ends here, with one sentence; torchrun would add a page of its own.
+# One process needs no launcher, whose imports take seconds. It ends by itself, with one sentence, where a config cannot
+# train.
+if [ "$NGPU" = 1 ]; then
+    exec python -m gdn2_titan.titan.train --job.config_file "$CONFIG_FILE" "$@"
+fi
+
+# Of many, a config that cannot train ends here; torchrun would add a page of its own.
 RANK_WITH_LOSS=$(python -W ignore -m gdn2_titan.titan.check --job.config_file "$CONFIG_FILE" "$@")
 export LOG_RANK=${LOG_RANK:-$RANK_WITH_LOSS}
 

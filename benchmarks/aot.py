@@ -22,7 +22,7 @@ from types import SimpleNamespace
 
 import torch
 import triton
-from calls import KINDS, conv_inputs, gdn2_inputs, segment
+from calls import KINDS, decode_step, gdn2_inputs, qkv_inputs, segment
 from launches import recorded
 from tables import DOCS, fill, table
 from triton.backends.compiler import GPUTarget
@@ -32,6 +32,13 @@ from gdn2_titan import ops
 KB = 1024
 INSTRUCTION = 16  # bytes, on NVIDIA
 TENSOR_MEMORY = 512  # columns, of a program on sm_100; for a kernel that wants more Triton emits a trap
+SPILLED = 256  # bytes of a thread; a kernel that spills more is named here, with the reason
+SPILLS = {
+    "gradient_kernel": "three programs to a processor: slices that spill half as much take 1.3 times as long",
+    "prepare_kernel": "slices of 32 channels: those of 16 read the gates and the matrices of sums twice as often",
+    "scan_kernel": "heads of 256: two programs to a processor, whose states are half of all registers",
+    "segment_kernel": "it is scan_kernel twice",
+}
 # Name: what ``target.arch`` returns there, what Triton calls it, the shared memory of one program.
 TARGETS = {
     "sm_80": (80, GPUTarget("cuda", 80, 32), 163 * KB),
@@ -41,17 +48,18 @@ TARGETS = {
     "gfx942": ("gfx942", GPUTarget("hip", "gfx942", 64), 64 * KB),
 }
 SIZES = (64, 128, 256)
-# What a call asks for besides; "documents" is how training calls it, "packed" takes cu_seqlens.
+# What a call asks for besides; "documents" is how training calls it, "packed" takes cu_seqlens, "no erase" has no b.
 OPTIONS = {
     "plain": {},
     "documents": {"resets": True, "state": True},
     "packed": {"packed": True, "state": True},
+    "no erase": {"erases": False},
 }
 B, T, H = 1, 4096, 4
 
 
 def _train(function, inputs):
-    outputs = [x for x in function(**inputs, backend="triton") if x is not None]
+    outputs = [x for x in torch.utils._pytree.tree_leaves(function(**inputs, backend="triton")) if x is not None]
     leaves = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
     torch.autograd.grad(outputs, leaves, [torch.zeros_like(x) for x in outputs])
 
@@ -72,22 +80,33 @@ def _recurrent(kind, size, options):
 
 def _decode(kind, size, options):
     """One token for each of 64 sequences, the state updated in place."""
-    inputs = gdn2_inputs(kind, 64, 1, H, size, size, state=True)
-    del inputs["output_final_state"]
-    state = inputs.pop("initial_state")
     with torch.no_grad():
-        ops.recurrent_gdn2_(state=state, **inputs, backend="triton")
+        decode_step(**gdn2_inputs(kind, 64, 1, H, size, size, **options | {"state": True}))
 
 
 def _conv(kind, size, options):
-    _train(ops.causal_conv1d, conv_inputs(kind, B, T, H * size, **options, requires_grad=True))
+    _train(ops.causal_conv1d_qkv, qkv_inputs(kind, B, T, H * size, **options, requires_grad=True))
 
 
-OPS = {"chunk": _chunk, "segment": _segment, "recurrent": _recurrent, "decode": _decode, "conv": _conv}
+def _conv_decode(kind, size, options):
+    """The convolutions of q, k and v in a step of 64 sequences, the states updated in place."""
+    inputs = qkv_inputs(kind, 64, 1, H * size, state=True)
+    del inputs["output_final_state"]
+    with torch.no_grad():
+        ops.causal_conv1d_qkv_(**inputs, backend="triton")
+
+
+OPS = {"chunk": _chunk, "segment": _segment, "recurrent": _recurrent, "decode": _decode, "conv": _conv,
+       "conv_decode": _conv_decode}  # fmt: skip
 
 
 def _wanted(op, kind, size, options):
-    """Every kind and size of input, and every option with the inputs of training; the convolution knows no sizes."""
+    """Every kind and size of input, and every option with the inputs of training; the convolution knows no sizes.
+    Without an erase gate, whose kernels are parts of the others: small heads, activated, and those of training."""
+    if options == "no erase":
+        return op in ("chunk", "segment", "decode") and (kind, size) in (("bf16", 64), ("bf16 raw", 128))
+    if op == "conv_decode":
+        return options == "plain" and size == 128 and kind != "bf16 raw"
     if op == "conv":
         return size == 128 and kind != "bf16 raw"
     if op == "segment" and options == "packed":
@@ -171,6 +190,8 @@ def faults(report):
         found.append(f"wants {report['shared']} bytes of shared memory of {report['shared_limit']}")
     if report["tensor_memory"] > TENSOR_MEMORY:
         found.append(f"wants {report['tensor_memory']} columns of tensor memory of {TENSOR_MEMORY}")
+    if report["spilled"] > SPILLED and report["kernel"] not in SPILLS:
+        found.append(f"spills {report['spilled']} bytes of a thread, and SPILLS has no reason for it")
     if report["products"] and not report["matrix"]:
         found.append("multiplies without tensor cores")
     if report["target"] == "sm_90":
@@ -181,12 +202,15 @@ def faults(report):
 
 
 def case_reports(job):
-    """One dict for each kernel that a case starts on a target, at its default configuration. job: (target, case,
-    changes of the configuration by name)."""
+    """One dict for each kernel that a case starts on a target, at its default configuration, and at that of enough
+    sequences to fill the target where it is another. job: (target, case, changes of the configuration by name)."""
     target, case, changes = job
     op, kind, size, options = case
     with recorded(TARGETS[target][0]) as launches:
         OPS[op](kind, size, OPTIONS[options])
+    with recorded(TARGETS[target][0], processors=1) as filling:
+        OPS[op](kind, size, OPTIONS[options])
+    launches += [full for few, full in zip(launches, filling, strict=True) if few.candidates != full.candidates]
     found = []
     for launch in launches:
         config = {name: changes.get(name, x) for name, x in launch.candidates[0].items()}

@@ -2,10 +2,11 @@
 
 import torch
 
+from gdn2_titan.ops import recurrent_gdn2_
 from gdn2_titan.ops.gdn2.arguments import GDN2Inputs, GDN2Options
 from gdn2_titan.ops.gdn2.segments import segment_gdn2
 
-__all__ = ["KINDS", "conv_inputs", "gdn2_inputs", "segment"]
+__all__ = ["KINDS", "conv_inputs", "decode_step", "gdn2_inputs", "qkv_inputs", "segment"]
 
 # What the projections in front of the op produce: dtype, that of the decay, whether the op activates the gates.
 KINDS = {
@@ -25,12 +26,12 @@ def _documents(generator, B, T, resets, packed):
 
 
 def gdn2_inputs(
-    kind, B, T, H, K, V, state=False, resets=False, packed=False, device="cpu", requires_grad=False
+    kind, B, T, H, K, V, state=False, resets=False, packed=False, erases=True, device="cpu", requires_grad=False
 ):  # fmt: skip
     """Keyword arguments of chunk_gdn2 and recurrent_gdn2: keys of unit length, memory of hundreds of tokens.
 
     state: start from one and ask for the final one. resets: a document ends every 1,000 tokens or so. packed: three
-    sequences in ``cu_seqlens``.
+    sequences in ``cu_seqlens``. erases: else b is None.
     """
     dtype, decay_dtype, raw = KINDS[kind]
     generator = torch.Generator(device).manual_seed(0)
@@ -55,6 +56,8 @@ def gdn2_inputs(
         tensors["initial_state"] = randn(3 if packed else B, H, K, V)
         options["output_final_state"] = True
     tensors = {name: x.requires_grad_(requires_grad) for name, x in tensors.items()}
+    if not erases:
+        tensors["b"] = None
     return tensors | options | _documents(generator, B, T, resets, packed)
 
 
@@ -68,8 +71,25 @@ def conv_inputs(kind, B, T, D, state=False, resets=False, packed=False, device="
     return tensors | options | _documents(generator, B, T, resets, packed)
 
 
-def segment(initial_state=None, output_final_state=False, **inputs):
+def qkv_inputs(kind, B, T, D, state=False, resets=False, packed=False, device="cpu", requires_grad=False):
+    """Keyword arguments of causal_conv1d_qkv, as the layer calls it, D channels of each."""
+    given = conv_inputs(kind, B, T, 3 * D, state, resets, packed, device)
+    tensors = {}
+    for name, x, weight in zip("qkv", given.pop("x").split(D, 2), given.pop("weight").split(D), strict=True):
+        tensors |= {name: x.contiguous(), f"{name}_weight": weight.contiguous()}
+    if state:
+        states = given.pop("initial_state").split(D, 1)
+        tensors |= {f"{name}_state": x.contiguous() for name, x in zip("qkv", states, strict=True)}
+    return {name: x.requires_grad_(requires_grad) for name, x in tensors.items()} | given
+
+
+def decode_step(initial_state, output_final_state=True, **tensors):
+    """One token for each sequence, the state updated in place. The arguments are those of gdn2_inputs."""
+    return recurrent_gdn2_(**tensors, state=initial_state, backend="triton")
+
+
+def segment(initial_state=None, output_final_state=False, backend="triton", **inputs):
     """What a rank that holds a segment of a sequence runs before it knows the entering state. inputs: gdn2_inputs."""
     tensors = GDN2Inputs(**{name: inputs.get(name) for name in GDN2Inputs._fields})
     raw = inputs.get("use_gate_in_kernel", False)
-    return segment_gdn2(tensors, GDN2Options(inputs["q"].shape[-1] ** -0.5, raw, raw, raw, 1.0, "triton"))
+    return segment_gdn2(tensors, GDN2Options(inputs["q"].shape[-1] ** -0.5, raw, raw, raw, 1.0, backend))

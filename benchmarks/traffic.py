@@ -10,6 +10,7 @@ op calls on the way count as launches too, each reading and writing its tensors 
 Each figure is the difference between two lengths, so that what a call costs once a sequence (its states) falls out.
 One head stands for as many as fill the GPU. The floor: every input read once and every output written once. "segment"
 is the forward of a rank of a context parallel group, which does not know the state that its tokens are entered with.
+Each kind is counted with an erase gate, and without one ("no erase").
 """
 
 import argparse
@@ -134,9 +135,9 @@ def _counting(architecture):
         yield begin
 
 
-def _count(kind, T, architecture):
+def _count(kind, erases, T, architecture):
     """{phase: its kernels and operators}, {phase: the floor}, the bytes saved for backward."""
-    inputs = gdn2_inputs(kind, 1, T, 1, SIZE, SIZE, requires_grad=True)
+    inputs = gdn2_inputs(kind, 1, T, 1, SIZE, SIZE, erases=erases, requires_grad=True)
     leaves = [x for x in inputs.values() if isinstance(x, torch.Tensor)]
     do = torch.ones_like(inputs["v"])
     saved = {}
@@ -159,10 +160,10 @@ def _count(kind, T, architecture):
     return phases, {phase: _bytes(x) for phase, x in floors.items()}, sum(saved.values())
 
 
-def measure(kind, architecture):
+def measure(kind, erases, architecture):
     """Per token and key head: {"forward": {"kernels": {name: {...}}, "total": {...}, "floor": bytes}, "backward": ...,
     "segment": ..., "saved": bytes}."""
-    counts = (_count(kind, T, architecture) for T in LENGTHS)
+    counts = (_count(kind, erases, T, architecture) for T in LENGTHS)
     (short, short_floors, short_saved), (long, long_floors, long_saved) = counts
     tokens = LENGTHS[1] - LENGTHS[0]
     result = {"saved": (long_saved - short_saved) / tokens}
@@ -195,7 +196,8 @@ def main():
     parser.add_argument("--kind", nargs="*", choices=list(KINDS), default=["bf16", "bf16 raw"])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     chosen = parser.parse_args()
-    found = {kind: measure(kind, chosen.arch) for kind in chosen.kind}
+    found = {kind: measure(kind, True, chosen.arch) for kind in chosen.kind}
+    found |= {f"{kind}, no erase": measure(kind, False, chosen.arch) for kind in chosen.kind}
     if chosen.json:
         print(json.dumps(found))
         return

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from .convert.checkpoints import Checkpoint
 
-__all__ = ["add_model_options", "dtype_of", "number", "open_model"]
+__all__ = ["add_model_options", "dtype_of", "number", "open_model", "open_without_tokenizer"]
 
 
 def number(kind: type, what: str, allowed: Callable[[Any], bool]) -> Callable[[str], Any]:
@@ -49,14 +49,13 @@ def dtype_of(options: argparse.Namespace) -> "torch.dtype | None":
     return None if options.dtype is None else getattr(torch, options.dtype)
 
 
-def open_model(options: argparse.Namespace) -> "tuple[Checkpoint, Any]":
-    """(Checkpoint, tokenizer) of the parsed options, of which --device is filled in; no weights are read.
+def open_without_tokenizer(options: argparse.Namespace) -> "Checkpoint":
+    """Checkpoint of the parsed options, of which --device is filled in; no weights are read, and it names a tokenizer.
 
     Raises:
-        ConvertError: the device, the checkpoint or the tokenizer is not there or not what it must be.
+        ConvertError: the device or the checkpoint is not there or not what it must be, or nothing says which tokenizer.
     """
     import torch
-    from transformers import AutoTokenizer
 
     from .convert.checkpoints import open_checkpoint
 
@@ -68,5 +67,17 @@ def open_model(options: argparse.Namespace) -> "tuple[Checkpoint, Any]":
     checkpoint = open_checkpoint(options.model, options.config, options.flavor, options.tokenizer)
     if checkpoint.tokenizer is None:
         raise ConvertError(f"{options.model} does not say which tokenizer it was trained with; name it by --tokenizer")
+    return checkpoint
+
+
+def open_model(options: argparse.Namespace) -> "tuple[Checkpoint, Any]":
+    """(Checkpoint, transformers tokenizer) as of ``open_without_tokenizer``.
+
+    Raises:
+        ConvertError: as there, or the tokenizer is damaged.
+    """
+    from transformers import AutoTokenizer
+
+    checkpoint = open_without_tokenizer(options)
     with reading(checkpoint.tokenizer):
         return checkpoint, AutoTokenizer.from_pretrained(checkpoint.tokenizer, local_files_only=True)

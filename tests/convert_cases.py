@@ -15,16 +15,21 @@ from gdn2_titan.convert.__main__ import main
 from gdn2_titan.convert.checkpoint_info import CheckpointInfo, write_info
 from gdn2_titan.models import GDN2Model, GDN2ModelArgs
 from gdn2_titan.parallel import apply_fsdp, apply_tensor_parallel
+from tests.model_cases import sharpened
 
 TOKENIZER = Path(__file__).parents[1] / "gdn2_titan" / "titan" / "assets" / "byte_tokenizer"
 HYBRID = GDN2ModelArgs(
     vocab_size=264, hidden_size=32, n_layers=2, mlp_size=48, num_heads=2, head_dim=16, num_v_heads=4, attn_heads=4,
     attn_kv_heads=2, window=8, layer_pattern=("gdn2", "swa"),
 )  # fmt: skip
+JOB = {"model": {"hf_assets_path": str(TOKENIZER)}}
 VARIANTS = {
     "hybrid-grouped": HYBRID,
     "recurrent": dataclasses.replace(HYBRID, layer_pattern=("gdn2",), num_v_heads=None),
     "tied-scalar-decay": dataclasses.replace(HYBRID, tied_gates=True, decay="scalar", layer_pattern=("gdn2",)),
+    "mean-gates-other-ranks-bounded": dataclasses.replace(
+        HYBRID, erase_gate="mean", write_gate="mean", decay_rank="full", gate_rank=3, lower_bound=-5.0
+    ),
     "scalar-gates-sigmoid": dataclasses.replace(
         HYBRID, erase_gate="scalar", write_gate="scalar", output_gate="sigmoid", layer_pattern=("attention", "gdn2")
     ),
@@ -47,6 +52,18 @@ def save_step(folder, tensors, args, job_config=None):
     if args is not None:
         write_info(folder.parent, CheckpointInfo(args, job_config))
     return folder
+
+
+def hybrid():
+    """A decoder whose every weight shows in its logits."""
+    torch.manual_seed(0)
+    return sharpened(GDN2Model(HYBRID)).eval()
+
+
+def save_run(folder, decoder):
+    """A run's checkpoints, the latest of them the hybrid's, and a Hugging Face folder of it beside."""
+    save_step(folder / "checkpoint" / "step-7", decoder.state_dict(), HYBRID, JOB)
+    assert main(["to-hf", str(folder / "checkpoint"), str(folder / "hf")]) == 0
 
 
 def load_step(folder, args):

@@ -62,7 +62,8 @@ DECAYS = (
 
 def make(
     B=1, T=8, H=2, groups=1, K=4, V=3, decay="weak", l2norm=False, gate=False, dt_bias="[H, K]", sigmoid=False,
-    erase_scale=1.0, state=True, resets=None, cu=None, scale=None, dtype=torch.float64, seed=0,
+    erase_scale=1.0, state=True, resets=None, cu=None, scale=None, lower_bound=None, dtype=torch.float64,
+    seed=0,
 ):  # fmt: skip
     """Keyword arguments of the op; the differentiable ones require gradients. cu: bounds as a list."""
     generator = torch.Generator().manual_seed(seed)
@@ -85,15 +86,19 @@ def make(
     if state:
         inputs["initial_state"] = randn(B if cu is None else len(cu) - 1, HV, K, V)
     inputs = {name: value.to(dtype).requires_grad_() for name, value in inputs.items()}
-    return inputs | {
-        "scale": scale,
-        "use_qk_l2norm_in_kernel": l2norm,
-        "use_gate_in_kernel": gate,
-        "use_sigmoid_in_kernel": sigmoid,
-        "erase_scale": erase_scale,
-        "resets": None if resets is None else torch.as_tensor(resets, dtype=torch.bool).reshape(B, T),
-        "cu_seqlens": None if cu is None else torch.tensor(cu),
-    }
+    return (
+        inputs
+        | {
+            "scale": scale,
+            "use_qk_l2norm_in_kernel": l2norm,
+            "use_gate_in_kernel": gate,
+            "use_sigmoid_in_kernel": sigmoid,
+            "erase_scale": erase_scale,
+            "resets": None if resets is None else torch.as_tensor(resets, dtype=torch.bool).reshape(B, T),
+            "cu_seqlens": None if cu is None else torch.tensor(cu),
+        }
+        | ({} if lower_bound is None else {"lower_bound": lower_bound})
+    )
 
 
 def random_resets(B, T, seed=0, every=30):

@@ -56,7 +56,7 @@ def byte_tokenizer(path=BYTE_TOKENIZER_DIR):
 
 def dimensions(world):
     """ParallelDims of FSDP alone. Makes no mesh."""
-    rest = {"etp": 1} if IS_V02 else {"spmd_backend": "partial_dtensor"}
+    rest = {"etp": 1} if IS_V02 else {}
     return ParallelDims(dp_replicate=1, dp_shard=world, cp=1, tp=1, pp=1, ep=1, world_size=world, **rest)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 
 import torch
+from triton.runtime.interpreter import InterpreterBuilder
 
 from gdn2_titan.ops.gdn2 import chunked
 from gdn2_titan.ops.triton import launching
@@ -28,15 +29,30 @@ def narrow(candidates):
     return {name: 16 if name.startswith("B") else x for name, x in candidates[0].items()}
 
 
+def _watch_reads(monkeypatch, bounds):
+    """Make the interpreter fail where a kernel reads an address that is in none of ``bounds``, [(first, end)]."""
+    load = InterpreterBuilder.create_masked_load
+
+    def watched(self, ptrs, mask, *rest):
+        addresses = ptrs.data[mask.data.astype(bool)].astype("int64")
+        inside = sum((first <= addresses) & (addresses < end) for first, end in bounds)
+        assert addresses.size == 0 or inside.all(), "a kernel reads outside its tensors"
+        return load(self, ptrs, mask, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", watched)
+
+
 def fenced(monkeypatch):
-    """Put each tensor of a launch inside a larger one, and fail if a kernel writes outside. Reads outside would show
-    in the values. Returns the names of the kernels launched, a set that fills."""
-    launch, launched = launching.launch, set()
+    """Put each tensor of a launch inside a larger one, and fail if a kernel writes outside, or, interpreted, reads
+    there. Returns the names of the kernels launched, a set that fills."""
+    launch, launched, bounds = launching.launch, set(), []
+    _watch_reads(monkeypatch, bounds)
 
     def start(kernel, grid, candidates, args, constants):
         given = {name: x for name, x in args.items() if isinstance(x, torch.Tensor)}
         buffers = {name: x.new_full((FENCE + x.numel() + FENCE,), MARK) for name, x in given.items()}
         inner = {name: buffers[name][FENCE:-FENCE].view(x.shape).copy_(x) for name, x in given.items()}
+        bounds[:] = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in inner.values()]
         launch(kernel, grid, candidates, args | inner, constants)
         for name, x in given.items():
             for edge in (buffers[name][:FENCE], buffers[name][-FENCE:]):

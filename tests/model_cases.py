@@ -20,11 +20,16 @@ GATES = {
     "scalar write": dict(write_gate="scalar"),
     "scalar decay": dict(decay="scalar"),
     "Gated DeltaNet": dict(tied_gates=True, decay="scalar"),
+    "DeltaNet": dict(tied_gates=True, decay="none"),
     "grouped, wide values": dict(num_v_heads=4, expand_v=2.0),
     "tied, grouped": dict(num_v_heads=4, tied_gates=True),
     "negative eigenvalues": dict(allow_neg_eigval=True),
     "sigmoid output gate": dict(output_gate="sigmoid"),
     "conv of 2": dict(conv_size=2),
+    "mean erase, ranks of 3 and 5": dict(erase_gate="mean", allow_neg_eigval=True, decay_rank=3, gate_rank=5),
+    "mean write, full ranks": dict(write_gate="mean", num_v_heads=4, decay_rank=None, gate_rank="full"),
+    "bounded decay": dict(lower_bound=-5.0),
+    "bounded scalar decay": dict(lower_bound=-0.5, decay="scalar"),
 }
 gate_structures = pytest.mark.parametrize("structure", GATES)
 
@@ -51,7 +56,7 @@ def layer(seed=0, dtype=torch.float64, **options):
     built = GatedDeltaNet2(32, 2, 8, **options)
     built.init_weights()
     for p in built.parameters():
-        if p.ndim == 2 and p is not built.decay.dt_bias:
+        if p.ndim == 2 and p is not getattr(built.decay, "dt_bias", None):
             torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5)
     torch.nn.init.normal_(built.gate_proj.bias)
     torch.nn.init.uniform_(built.o_norm.weight, 0.5, 1.5)
@@ -85,25 +90,44 @@ def by_hand(built, x, resets=None, options=None):
     q = q / torch.sqrt(q.square().sum(-1, keepdim=True) + 1e-6)
     k = k / torch.sqrt(k.square().sum(-1, keepdim=True) + 1e-6)
 
-    if options.get("decay") == "scalar":
-        raw = (x @ built.decay_proj.weight.T).reshape(B, T, H, 1)
-    else:
-        raw = (x @ built.decay_low_proj.weight.T @ built.decay_proj.weight.T).reshape(B, T, H, K)
-    # The layer computes with A_log and dt_bias in fp32 whatever its own dtype.
-    A_log, dt_bias = built.decay.A_log.float().to(x.dtype), built.decay.dt_bias.float().to(x.dtype)
-    g = -(A_log.exp()[:, None] * torch.log1p(torch.exp(raw + dt_bias))).expand(B, T, H, K)
+    def through(name, rank):
+        low = x
+        if rank is None:
+            assert getattr(built, f"{name}_low_proj") is None
+        else:
+            low = x @ getattr(built, f"{name}_low_proj").weight.T
+            assert low.shape[-1] == rank
+        return low @ getattr(built, f"{name}_proj").weight.T
+
+    def decays():
+        scalar = options.get("decay") == "scalar"
+        raw = through("decay", None if scalar else options.get("decay_rank", V)).reshape(B, T, H, 1 if scalar else K)
+        # The layer computes with A_log and dt_bias in fp32 whatever its own dtype.
+        A_log, dt_bias = built.decay.A_log.float().to(x.dtype), built.decay.dt_bias.float().to(x.dtype)
+        if options.get("lower_bound") is None:
+            return -(A_log.exp()[:, None] * torch.log1p(torch.exp(raw + dt_bias))).expand(B, T, H, K)
+        return (options["lower_bound"] / (1 + torch.exp(-A_log.exp()[:, None] * (raw + dt_bias)))).expand(B, T, H, K)
+
+    g = torch.zeros_like(k) if options.get("decay") == "none" else decays()
 
     erase = torch.sigmoid(x @ built.erase_proj.weight.T)
     if options.get("tied_gates"):
         write = erase.reshape(B, T, H, 1, 1).expand(B, T, H, HV // H, V).reshape(B, T, HV, V)
     else:
-        write = torch.sigmoid(x @ built.write_proj.weight.T).reshape(B, T, HV, -1).expand(B, T, HV, V)
-    erase = (2 if options.get("allow_neg_eigval") else 1) * erase.reshape(B, T, H, -1).expand(B, T, H, K)
+        write = torch.sigmoid(x @ built.write_proj.weight.T).reshape(B, T, HV, -1)
+        if options.get("write_gate") == "mean":
+            write = write.sum(-1, keepdim=True) / V
+        write = write.expand(B, T, HV, V)
+    erase = erase.reshape(B, T, H, -1)
+    if options.get("erase_gate") == "mean":
+        erase = erase.sum(-1, keepdim=True) / K
+    erase = (2 if options.get("allow_neg_eigval") else 1) * erase.expand(B, T, H, K)
 
     o, _ = naive_recurrent_gdn2(q, k, v, g, erase, write, scale=K**-0.5, resets=resets)
     eps = options.get("norm_eps", 1e-5)
     o = o / torch.sqrt(o.square().mean(-1, keepdim=True) + eps) * built.o_norm.weight
-    gate = x @ built.gate_low_proj.weight.T @ built.gate_proj.weight.T + built.gate_proj.bias
+    gate_rank = options.get("gate_rank", V)
+    gate = through("gate", None if gate_rank == "full" else gate_rank) + built.gate_proj.bias
     gate = gate.reshape(B, T, HV, V)
     gate = torch.sigmoid(gate) * (1 if options.get("output_gate") == "sigmoid" else gate)
     return (o * gate).reshape(B, T, HV * V) @ built.o_proj.weight.T

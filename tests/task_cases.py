@@ -81,6 +81,95 @@ def read_selective_erase(tokens, s):
     return answers, sorted(last.items())
 
 
+def read_histories(tokens, s, command=None, width=1):
+    """Of tasks whose keys have histories: {key: [(what, symbol)]} in order, what being "value", "name" or "command",
+    and [(position, question symbols)]. A key has a value after it, a command or a name a key; all else asks."""
+    keys, values = range(1, s.keys + 1), range(s.keys + 1, s.keys + s.values + 1)
+    histories, questions, i = {}, [], 0
+    while i < len(tokens):
+        token, following = tokens[i], tokens[i + 1] if i + 1 < len(tokens) else 0
+        if token == 0:
+            i += 1
+        elif not questions and token in keys and following in values:
+            histories.setdefault(token, []).append(("value", following))
+            i += 2
+        elif not questions and width == 1 and token not in keys and following in keys and command in (token, None):
+            histories.setdefault(following, []).append(("command" if command else "name", token))
+            i += 2
+        else:
+            questions.append((i + width - 1, tokens[i : i + width]))
+            i += width
+    asked = [question[-1] for _, question in questions]
+    assert len(set(asked)) == len(asked) == len(histories) in s.pairs
+    return histories, questions
+
+
+def _answers(histories, questions, right):
+    return {i: right[question[-1]] for i, question in questions}, sorted(right.items())
+
+
+def _values(events, writes):
+    values = [symbol for what, symbol in events if what == "value"]
+    assert len(set(values)) == writes, "a key is written so many times, each time with another value"
+    return values
+
+
+def read_stale(tokens, s):
+    histories, questions = read_histories(tokens, s)
+    right = {}
+    for key, events in histories.items():
+        values = _values(events, s.writes)
+        # What is new when it is said; all that comes after the last of these is old.
+        right[key] = max(set(values), key=values.index)
+        assert values.index(right[key]) == s.writes - 1 and len(values) - s.writes in (1, 2)
+    return _answers(histories, questions, right)
+
+
+def read_rejected(tokens, s):
+    histories, questions = read_histories(tokens, s, s.keys + s.values + 1)
+    right = {}
+    for key, events in histories.items():
+        standing = []
+        for what, symbol in events:
+            if what == "value":
+                standing.append(symbol)
+            else:
+                standing.pop()
+        assert len(_values(events, s.writes)) == s.writes > len(standing)
+        right[key] = standing[-1]
+    return _answers(histories, questions, right)
+
+
+def read_locked(tokens, s):
+    histories, questions = read_histories(tokens, s, s.keys + s.values + 1)
+    right = {}
+    for key, events in histories.items():
+        assert len(_values(events, s.writes)) == s.writes == len(events) - 1
+        lock = [what for what, _ in events].index("command")
+        assert 0 < lock < len(events) - 1
+        right[key] = events[lock - 1][1]
+    return _answers(histories, questions, right)
+
+
+def read_version(tokens, s):
+    histories, questions = read_histories(tokens, s, width=2)
+    numbers = {key: number - s.keys - s.values for _, (number, key) in questions}
+    assert all(1 <= number < s.writes for number in numbers.values())
+    right = {key: _values(events, s.writes)[numbers[key] - 1] for key, events in histories.items()}
+    return _answers(histories, questions, right)
+
+
+def read_alias(tokens, s):
+    histories, questions = read_histories(tokens, s)
+    named, right = {}, {}
+    for key, events in histories.items():
+        [name] = [symbol for what, symbol in events if what == "name"]
+        [right[key]] = [symbol for what, symbol in events if what == "value"]
+        assert s.keys + s.values < name <= 2 * s.keys + s.values and name not in named
+        named[name] = right[key]
+    return {i: named[name] for i, [name] in questions}, sorted(right.items())
+
+
 def read_parity(tokens, s):
     assert tokens[0] == 2 and set(tokens[1:]) <= {0, 1}
     return {i: tokens[1 : i + 1].count(1) % 2 for i in range(1, len(tokens))}, tokens[1:]
@@ -126,5 +215,6 @@ def read_needle(tokens, s):
 
 READERS = {
     "mqar": read_mqar, "overwrite": read_overwrite, "selective_erase": read_selective_erase, "parity": read_parity,
+    "stale": read_stale, "rejected": read_rejected, "locked": read_locked, "version": read_version, "alias": read_alias,
     "permutations": read_permutations, "copying": read_copying, "needle": read_needle,
 }  # fmt: skip

@@ -22,7 +22,8 @@ NO_NUMBER = (0, 0.0, -1.0, NAN, math.inf, "1e-5", True, None)
 NO_FLAG = ("yes", "false", 0, 1, None, 1.0)
 NO_NAME = ("chanel", "", "Channel", None, True, 1, ["channel"])
 WHOLE, POSITIVE = "it must be a whole number of at least 1", "it must be a finite number greater than 0"
-STRUCTURE, FLAG = "it must be 'channel' or 'scalar'", "it must be true or false"
+STRUCTURE, FLAG = "it must be 'channel', 'scalar' or 'none'", "it must be true or false"
+GATE, RANK = "it must be 'channel', 'scalar' or 'mean'", "it must be a whole number of at least 1, 'head' or 'full'"
 
 # Of the layer and of a model's arguments: field, values, what is allowed.
 SHARED = [
@@ -34,14 +35,22 @@ SHARED = [
     ("expand_v", NO_NUMBER, POSITIVE),
     ("expand_v", [1.3, 0.05, 1 / 3], "times head_dim = 8 it must be a whole number of at least 1"),
     ("conv_size", (0, 1, 5, -4, 3.0, "4", True, NAN, None), "it must be 2, 3 or 4"),
-    ("erase_gate", NO_NAME, STRUCTURE),
-    ("write_gate", NO_NAME, STRUCTURE),
+    ("erase_gate", NO_NAME, GATE),
+    ("write_gate", NO_NAME, GATE),
     ("decay", NO_NAME, STRUCTURE),
     ("output_gate", ("slu", "SiLU", "swish", None, True), "it must be 'silu' or 'sigmoid'"),
-    ("backend", ("tritn", "cuda", None, True), "it must be 'auto', 'triton', 'torch' or 'reference'"),
+    (
+        "backend",
+        ("tritn", "cuda", None, True),
+        "it must be 'auto', 'triton', 'torch', 'reference' or 'batch_invariant'",
+    ),
     ("tied_gates", NO_FLAG, FLAG),
     ("allow_neg_eigval", NO_FLAG, FLAG),
+    ("content_gate", NO_FLAG, FLAG),
     ("norm_eps", NO_NUMBER, POSITIVE),
+    ("lower_bound", (0, 0.0, 5.0, NAN, -math.inf, "-5", True), "it must be a finite number less than 0"),
+    ("decay_rank", (0, -1, 2.5, "half", True), RANK),
+    ("gate_rank", (0, -1, 2.5, "half", True), RANK),
 ]
 OF_A_MODEL = [
     ("vocab_size", NO_COUNT, WHOLE),
@@ -50,6 +59,7 @@ OF_A_MODEL = [
     ("attn_heads", NO_COUNT, WHOLE),
     ("attn_kv_heads", [value for value in NO_COUNT if value is not None], WHOLE),
     ("window", NO_COUNT, WHOLE),
+    ("init", ("theirs", "Release", None, True), "it must be 'ours' or 'release'"),
     ("init_std", NO_NUMBER, POSITIVE),
     ("mixer_gain", NO_NUMBER, POSITIVE),
     ("dt_min", NO_NUMBER, POSITIVE),

@@ -119,7 +119,7 @@ def test_triton_insists(reason, gpu, monkeypatch):
     with pytest.raises(ValueError) as error:
         built(x)
     if reason != "head size":  # a convolution has no heads: it is served, and the op is not
-        assert "x " in str(error.value) or "weight " in str(error.value)
+        assert "q " in str(error.value) or "weight " in str(error.value)
     assert said in str(error.value) and str(error.value).endswith("use backend='torch'")
 
 
@@ -273,5 +273,5 @@ def test_where_triton_cannot_be_imported_a_model_trains_all_the_same():
     assert run.returncode == 0, run.stderr[-2000:]
     (automatic, plain, refused), lines = json.loads(run.stdout.splitlines()[-1])
     assert automatic == plain
-    assert refused == "backend is 'triton' and x is on cpu; the package triton must be installed, use backend='torch'"
+    assert refused == "backend is 'triton' and q is on cpu; the package triton must be installed, use backend='torch'"
     assert len(lines) == 1 and "the package triton must be installed" in lines[0]

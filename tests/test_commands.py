@@ -23,7 +23,10 @@ def command(*arguments):
 PARSED = [
     "generate --help", "generate --nothing", "generate --model nowhere --prompt x", "convert --help",
     "convert to-hf --help", "convert from-hf --help", "convert to-torch --help", "convert from-fla --help",
-    "convert to-fla --help", "convert from-nvlabs --help", "convert to-hf nowhere out", "study --help",
+    "convert to-fla --help", "convert from-nvlabs --help", "convert to-nvlabs --help",
+    "convert from-megatron --help",
+    "convert to-hf nowhere out", "study --help",
+    "evaluate --help", "evaluate --model nowhere --tasks paper", "evaluate --model . --tasks s-niah-2",
     "study gates --help", "study recall --help", "study gates --model nowhere --text x",
 ]  # fmt: skip
 

@@ -80,6 +80,7 @@ def test_as_it_comes_validation_in_other_shapes_costs_each_kind_one_more_graph_t
     assert counts == [2, 4, 4, 4, 4]
 
 
+@pytest.mark.slow
 def test_more_graphs_than_the_compilers_limit_for_one_function_are_no_error():
     # All kinds of blocks are one function to the compiler, and beyond its limit it would refuse to go on.
     model, counter = build(*KINDS), CompileCounterWithBackend("eager")

@@ -45,6 +45,7 @@ def test_one_failure_shows_in_the_row_of_its_feature(tmp_path):
         ("hsdp2-cp2", {"HSDP", "context parallelism, head-tail"}),
         ("cp2-contiguous", {"context parallelism, one segment a rank"}),
         ("tp2-pp2", {"tensor and sequence parallelism", "pipeline parallelism (1F1B, interleaved)"}),
+        ("hsdp2x2-partial_dtensor", {"HSDP; backend partial_dtensor"}),
     ],
 )
 def test_a_layout_stands_in_the_rows_of_all_that_it_combines(name, rows):

@@ -99,6 +99,7 @@ def cases(size):
     yield "a batch of three, grouped heads", dict(B=3, T=T, H=2, groups=2, K=5, V=3), True, both
     yield "no state, none asked for", dict(B=2, T=T, H=2, K=8, V=4, state=False), False, ("o",)
     yield "raw gates", dict(B=2, T=T, H=2, K=8, V=8, **RAW), True, both
+    yield "bounded gates", dict(B=1, T=T, H=2, K=8, V=8, lower_bound=-0.5, **RAW), True, both
     yield "no decay at all", dict(B=1, T=T, H=1, K=8, V=8, decay="none"), True, both
     yield "mixed decays", dict(B=1, T=T, H=2, K=8, V=8, decay="mixed"), True, both
     yield "spikes of -inf", dict(B=2, T=T, H=2, K=8, V=8, decay="spikes of -inf"), True, both
@@ -168,7 +169,7 @@ def _compare_bf16(rank):
 @pytest.mark.parametrize(
     ("backend", "ways"),
     [
-        ("aot_eager", [("head_tail", "gather")]),
+        pytest.param("aot_eager", [("head_tail", "gather")], marks=pytest.mark.slow),
         pytest.param("aot_eager", [("contiguous", "scan")], marks=pytest.mark.slow),
         pytest.param("inductor", [("head_tail", "gather"), ("contiguous", "scan")], marks=pytest.mark.slow),
     ],

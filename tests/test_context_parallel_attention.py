@@ -154,5 +154,6 @@ def _flex(rank):
         torch.testing.assert_close(got, part(whole, shards), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_through_flex_attention_outputs_are_those_of_one_process(tmp_path):
     run(_flex, 2, tmp_path / "store")

@@ -101,7 +101,7 @@ def _losses(rank, compiled):
                     )
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
 def test_a_rank_whose_loss_reads_only_the_state_or_nothing_of_o_leaves_no_other_waiting(compiled, tmp_path):
     run_processes(_losses, 2, tmp_path / "store", compiled)
 

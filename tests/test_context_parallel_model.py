@@ -78,8 +78,9 @@ def _equals_one_process(rank, world):
     variants = {
         "window shorter than a segment": {},
         "window longer than a segment": {"window": 30},
-        "scalar gates": {"erase_gate": "scalar", "write_gate": "scalar", "decay": "scalar", "conv_size": 2},
-        "tied gates": {"tied_gates": True, "allow_neg_eigval": True, "attn_kv_heads": None},
+        "scalar and mean gates": {"erase_gate": "mean", "write_gate": "scalar", "decay": "scalar", "conv_size": 2},
+        "tied gates": {"tied_gates": True, "allow_neg_eigval": True, "attn_kv_heads": None, "lower_bound": -5.0},
+        "no decay": {"tied_gates": True, "decay": "none"},
     }
     for changes, layout in itertools.product(variants.values(), LAYOUTS):
         args = dataclasses.replace(ARGS, **changes)

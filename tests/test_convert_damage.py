@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gdn2_titan.convert import atomic, commands, dcp, safetensors_files, tokenizer
+from gdn2_titan.convert import atomic, commands, dcp_writer, safetensors_files, tokenizer
 from tests.convert_cases import HYBRID, convert, hashes, load_safetensors, save_step, weights
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -88,6 +88,14 @@ def test_metadata_that_names_a_file_elsewhere(tmp_path, capsys, step):
         info.relative_path = "../step-7/__0_0.distcp"
     (step / ".metadata").write_bytes(pickle.dumps(metadata))
     assert_refused(capsys, step, tmp_path / "out", "outside of the checkpoint")
+
+
+def test_parts_that_the_writer_packed(tmp_path, capsys, step):
+    metadata = pickle.loads((step / ".metadata").read_bytes())
+    for info in metadata.storage_data.values():
+        info.transform_descriptors = ["stream.zstd"]
+    (step / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert_refused(capsys, step, tmp_path / "out", "packed by ['stream.zstd']")
 
 
 class Attack:
@@ -237,7 +245,7 @@ def test_a_disk_that_fills_up_while_writing(tmp_path, capsys, monkeypatch, step,
     def opened(path, mode="r", **options):
         return FullDisk(path, mode) if mode == "wb" else open(path, mode, **options)
 
-    for module in (safetensors_files, dcp, commands):
+    for module in (safetensors_files, dcp_writer, commands):
         monkeypatch.setattr(module, "open", opened, raising=False)
     monkeypatch.setattr(FullDisk, "room", 60_000)
     source = folder if command == "from-hf" else step

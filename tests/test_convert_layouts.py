@@ -1,5 +1,4 @@
-"""The layouts of flash-linear-attention and of the authors' trainer, against checkpoints made by hand from their key
-names and shapes."""
+"""The layout of flash-linear-attention, against checkpoints made by hand from its key names and shapes."""
 
 import dataclasses
 import json
@@ -8,11 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gdn2_titan.convert.errors import ConvertError
 from gdn2_titan.convert.fla import config_for_fla, from_fla_mapping, to_fla_mapping
-from gdn2_titan.convert.mapping import Renamed, check_fits, from_hf_name, tensors_of
-from gdn2_titan.convert.nvlabs import from_nvlabs_mapping
-from gdn2_titan.models import GDN2Model, GDN2ModelArgs, flavors
+from gdn2_titan.convert.mapping import Renamed, check_fits, from_hf_name
+from gdn2_titan.models import GDN2Model, flavors
 from tests.convert_cases import HYBRID, assert_equal, convert, load_safetensors, save_step, weights
 
 FLA = dataclasses.replace(HYBRID, output_gate="sigmoid", expand_v=2.0)
@@ -101,6 +98,29 @@ def test_an_fla_checkpoint_comes_in_and_out_bit_for_bit(tmp_path, capsys):
     assert {k: again[k] for k in FLA_CONFIG if k != "model_type"} == {k: v for k, v in FLA_CONFIG.items() if k in again}
 
 
+def test_a_bounded_decay_comes_in_and_out_of_fla_without_A_log_too(tmp_path, capsys):
+    theirs = fla_checkpoint(FLA)
+    A_log = theirs.pop("model.layers.0.attn.A_log")
+    folder = fla_folder(tmp_path / "fla", theirs, lower_bound=-5, safe_gate=True)
+    assert convert(capsys, "from-fla", folder, tmp_path / "hf", "--dtype", "bfloat16") == (0, "")
+    found, config = ours(tmp_path / "hf"), json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["lower_bound"] == -5.0 and found["layers.0.mixer.decay.A_log"].dtype == torch.float32
+    assert torch.equal(found["layers.0.mixer.decay.A_log"], torch.zeros_like(A_log))
+    assert torch.equal(found["layers.0.mixer.decay.dt_bias"].flatten(), theirs["model.layers.0.attn.dt_bias"])
+    assert convert(capsys, "to-fla", tmp_path / "hf", tmp_path / "back") == (0, "")
+    again = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert again["lower_bound"] == -5.0 and again["safe_gate"] is True
+    back = load_safetensors(tmp_path / "back")
+    assert not back["model.layers.0.attn.A_log"].any() and back.keys() == {*theirs, "model.layers.0.attn.A_log"}
+
+
+def test_without_a_bound_an_fla_checkpoint_must_have_its_A_log(tmp_path, capsys):
+    theirs = fla_checkpoint(FLA)
+    del theirs["model.layers.0.attn.A_log"]
+    status, error = convert(capsys, "from-fla", fla_folder(tmp_path / "fla", theirs), tmp_path / "hf")
+    assert status == 1 and "'model.layers.0.attn.A_log'" in error
+
+
 def test_an_fla_checkpoint_loads_into_the_model(tmp_path, capsys):
     fla_folder(tmp_path / "fla", fla_checkpoint(FLA))
     assert convert(capsys, "from-fla", tmp_path / "fla", tmp_path / "hf") == (0, "")
@@ -117,6 +137,8 @@ def test_an_fla_checkpoint_loads_into_the_model(tmp_path, capsys):
         ({"hidden_act": "powlu"}, "hidden_act 'powlu'"),
         ({"attn": FLA_CONFIG["attn"] | {"qkv_bias": True}}, "qkv_bias True"),
         ({"head_dim": 0}, "head_dim is 0"),
+        ({"safe_gate": True}, "safe_gate True and no lower_bound"),
+        ({"lower_bound": 5.0}, "lower_bound is 5.0"),
         ({"attn": {"num_heads": 4}}, "damaged"),
         ({"attn": [FLA_CONFIG["attn"], FLA_CONFIG["attn"] | {"layers": [0], "window_size": 9}]}, "that differ"),
     ],
@@ -130,7 +152,14 @@ def test_what_an_fla_model_has_and_ours_does_not_is_refused(tmp_path, capsys, ch
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("output_gate", "silu"), ("erase_gate", "scalar"), ("write_gate", "scalar"), ("decay", "scalar")],
+    [
+        ("output_gate", "silu"),
+        ("erase_gate", "scalar"),
+        ("write_gate", "mean"),
+        ("decay", "scalar"),
+        ("decay_rank", None),
+        ("gate_rank", 3),
+    ],
 )
 def test_what_ours_has_and_flas_layer_does_not_is_refused(tmp_path, capsys, field, value):
     args = dataclasses.replace(FLA, **{field: value})
@@ -148,92 +177,3 @@ def test_the_papers_shapes_fit_flas_layout(flavor):
     back = Renamed(renamed, to_fla_mapping(args))
     assert {n: t.shape for n, t in back.tensors.items()} == {n: t.shape for n, t in source.tensors.items()}
     assert config_for_fla(args)["num_hidden_layers"] == 18
-
-
-def nvlabs_checkpoint(args, here, order, down="w3"):
-    """{name: tensor} in the authors' layout from ``here``, tensors by our names."""
-    up = {"w3": "w2", "w2": "w3"}[down]
-    theirs = {
-        "transformer.wte.weight": here["tok_embeddings.weight"],
-        "transformer.ln_f.weight": here["norm.weight"],
-        "lm_head.weight": here["lm_head.weight"],
-    }
-    mixer = {
-        "erase_proj.": "b_proj.", "write_proj.": "w_proj.", "decay_low_proj.": "f_proj.0.", "decay_proj.": "f_proj.1.",
-        "gate_low_proj.": "g_proj.0.", "gate_proj.": "g_proj.1.", "decay.": "",
-    }  # fmt: skip
-    size = args.hidden_size // args.attn_heads
-    for layer in range(args.n_layers):
-        prefix, block = f"layers.{layer}.", f"transformer.h.{layer}."
-        mine = {n.removeprefix(prefix): t for n, t in here.items() if n.startswith(prefix)}
-        theirs[block + "norm_1.weight"], theirs[block + "norm_2.weight"] = (
-            mine["mixer_norm.weight"], mine["mlp_norm.weight"],
-        )  # fmt: skip
-        for w, name in (("w1", "gate_proj"), (up, "up_proj"), (down, "down_proj")):
-            theirs[f"{block}mlp.{w}.weight"] = mine[f"mlp.{name}.weight"]
-        if args.mixer(layer) == "gdn2":
-            for name, tensor in mine.items():
-                if name.startswith("mixer."):
-                    name = name.removeprefix("mixer.")
-                    for a, b in mixer.items():
-                        name = b + name.removeprefix(a) if name.startswith(a) else name
-                    tensor = tensor[:, None] if "conv1d" in name else tensor.flatten() if name == "dt_bias" else tensor
-                    theirs[f"{block}attn.{name}"] = tensor
-            continue
-        q, k, v = (mine[f"mixer.{p}_proj.weight"] for p in "qkv")
-        groups = k.shape[0] // size
-        if order == "grouped":  # for each key head: its query heads, its key, its value
-            rows = []
-            for group in range(groups):
-                share = q.shape[0] // groups
-                rows.append(q[group * share : (group + 1) * share])
-                rows += [k[group * size : (group + 1) * size], v[group * size : (group + 1) * size]]
-        else:
-            rows = [q, k, v]
-        theirs[block + "attn.attn.weight"] = torch.cat(rows)
-        theirs[block + "attn.proj.weight"] = mine["mixer.o_proj.weight"]
-    return theirs
-
-
-DEBUG = flavors["debug_hybrid"]
-
-
-@pytest.mark.parametrize("order", ["grouped", "concatenated"])
-@pytest.mark.parametrize("down", ["w3", "w2"])
-def test_the_authors_layout_comes_in_bit_for_bit(tmp_path, capsys, order, down):
-    expected = weights(DEBUG)
-    path = tmp_path / "iter-000100-ckpt.pth"
-    torch.save({"model": nvlabs_checkpoint(DEBUG, expected, order, down)}, path)
-    flags = ("--flavor", "debug_hybrid", "--qkv-order", order)
-    assert convert(capsys, "from-nvlabs", path, tmp_path / "hf", *flags) == (0, "")
-    assert_equal(ours(tmp_path / "hf"), expected)
-
-
-@pytest.mark.parametrize("flavor", ["1.3B", "1.3B_hybrid"])
-def test_the_papers_shapes_fit_the_authors_layout(flavor):
-    args: GDN2ModelArgs = flavors[flavor]
-    theirs = nvlabs_checkpoint(args, dict(tensors_of(args)), "grouped")
-    source = type("Source", (), {"path": "nvlabs", "tensors": theirs})
-    check_fits(Renamed(source, from_nvlabs_mapping(args, source, "grouped")), args)
-
-
-def test_keys_whose_meaning_is_not_known_are_refused_by_name(tmp_path, capsys):
-    theirs = nvlabs_checkpoint(DEBUG, weights(DEBUG), "grouped")
-    theirs["transformer.h.0.attn.mystery.weight"] = torch.zeros(1)
-    torch.save(theirs, tmp_path / "ckpt.pth")
-    flags = ("from-nvlabs", tmp_path / "ckpt.pth", tmp_path / "hf", "--flavor", "debug_hybrid")
-    status, error = convert(capsys, *flags)
-    assert status == 1 and "--qkv-order" in error
-    status, error = convert(capsys, *flags, "--qkv-order", "grouped")
-    assert status == 1 and "'transformer.h.0.attn.mystery.weight'" in error
-    del theirs["transformer.h.0.attn.mystery.weight"], theirs["transformer.h.1.attn.proj.weight"]
-    torch.save(theirs, tmp_path / "ckpt.pth")
-    status, error = convert(capsys, *flags, "--qkv-order", "grouped")
-    assert status == 1 and "'transformer.h.1.attn.proj.weight'" in error and not (tmp_path / "hf").exists()
-
-
-def test_mlp_matrices_that_cannot_be_told_apart_are_refused():
-    args = dataclasses.replace(HYBRID, mlp_size=HYBRID.hidden_size)
-    source = type("Source", (), {"path": "nvlabs", "tensors": nvlabs_checkpoint(args, weights(args), "grouped")})
-    with pytest.raises(ConvertError, match="mlp_size equals hidden_size"):
-        from_nvlabs_mapping(args, source, "grouped")

@@ -7,10 +7,11 @@ import shutil
 import pytest
 from safetensors.torch import load_file
 
+from gdn2_titan import generate
 from gdn2_titan.convert.checkpoint_info import INFO_FILE, CheckpointInfo, find_info
 from gdn2_titan.convert.commands import from_hf, to_hf
 from gdn2_titan.convert.hf_folder import write_model_files
-from gdn2_titan.convert.mapping import to_hf_name
+from gdn2_titan.convert.mapping import from_hf_name, to_hf_name
 from gdn2_titan.convert.safetensors_files import write_safetensors
 from gdn2_titan.models import flavors
 from gdn2_titan.titan.checkpoint import GDN2StateDictAdapter, write_checkpoint_files
@@ -161,3 +162,23 @@ def test_torchtitan_saves_and_loads_hugging_face_folders(tmp_path):
     train(1, resumed, *still, f"--checkpoint.initial_load_path={tmp_path / 'dcp'}")
     to_hf(resumed / "checkpoint", tmp_path / "again")
     assert_equal(load_safetensors(tmp_path / "again"), expected)
+
+
+@pytest.mark.slow
+def test_depth_and_width_of_the_section_are_resumed_exported_converted_and_generated_from(tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    changes = [
+        "--gdn2.n_layers=3", "--gdn2.hidden_size=64", "--gdn2.mlp_size=80", "--checkpoint.enable",
+        "--checkpoint.interval=2", "--checkpoint.async_mode=disabled", "--training.dataset=stdlib",
+    ]  # fmt: skip
+    train(1, run, *SHORT, *changes, "--training.steps=2")
+    assert f"from {run / 'checkpoint' / 'step-2'}" in train(1, run, *SHORT, *changes, *HF, "--training.steps=4")
+    args = dataclasses.replace(flavors["debug_hybrid"], n_layers=3, hidden_size=64, mlp_size=80)
+    shapes = {name: tensor.shape for name, tensor in weights(args).items()}
+    for source, out in (("step-2", "a"), ("step-4", "b")):
+        assert convert(capsys, "to-hf", run / "checkpoint" / source, tmp_path / out) == (0, "")
+        found = load_safetensors(tmp_path / out)
+        assert {from_hf_name(name): tensor.shape for name, tensor in found.items()} == shapes
+        options = ["--model", str(tmp_path / out), "--prompt", "x", "--max-tokens", "2", "--greedy"]
+        assert generate.main(options) == 0

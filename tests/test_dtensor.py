@@ -9,7 +9,14 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.experimental import local_map
 
-from gdn2_titan.ops import causal_conv1d, chunk_gdn2, recurrent_gdn2, recurrent_gdn2_
+from gdn2_titan.ops import (
+    causal_conv1d,
+    causal_conv1d_qkv,
+    causal_conv1d_qkv_,
+    chunk_gdn2,
+    recurrent_gdn2,
+    recurrent_gdn2_,
+)  # fmt: skip
 from tests import conv_cases
 from tests.gdn2_cases import RAW, make
 from tests.processes import run
@@ -37,6 +44,8 @@ CASES = {
     "raw": (chunk_gdn2, make(B=2, T=5, groups=2, resets=RESETS, **RAW)),
     "flat dt_bias": (chunk_gdn2, make(B=2, T=5, groups=2, dt_bias="[H * K]", state=False, **RAW)),
     "no dt_bias": (chunk_gdn2, make(B=2, T=5, dt_bias=None, **RAW)),
+    "bounded gates": (chunk_gdn2, make(B=2, T=5, groups=2, lower_bound=-5.0, **RAW)),
+    "no A_log": (chunk_gdn2, make(B=2, T=5, groups=2, lower_bound=-5.0, **RAW) | {"A_log": None}),
     "segments": (functools.partial(chunk_gdn2, num_segments=3), make(B=2, T=6, groups=2, **RAW)),
     "recurrent": (recurrent_gdn2, make(B=2, T=5, groups=2, resets=RESETS, **RAW)),
     "conv": (conv, conv_cases.make(D=4, resets=RESETS)),
@@ -191,6 +200,8 @@ def _in_place(rank):
         with CommDebugMode() as communication:
             recurrent_gdn2_(**sharded, state=sharded_state)
         assert not communication.get_comm_counts()
+    with pytest.raises(ValueError, match="state_indices is given with DTensors; it must be None"):
+        recurrent_gdn2_(**sharded, state=sharded_state, state_indices=torch.arange(2))
 
 
 def check_in_place(mesh, function):
@@ -208,6 +219,48 @@ def check_in_place(mesh, function):
         assert_same(f"{way}, {layout}", {"o": sharded_o, "state": sharded_state}, {"o": o, "state": state})
 
 
+QKV_CHANNELS = (4, 4, 8)
+QKV_WAYS = {  # axes by the end of a name
+    "whole": {}, "batch": {"x": 0, "state": 0}, "heads": {"x": 2, "weight": 0, "state": 1},
+}  # fmt: skip
+
+
+def qkv(way=None, mesh=None):
+    """Arguments of causal_conv1d_qkv, as DTensors on a mesh."""
+    found = {}
+    for name, D in zip("qkv", QKV_CHANNELS, strict=True):
+        made = conv_cases.make(D=D, bias=False, seed=D)
+        for end, x in (("x", made["x"]), ("weight", made["weight"]), ("state", made["initial_state"])):
+            if mesh is not None:
+                placement = Shard(QKV_WAYS[way][end]) if end in QKV_WAYS[way] else Replicate()
+                x = distribute_tensor(x.detach(), mesh, [placement]).requires_grad_()
+            found[name if end == "x" else f"{name}_{end}"] = x
+    return found
+
+
+def _qkv(rank):
+    """Forward, backward and a step in place, sharded on batch or channels."""
+    mesh = init_device_mesh("cpu", (2,))
+
+    def outputs_and_gradients(inputs):
+        *ys, finals = causal_conv1d_qkv(**inputs, activation="silu", output_final_state=True)
+        outputs = [*ys, *finals]
+        grads = torch.autograd.grad(outputs, list(inputs.values()), [x.detach() for x in outputs])
+        with torch.no_grad():
+            states = {name: inputs[name].detach().clone() for name in ("q_state", "k_state", "v_state")}
+            stepped = causal_conv1d_qkv_(**inputs | states, activation="silu")
+        return [*outputs, *grads, *stepped, *states.values()]
+
+    want = outputs_and_gradients(qkv())
+    for way in QKV_WAYS:
+        sharded = qkv(way, mesh)
+        with CommDebugMode() as communication:
+            got = outputs_and_gradients(sharded)
+        assert not communication.get_comm_counts(), way
+        for number, (a, b) in enumerate(zip(got, want, strict=True)):
+            torch.testing.assert_close(a.full_tensor(), b, rtol=1e-12, atol=1e-12, msg=f"{way}, {number}")
+
+
 def _mixed(rank):
     mesh = init_device_mesh("cpu", (2,))
     inputs = make(B=2, T=5, **RAW)
@@ -223,7 +276,7 @@ def _all_of(rank, *functions):
 
 
 def test_on_batch_or_heads_it_is_one_process_without_communication_and_other_layouts_are_redistributed(tmp_path):
-    run(_all_of, 2, tmp_path / "store", _sharded, _redistributed, _indivisible, _in_place, _mixed)
+    run(_all_of, 2, tmp_path / "store", _sharded, _redistributed, _indivisible, _in_place, _qkv, _mixed)
 
 
 def _two_dimensions(rank):
@@ -308,5 +361,6 @@ def check_growing(mesh, compiled):
         assert_same(f"compiled, {T} tokens", got, evaluate(chunk_gdn2, inputs, seeds))
 
 
+@pytest.mark.slow
 def test_compiled_and_under_local_map_it_is_one_process(tmp_path):
     run(_compiled, 2, tmp_path / "store")

@@ -110,6 +110,7 @@ def test_the_operators_pass_opcheck(B, T):
     torch.library.opcheck(torch.ops.gdn2_titan.causal_conv1d, (x, weight, bias, True, state, None, None))
 
 
+@pytest.mark.slow
 def test_a_compiled_call_with_dynamic_shapes_takes_them_too():
     torch._dynamo.reset()
 

@@ -88,7 +88,7 @@ def test_llama3_with_gdn2_in_every_second_layer_learns(llama3):
     assert losses[-1] < losses[0] - 1
 
 
-@pytest.mark.parametrize("layout", ["FSDP2=2", "compiled, checkpointed by op", *slowly("TP=2")])
+@pytest.mark.parametrize("layout", ["FSDP2=2", *slowly("compiled, checkpointed by op", "TP=2")])
 def test_llama3_with_gdn2_has_the_losses_of_one_process(llama3, layout):
     begin, (losses, norms) = llama3
     processes, arguments = LAYOUTS[layout]
@@ -211,6 +211,7 @@ def test_the_forks_config_function_changes_what_it_says_and_no_more():
     assert mine.model_spec.flavor == ours.model_spec.flavor and mine.training.seq_len == ours.training.seq_len
 
 
+@pytest.mark.slow
 def test_the_op_trains_alone_compiled_without_a_graph_break_and_with_torch_only():
     others = ["torchtitan", "torchao", "transformers", "datasets", "tokenizers", "triton"]
     program = f"""

@@ -1,36 +1,34 @@
 """``python -m gdn2_titan.generate``: what it prints, from which folders, and what it says to wrong input."""
 
+import argparse
 import dataclasses
+import io
 import re
 import shutil
+import subprocess
 import sys
 
 import pytest
 import torch
 
 from gdn2_titan import generate
-from gdn2_titan.convert.__main__ import main as convert
-from gdn2_titan.convert.hf import GDN2Decoder
 from gdn2_titan.models import GDN2Model
-from tests.convert_cases import HYBRID, TOKENIZER, assert_one_sentence, save_step
-from tests.model_cases import sharpened
+from gdn2_titan.models.decoding import Decoding
+from tests.convert_cases import HYBRID, JOB, assert_one_sentence, hybrid, save_run, save_step
 
 BOS, EOS, SPACE = 256, 257, 32
-JOB = {"model": {"hf_assets_path": str(TOKENIZER)}}
 
 
 @pytest.fixture(scope="module")
 def decoder():
-    torch.manual_seed(0)
-    return sharpened(GDN2Model(HYBRID)).eval()
+    return hybrid()
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, decoder):
     """The folder of a run's checkpoints, whose latest is the decoder's, with a Hugging Face folder of it beside."""
     folder = tmp_path_factory.mktemp("run")
-    save_step(folder / "checkpoint" / "step-7", decoder.state_dict(), HYBRID, JOB)
-    assert convert(["to-hf", str(folder / "checkpoint"), str(folder / "hf")]) == 0
+    save_run(folder, decoder)
     return folder
 
 
@@ -79,13 +77,13 @@ def test_every_kind_of_folder_gives_the_greedy_text_of_the_decoder(kind, run, de
 
 def test_a_long_prompt_is_read_in_pieces_and_gives_the_same_text(run, decoder, capsys, monkeypatch):
     monkeypatch.setattr(generate, "PIECE", 10)
-    lengths, forward = [], GDN2Decoder.forward
+    lengths, forward = [], Decoding.__call__
 
-    def counted(self, **kwargs):
-        lengths.append(kwargs["input_ids"].shape[1])
-        return forward(self, **kwargs)
+    def counted(self, tokens):
+        lengths.append(tokens.shape[1])
+        return forward(self, tokens)
 
-    monkeypatch.setattr(GDN2Decoder, "forward", counted)
+    monkeypatch.setattr(Decoding, "__call__", counted)
     text, _ = said(capsys, "--model", run / "hf", "--prompt", "x" * 36, "--greedy", "--max-tokens", 5)
     assert lengths == [10, 10, 10, 7, 1, 1, 1, 1]
     assert text == greedy(decoder, "x" * 36, 5) + "\n"
@@ -108,7 +106,7 @@ def test_the_text_ends_where_the_model_ends_the_document(tmp_path, capsys):
 
 def test_text_is_printed_as_it_comes(tmp_path, monkeypatch):
     save_step(tmp_path / "checkpoint" / "step-1", constant(SPACE).state_dict(), HYBRID, JOB)
-    calls, printed, forward = [], [], GDN2Decoder.forward
+    calls, printed, forward = [], [], Decoding.__call__
 
     class Terminal:
         def write(self, text):
@@ -117,11 +115,11 @@ def test_text_is_printed_as_it_comes(tmp_path, monkeypatch):
         def flush(self):
             pass
 
-    def counted(*args, **kwargs):
+    def counted(*args):
         calls.append(1)
-        return forward(*args, **kwargs)
+        return forward(*args)
 
-    monkeypatch.setattr(GDN2Decoder, "forward", counted)
+    monkeypatch.setattr(Decoding, "__call__", counted)
     monkeypatch.setattr(sys, "stdout", Terminal())
     arguments = ["--model", str(tmp_path / "checkpoint"), "--prompt", "x", "--greedy", "--max-tokens", "6"]
     assert generate.main(arguments) == 0
@@ -129,16 +127,76 @@ def test_text_is_printed_as_it_comes(tmp_path, monkeypatch):
 
 
 def test_decays_stay_in_fp32_where_the_rest_is_bf16(run, monkeypatch, capsys):
-    dtypes, forward = {}, GDN2Decoder.forward
+    dtypes, begin = {}, Decoding.__init__
 
-    def seen(self, *args, **kwargs):
-        dtypes.update({name: p.dtype for name, p in self.named_parameters()})
-        return forward(self, *args, **kwargs)
+    def seen(self, model):
+        dtypes.update({name: p.dtype for name, p in model.named_parameters()})
+        begin(self, model)
 
-    monkeypatch.setattr(GDN2Decoder, "forward", seen)
+    monkeypatch.setattr(Decoding, "__init__", seen)
     said(capsys, "--model", run / "hf", "--prompt", "x", "--dtype", "bfloat16", "--max-tokens", 2)
     for name, dtype in dtypes.items():
         assert dtype == (torch.float32 if name.endswith(("A_log", "dt_bias")) else torch.bfloat16), name
+
+
+def test_a_text_ends_before_the_first_string_that_stops_it(run, decoder, capsys):
+    whole = greedy(decoder, PROMPT, 40)
+    first, second = whole[12:15], whole[20:22]
+    stop = min(whole.index(first), whole.index(second))
+    text, report = said(capsys, "--model", run / "hf", "--prompt", PROMPT, "--greedy", "--max-tokens", 40,
+                        "--stop", second, "--stop", first)  # fmt: skip
+    assert text == whole[:stop] + "\n" and int(report.split()[0]) < 40
+    text, _ = said(
+        capsys, "--model", run / "hf", "--prompt", PROMPT, "--greedy", "--max-tokens", 40, "--stop", "no such"
+    )
+    assert text == whole + "\n"
+
+
+def test_a_prompt_comes_from_stdin_or_a_file_as_it_is(run, decoder, tmp_path, capsys, monkeypatch):
+    text, options = f"{PROMPT}é\n", ("--model", run / "hf", "--greedy", "--max-tokens", 4)
+    (tmp_path / "prompt.txt").write_text(text, encoding="utf-8")
+    assert said(capsys, *options, "--prompt-file", tmp_path / "prompt.txt")[0] == greedy(decoder, text, 4) + "\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    assert said(capsys, *options, "--prompt", "-")[0] == greedy(decoder, text, 4) + "\n"
+
+
+def test_samples_differ_and_the_first_is_the_one_that_a_seed_gives_alone(run, capsys):
+    options = ("--model", run / "hf", "--prompt", PROMPT, "--seed", 3, "--max-tokens", 20)
+    alone, _ = said(capsys, *options)
+    text, report = said(capsys, *options, "--num-samples", 3)
+    _, *samples = re.split(r"--- \d of 3 ---\n", text)
+    assert len(set(samples)) == 3 and samples[0] == alone
+    assert report.startswith("60 tokens in ") and "prompt of 15 tokens" in report
+
+
+def test_top_p_and_top_k_keep_the_likeliest(monkeypatch):
+    logits = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()
+
+    def kept(*options):
+        parsed = generate._parser().parse_args(["--model", "x", "--prompt", "x", "--seed", "0", *options])
+        choose = generate._choice(argparse.Namespace(**vars(parsed) | {"device": "cpu"}))
+        return {choose(logits).item() for _ in range(200)}
+
+    assert kept() == {0, 1, 2, 3}
+    assert kept("--top-k", "2") == {2, 3} == kept("--top-p", "0.6")
+    assert kept("--top-p", "0.4") == {3} and kept("--top-p", "0.41") == {2, 3}
+
+
+SLOW = {
+    "datasets", "sympy", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.tensor", "torchtitan",
+    "transformers",
+}  # fmt: skip
+
+
+def test_generating_takes_no_module_that_imports_for_half_a_second(run):
+    code = (
+        "import sys; from gdn2_titan import generate\n"
+        f"for folder in ({str(run / 'hf')!r}, {str(run / 'checkpoint')!r}):\n"
+        "    generate.main(['--model', folder, '--prompt', 'x', '--max-tokens', '2'])\n"
+        f"sys.exit(str({SLOW} & {{*sys.modules}}))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert ended.stderr.strip().splitlines()[-1] == "set()"
 
 
 WRONG = {
@@ -154,6 +212,11 @@ WRONG = {
     "--model HF --top-p 1.5": r"argument --top-p: is '1.5'; it must be a number greater than 0 and at most 1",
     "--model HF --top-k x": r"argument --top-k: is 'x'; it must be a whole number of at least 1",
     "--model HF --max-tokens 0": r"argument --max-tokens: is '0'; it must be a whole number of at least 1",
+    "--model HF --greedy --num-samples 2": r"--num-samples is 2; with --greedy, .* it must be 1",
+    "--model HF --num-samples 0": r"argument --num-samples: is '0'; it must be a whole number of at least 1",
+    "--model HF --stop=": r"argument --stop: is ''; it must be at least one character",
+    "--model HF --prompt-file nowhere": r"--prompt-file nowhere cannot be read: No such file or directory",
+    "--model HF --prompt-file WEIGHTS": r"--prompt-file \S+ is not UTF-8 at byte \d+; it must be text in UTF-8",
     "--model HF --seed -1": r"argument --seed: is '-1'; it must be a whole number from 0 to 2\^63 - 1",
 }
 
@@ -166,7 +229,9 @@ def test_wrong_input_is_answered_by_one_sentence(line, run, decoder, tmp_path, c
     weights = (tmp_path / "cut" / "model.safetensors").read_bytes()
     (tmp_path / "cut" / "model.safetensors").write_bytes(weights[:-100])
     places = {"HF": run / "hf", "EMPTY": tmp_path / "empty", "NONE": tmp_path / "none", "CUT": tmp_path / "cut"}
-    arguments = [*(places.get(word, word) for word in line.split()), "--prompt", "x"]
+    places["WEIGHTS"] = run / "hf" / "model.safetensors"
+    arguments = [places.get(word, word) for word in line.split()]
+    arguments += [] if "--prompt-file" in line else ["--prompt", "x"]
     assert_one_sentence(capsys, generate.main, arguments, WRONG[line])
 
 

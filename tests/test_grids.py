@@ -44,16 +44,17 @@ def run_gdn2(B, T, H, HV, cu_seqlens=None):
         chunk.segment_forward(inputs._replace(initial_state=None), OPTIONS)
 
 
-def run_conv(B, T, D, cu_seqlens=None):
+def run_conv(B, T, D, cu_seqlens=None, count=1):
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
     x, weight, bias, state = (torch.empty(shape, device=META) for shape in ((B, T, D), (D, 4), (D,), (N, D, 3)))
-    inputs = ConvInputs(x, weight, bias, True, state, cu_seqlens, None)
-    y, final_state = causal_conv1d.forward(inputs)
-    causal_conv1d.backward(y, final_state, inputs)
+    parts = [ConvInputs(x, weight, bias, True, state, cu_seqlens, None)] * count
+    ys, final_states = zip(*causal_conv1d.forward(parts), strict=True)
+    causal_conv1d.backward(ys, final_states, parts)
+    causal_conv1d.update(parts, None)
 
 
 GDN2 = {"prepare_kernel", "scan_kernel", "reverse_kernel", "gradient_kernel", "recurrent_kernel"}
-CONV = {f"causal_conv1d_{name}_kernel" for name in ("forward", "backward", "sum")}
+CONV = {f"causal_conv1d_{name}_kernel" for name in ("forward", "backward", "sum", "update")}
 CASES = {
     "65,600 sequences times heads": (lambda: run_gdn2(4100, 64, 16, 16), GDN2 | {"segment_kernel"}),
     "65,600 by grouped value heads": (lambda: run_gdn2(2050, 1, 4, 32), GDN2 | {"segment_kernel"}),
@@ -62,6 +63,7 @@ CASES = {
     "16M tokens": (lambda: run_gdn2(1, 1 << 24, 16, 16), GDN2 | {"segment_kernel"}),
     "16M tokens through convolutions": (lambda: run_conv(1, 1 << 24, 8192), CONV),
     "4M channels": (lambda: run_conv(1, 64, 1 << 22), CONV),
+    "4M channels of q, k and v each": (lambda: run_conv(1, 64, 1 << 22, count=3), CONV),
     "70,000 packed documents": (lambda: run_conv(1, 140_000, 4096, packed([2] * 70_000)), CONV),
 }
 

@@ -67,14 +67,19 @@ def trainer(model, folder, **options):
     return Trainer(model=model, args=arguments, train_dataset=rows)
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_the_trainer_decays_neither_decays_nor_norms_nor_biases_and_all_else(dtype, tmp_path):
-    model = GDN2ForCausalLM(config()).to(dtype)
+OTHERS = dict(layer_pattern=("mamba2", "mamba3"), mamba_heads=4, mamba_head_dim=6, mamba_state=8, mamba_rank=2)
+
+
+@pytest.mark.parametrize(
+    "dtype, changes", [(FP32, {"content_gate": True}), (BF16, {}), (FP32, OTHERS)], ids=["content", "BF16", "mamba"]
+)
+def test_the_trainer_decays_neither_decays_nor_norms_nor_biases_nor_scales_and_all_else(dtype, changes, tmp_path):
+    model = GDN2ForCausalLM(config(**changes)).to(dtype)
     theirs = trainer(model, tmp_path)
     theirs.create_optimizer()
     decayed = {id(p): group["weight_decay"] for group in theirs.optimizer.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
-        spared = "decay." in name or "norm" in name or name.endswith(".bias")
+        spared = any(part in name for part in ("decay.", "norm", "bias", "skip.", "heads."))
         assert decayed[id(p)] == (0.0 if spared else 0.5), name
 
 

@@ -138,7 +138,14 @@ def draws(changes):
     args = config(**changes).model_args()
     xavier = lambda x: nn.init.xavier_uniform_(x, gain=args.mixer_gain)  # noqa: E731
     normal = lambda x: nn.init.normal_(x, std=args.init_std)  # noqa: E731
+    uniform = lambda x, scale=1: nn.init.uniform_(x, -scale * len(x[0]) ** -0.5, scale * len(x[0]) ** -0.5)  # noqa: E731
     depth = (2 * args.n_layers) ** -0.5
+    released = {
+        "lm_head.weight": uniform,
+        "model.layers.0.mixer.o_proj.weight": xavier,
+        "model.layers.1.mixer.k_proj.weight": uniform,
+        "model.layers.2.mlp.down_proj.weight": lambda x: uniform(x, depth),
+    }
     return {
         "model.embed_tokens.weight": normal,
         "lm_head.weight": normal,
@@ -150,12 +157,16 @@ def draws(changes):
         "model.layers.2.mlp.down_proj.weight": lambda x: nn.init.normal_(x, std=args.init_std * depth),
         "model.layers.1.mixer_norm.weight": nn.init.ones_,
         "model.norm.weight": nn.init.ones_,
-    }
+    } | (released if args.init == "release" else {})
 
 
-@pytest.mark.parametrize("lost", draws({}))
-def test_for_a_tensor_that_a_file_lacks_it_is_drawn_as_gdn2_model_draws_it_and_no_more(tmp_path, lost):
-    theirs, _ = pair(init_std=0.3)
+@pytest.mark.parametrize(
+    ("lost", "init"), [*((name, "ours") for name in draws({})), ("lm_head.weight", "release"),
+                       ("model.layers.0.mixer.o_proj.weight", "release"),
+                       ("model.layers.2.mlp.down_proj.weight", "release")],
+)  # fmt: skip
+def test_for_a_tensor_that_a_file_lacks_it_is_drawn_as_gdn2_model_draws_it_and_no_more(tmp_path, lost, init):
+    theirs, _ = pair(init_std=0.3, init=init)
     weights = theirs.state_dict()
     theirs.save_pretrained(tmp_path, state_dict={k: v for k, v in weights.items() if k != lost})
     torch.manual_seed(5)
@@ -164,7 +175,7 @@ def test_for_a_tensor_that_a_file_lacks_it_is_drawn_as_gdn2_model_draws_it_and_n
     assert set(report["missing_keys"]) == {lost}
     torch.manual_seed(5)
     expected = torch.empty_like(weights[lost])
-    draws({"init_std": 0.3})[lost](expected)
+    draws({"init_std": 0.3, "init": init})[lost](expected)
     assert torch.equal(torch.get_rng_state(), after)
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, expected if name == lost else weights[name]), name
@@ -206,6 +217,13 @@ def assert_near(quantized, theirs, bound=0.1):
     generated = quantized.generate(ids, attention_mask=mask, **EIGHT)
     again = quantized.generate(ids, attention_mask=mask, use_cache=False, **EIGHT)
     assert generated.shape == (2, 41) and torch.equal(generated, again)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_batch_invariant_model_is_not_quantized(tmp_path):
+    pair(backend="batch_invariant")[0].save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="backend is 'batch_invariant'; with quantization_config it must be another"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=int8())
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -274,9 +274,7 @@ def test_inputs_that_the_model_could_not_be_right_on_are_refused(inputs, error, 
         theirs(**{"input_ids": tokens(2, 4), "use_cache": True} | inputs)
 
 
-def test_caches_of_other_kinds_and_cropping_are_refused():
+def test_caches_of_other_kinds_are_refused():
     theirs, _ = pair()
     with pytest.raises(ValueError, match="cache_implementation is 'static'"):
         theirs.generate(tokens(1, 4), max_new_tokens=2, cache_implementation="static", **GREEDY)
-    with pytest.raises(ValueError, match="cannot be cropped"):
-        GDN2Cache(3).crop(1)

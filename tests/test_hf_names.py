@@ -80,7 +80,7 @@ def test_what_follows_from_the_fields_is_read_under_its_usual_name_and_taken_whe
 
 
 WRONG = [
-    (dict(erase_gate="chanel"), r"erase_gate is 'chanel'; it must be 'channel' or 'scalar'"),
+    (dict(erase_gate="chanel"), r"erase_gate is 'chanel'; it must be 'channel', 'scalar' or 'mean'"),
     (dict(decay=None), "decay is None"),
     (dict(expand_v=1.3), r"expand_v is 1\.3; times head_dim = 128"),
     (dict(expand_v=0), "expand_v is 0"),

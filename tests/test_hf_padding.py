@@ -19,7 +19,7 @@ from gdn2_titan.convert.hf import GDN2Cache
 from tests.hf_cases import GREEDY, RECURRENT, WINDOWED, assert_equal, assert_greedy, pair, tokens
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "padding.md"
-FULL = ("gdn2", "attention")
+FULL, MAMBA = ("gdn2", "attention"), ("mamba3", "mamba2")
 patterns = pytest.mark.parametrize("pattern", [RECURRENT, WINDOWED, FULL], ids="+".join)
 TESTED = set()
 
@@ -42,7 +42,8 @@ def rows_of_the_table():
 @functools.cache
 def models(pattern=WINDOWED, **changes):
     """(GDN2ForCausalLM, GDN2Model) in fp64, small, of decays so weak that the first token still weighs at the last."""
-    theirs, ours = pair(layer_pattern=pattern, n_layers=2, expand_v=2.0, **changes)
+    sizes = dict(mamba_heads=3, mamba_head_dim=4, mamba_state=8, mamba_rank=2)
+    theirs, ours = pair(layer_pattern=pattern, n_layers=2, expand_v=2.0, **sizes, **changes)
     for model in (theirs, ours):
         for name, p in model.named_parameters():
             if name.endswith("A_log"):
@@ -220,7 +221,7 @@ class Told:
                 yield self.ids[row, at][None], at
 
 
-@patterns
+@pytest.mark.parametrize("pattern", [RECURRENT, WINDOWED, FULL, MAMBA], ids="+".join)
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(told=tolds())
 @torch.no_grad()

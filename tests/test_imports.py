@@ -19,11 +19,12 @@ MOST_LINES = 400
 # Room: what it may import of the package, beside itself. What is not here (study, serve, generate and other commands)
 # may import all rooms, and none of the rooms may import it.
 BELOW = {
+    "needle_text": set(),
     "ops": set(),
     "models": {"ops"},
     "parallel": {"models", "ops"},
     "convert": {"models", "ops"},
-    "titan": {"parallel", "convert", "models", "ops"},
+    "titan": {"parallel", "convert", "models", "ops", "needle_text"},
 }
 # The same within ops; its own files, and those of ops/triton, are shared by all.
 BELOW_OPS = {
@@ -35,7 +36,9 @@ BELOW_OPS = {
 # Package of others: where it may be imported.
 OTHERS = {
     "torchtitan": ("titan", "study"),
-    "transformers": ("convert.hf", "generate", "study", "model_options"),
+    "vllm": ("serve",),
+    "transformers": ("convert.hf", "evaluate", "generate", "study", "model_options"),
+    "lm_eval": ("evaluate",),
     "triton": ("ops.triton", "ops.gdn2.triton", "ops.short_conv.triton"),
 }
 

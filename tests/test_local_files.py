@@ -1,5 +1,6 @@
 """Local files of text: what is read from which, and the one sentence about what cannot be read."""
 
+import gzip
 import os
 import shutil
 
@@ -54,6 +55,11 @@ READ = {
     "marked.jsonl": (b'\xef\xbb\xbf{"text": "\\ud83d\\ude00"}\n', ["\U0001f600"]),
     "list.json": (b'[{"text": "x"},\n {"text": "y"}]', ["x", "y"]),
     "one.json": (b'{\n  "text": "x"\n}\n', ["x"]),
+    "read.MD": (b"# one\n", ["# one\n"]),
+    "packed.txt.gz": (gzip.compress(b"one\r\n") + gzip.compress(b"\xc3\xa9"), ["one\n\u00e9"]),
+    "packed.json.gz": (gzip.compress(b'[{"text": "x"},\n {"text": "y"}]'), ["x", "y"]),
+    "packed.md.zst": (pa.compress(b"one", "zstd", asbytes=True), ["one"]),
+    "packed.JSONL.ZST": (pa.compress(b'{"text": "x"}\n{"text": "y"}', "zstd", asbytes=True), ["x", "y"]),
 }  # fmt: skip
 
 
@@ -79,7 +85,11 @@ DAMAGED = {
     "cut.parquet": (b"PAR1 and no more", "cut.parquet cannot be read"),
     "empty.txt": (b"", "names an empty file"),
     "empty.parquet": (b"", "names an empty file"),
-    "packed.txt.gz": (b"x", "names files of these kinds: .gz"),
+    "packed.txt.gz": (b"x", "packed.txt.gz cannot be read: Not a gzipped file"),
+    "cut.txt.gz": (gzip.compress(b"text " * 99)[:-9], "cut.txt.gz cannot be read: Compressed file ended before"),
+    "cut.jsonl.zst": (b"(\xb5/\xfd$\x05", "cut.jsonl.zst cannot be read: Truncated compressed stream"),
+    "packed.parquet.gz": (b"x", "names files of these kinds: .parquet.gz"),
+    "tables.csv.zst": (b"x", "names files of these kinds: .csv.zst"),
 }  # fmt: skip
 
 
@@ -114,6 +124,26 @@ def test_a_folder_stands_for_the_files_in_its_subfolders_but_not_for_hidden_ones
     (folder / "top.txt").write_text("0")
     refused(lambda: load(folder), "has .txt files and subfolders with .txt files", "*.txt")
     assert load(folder / "*.txt") == ["0"]
+
+
+def test_of_a_folder_packed_copies_are_left_out_and_notes_beside_documents_too(folder):
+    for name in ("a.txt", "a.txt.gz", "b.txt.gz", "README.md", "in/c.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(gzip.compress(name.encode()) if name.endswith(".gz") else name.encode())
+    assert load(folder / "*.gz") == ["a.txt.gz", "b.txt.gz"]
+    assert load(folder / "*.md") == ["README.md"]
+    (folder / "in" / "c.txt").unlink()
+    assert load(folder) == ["a.txt", "b.txt.gz"]
+    for name in ("a.txt", "a.txt.gz", "b.txt.gz"):
+        (folder / name).unlink()
+    assert load(folder) == ["README.md"]
+
+
+def test_two_stars_stand_for_all_documents_below(folder):
+    for name in ("top.txt", "in/deep/x.txt", "in/x.log"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    assert load(folder / "**") == load(folder / "**" / "*.txt") == ["in/deep/x.txt", "top.txt"]
 
 
 def test_links_to_nowhere_and_files_without_permission_are_named(folder, monkeypatch):

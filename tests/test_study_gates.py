@@ -47,7 +47,11 @@ STRUCTURES = {
     "tied": dict(tied_gates=True),
     "scalar gates": dict(erase_gate="scalar", write_gate="scalar"),
     "Gated DeltaNet": dict(tied_gates=True, decay="scalar", num_v_heads=None),
+    "DeltaNet": dict(tied_gates=True, decay="none"),
     "negative eigenvalues, wide values": dict(allow_neg_eigval=True, expand_v=2.0),
+    "mean gates, bounded decay, full ranks": dict(
+        erase_gate="mean", write_gate="mean", lower_bound=-5.0, decay_rank="full", gate_rank="full"
+    ),
     "tied, negative eigenvalues": dict(allow_neg_eigval=True, tied_gates=True),
 }
 # Which layers mix by GDN-2, of the three that tests.hf_cases builds.
@@ -65,6 +69,18 @@ def convolved(x, weight):
     return F.silu(sum(padded[i : i + len(x)] * weight[:, i] for i in range(weight.shape[1])))
 
 
+def rates(mixer, x, args):
+    """What decays, in nats per token [T, H, channels]."""
+    one = args.decay == "scalar" or args.decay_rank == "full"
+    g = x
+    for linear in [mixer.decay_proj] if one else [mixer.decay_low_proj, mixer.decay_proj]:
+        g = g @ linear.weight.T
+    z = heads(g, args.num_heads) + mixer.decay.dt_bias
+    if args.lower_bound is not None:
+        return -args.lower_bound / (1 + (-mixer.decay.A_log.exp()[:, None] * z).exp())
+    return mixer.decay.A_log.exp()[:, None] * torch.log1p(z.exp())
+
+
 def written_out(mixer, x, args):
     """What a trace must say of a layer that reads x [T, D], and its o, token by token, head by head, with matrices."""
     H, HV = args.num_heads, args.num_v_heads or args.num_heads
@@ -72,11 +88,7 @@ def written_out(mixer, x, args):
     q, k, v = (convolved(x @ getattr(mixer, f"{n}_proj").weight.T, getattr(mixer, f"{n}_conv1d").weight) for n in "qkv")
     q, k, v = heads(q, H), heads(k, H), heads(v, HV)
     q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
-    low_rank = [mixer.decay_proj] if args.decay == "scalar" else [mixer.decay_low_proj, mixer.decay_proj]
-    g = x
-    for linear in low_rank:
-        g = g @ linear.weight.T
-    rate = mixer.decay.A_log.exp()[:, None] * torch.log1p((heads(g, H) + mixer.decay.dt_bias).exp())
+    rate = rates(mixer, x, args) if args.decay != "none" else x.new_zeros(len(x), H, 1)
     scale = 2 if args.allow_neg_eigval else 1
     logits = heads(x @ mixer.erase_proj.weight.T, H)
     b = scale / (1 + (-logits).exp())
@@ -84,6 +96,8 @@ def written_out(mixer, x, args):
         w = (b / scale)[:, [j // (HV // H) for j in range(HV)]]
     else:
         w = 1 / (1 + (-heads(x @ mixer.write_proj.weight.T, HV)).exp())
+    b = b.mean(-1, keepdim=True) if args.erase_gate == "mean" else b
+    w = w.mean(-1, keepdim=True) if args.write_gate == "mean" else w
     norms = {name: np.zeros((HV, len(x))) for name in ("decayed", "erased", "written", "state")}
     o = x.new_zeros(len(x), HV, V)
     for j in range(HV):
@@ -97,12 +111,12 @@ def written_out(mixer, x, args):
             norms["erased"][j, t], norms["written"][j, t] = erased.norm(), written.norm()
             norms["state"][j, t] = S.norm()
             o[t, j] = K**-0.5 * S.T @ q[t, i]
-    half_life = np.log(2) / rate.numpy()
+    half_life = np.log(2) / rate.clamp_min(1e-6).numpy()
     return norms | {
         "erase": b.mean(-1).T.numpy(),
         "write": w.mean(-1).T.numpy(),
         "half_life": np.median(half_life, -1).T,
-        "half_lives": np.log(2) / rate.mean(0).numpy(),
+        "half_lives": np.log(2) / rate.mean(0).clamp_min(1e-6).numpy(),
         "channels": (b.numpy(), w.numpy(), half_life),
     }, o
 
@@ -454,6 +468,7 @@ WRONG = {
     "--text EMPTY": r"--text is \S+/empty, which is empty; it must have at least one character",
     "--text LATIN": r"--text is \S+/latin; it must be UTF-8, which it is not at byte 2",
     "--model SOFTMAX": r"\S+ has no GDN-2 layer, its layers mix by attention, swa; it must have one",
+    "--model CONTENT": r"content_gate of \S+ is true; it must be false for pictures of the gates",
     "--model SMALL": r"the tokenizer gives id 256; it must be below the model's vocab_size, 200",
     "--model DIVERGED": r"layer 2 gives numbers that are not finite; the model must not have diverged",
     "--layer 1": r"--layer is 1; it must be a GDN-2 layer of the model: 0, 2",
@@ -480,13 +495,14 @@ def wrong(folder, tmp_path_factory):
     (place / "latin").write_bytes(b"ab\xe9cd")
     softmax = dataclasses.replace(HYBRID, layer_pattern=("swa", "attention"))
     small = dataclasses.replace(HYBRID, vocab_size=200)
-    for name, args in (("softmax", softmax), ("small", small), ("diverged", dataclasses.replace(HYBRID, n_layers=3))):
+    content, diverged = dataclasses.replace(HYBRID, content_gate=True), dataclasses.replace(HYBRID, n_layers=3)
+    for name, args in dict(softmax=softmax, small=small, content=content, diverged=diverged).items():
         weights = GDN2Model(args).state_dict()
         if name == "diverged":
             weights["layers.2.mixer.erase_proj.weight"][0, 0] = torch.nan
         save_step(place / name / "step-1", weights, args, JOB)
     return {"HF": folder / "hf", **{name.upper(): place / name for name in
-            ("empty", "latin", "softmax", "small", "diverged")}}  # fmt: skip
+            ("empty", "latin", "softmax", "small", "content", "diverged")}}  # fmt: skip
 
 
 @pytest.mark.parametrize("line", WRONG)

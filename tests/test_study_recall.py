@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from multiprocessing import forkserver
+from operator import attrgetter
 
 import pytest
 import torch
@@ -19,29 +20,55 @@ from gdn2_titan.convert.errors import ConvertError
 from gdn2_titan.models import GDN2Model, flavors
 from gdn2_titan.models.flops import state_bytes
 from gdn2_titan.study.__main__ import main
-from gdn2_titan.study.cells import MIXERS, grid, matched, model_args, parameters, toml_text
-from gdn2_titan.study.results import Row, accuracy_table, capacity, capacity_table, csv_text, separation_table
-from gdn2_titan.study.training import LOG, RESULT
-from tests import processes  # noqa: F401  says what is imported there
+from gdn2_titan.study.batched import Batch
+from gdn2_titan.study.cells import (
+    LEARNING_RATES,
+    MIXERS,
+    Cell,
+    Experiment,
+    build_model,
+    matched,
+    model_args,
+    plan,
+    toml_text,
+)
+from gdn2_titan.study.intervals import interval, paired_difference
+from gdn2_titan.study.recall import study
+from gdn2_titan.study.results import (
+    Row,
+    accuracy_table,
+    best_rates,
+    capacity,
+    capacity_table,
+    csv_text,
+    difference_table,
+    rule_rows,
+)
+from gdn2_titan.study.training import LARGEST, LOG, RESULT, batches, forget_half_compiled, member, train_all
+from gdn2_titan.titan.tasks import TASKS, score_rules
+from tests import processes
 from tests.generations import IS_V02
-from tests.study_cases import CELLS, study
+from tests.study_cases import PART, PLAN, TINY, TRACK, alone
 from tests.training import ROOT
 
 # ---- budgets
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_all_mixers_have_as_many_parameters_to_half_a_percent(mixer):
+def test_all_mixers_have_as_many_parameters_to_three_tenths_of_a_percent(mixer):
     expected = sum(p.numel() for p in GDN2Model(flavors["recall"]).parameters())
-    found = sum(p.numel() for p in GDN2Model(model_args(matched(mixer, {}))).parameters())
-    assert abs(found - expected) <= 0.005 * expected
-    assert parameters(model_args(matched(mixer, {}))) == found
+    found = sum(p.numel() for p in build_model(mixer, matched(mixer, {}), 0).parameters())
+    assert abs(found - expected) <= 0.003 * expected
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_all_mixers_but_full_attention_keep_as_much_state_to_two_percent(mixer):
+def test_all_mixers_but_full_attention_have_as_large_a_memory(mixer):
     expected, args = state_bytes(flavors["recall"], 1000), model_args(matched(mixer, {}))
-    if mixer == "softmax":
+    if mixer.startswith("Mamba"):  # the memory alone: what stands beside it is of another size
+        numbers = args.mamba_heads * args.mamba_head_dim * args.mamba_state
+        assert numbers == flavors["recall"].num_heads * flavors["recall"].head_dim ** 2
+        return
+    if mixer.startswith("softmax"):
         assert state_bytes(args, 2000) == 2 * state_bytes(args, 1000) > expected
     else:
         assert abs(state_bytes(args, 1000) - expected) <= 0.02 * expected
@@ -70,10 +97,44 @@ def test_state_bytes_are_those_of_the_states_that_the_layers_hand_on(pattern, ch
 # ---- the grid
 
 
-def test_the_quick_grid_is_the_whole_one_with_one_seed_and_no_two_cells_share_a_folder():
-    whole, quick = ([cell.name for cell in grid(quick)] for quick in (False, True))
-    assert len(set(whole)) == len(whole)
-    assert quick == [name for name in whole if name.endswith("-0")]
+@pytest.mark.parametrize("size", ["quick", "standard", "long"])
+def test_every_mixer_has_the_same_rates_and_seeds_and_no_two_cells_share_a_folder(size):
+    whole = plan(size)
+    swept, rates = whole.sweep(), {}
+    for what in whole.experiments:
+        for mixer in what.mixers:
+            of = [cell for cell in swept if cell.mixer == mixer and cell.experiment.task in what.chosen_on]
+            assert {cell.learning_rate for cell in of} == set(LEARNING_RATES) and len(LEARNING_RATES) >= 3
+            assert len(of) == len(LEARNING_RATES) * whole.sweep_seeds * len(what.chosen_on)
+            rates[what.task, mixer] = LEARNING_RATES[0]
+    final = whole.final(rates)
+    assert {cell.seed for cell in final}.isdisjoint(cell.seed for cell in swept)  # or the best would be lucky
+    names = [cell.name for cell in swept + final]
+    assert len(set(names)) == len(names) and len({cell.seed for cell in final}) == whole.seeds
+    assert size == "quick" or whole.seeds >= 5
+
+
+def all_batches(whole):
+    rates = {(what.task, mixer): 1e-3 for what in whole.experiments for mixer in what.mixers}
+    swept = batches(whole.sweep(), attrgetter("chosen_on"))
+    return swept + batches(whole.final(rates), attrgetter("task"))
+
+
+def test_batches_have_every_cell_once_and_models_of_one_shape():
+    found = all_batches(plan("long"))
+    names = [cell.name for batch in found for cell in batch]
+    assert len(names) == len(set(names)) == 11 * (3 * 3 + 7 * 5) + 2 * 2 * (3 + 5)
+    for batch in found:
+        assert len(batch) <= LARGEST
+        assert len({(cell.mixer, cell.experiment.seq_len, cell.experiment.batch) for cell in batch}) == 1
+
+
+@pytest.mark.parametrize("seeds", [None, 4, 7])
+def test_the_standard_study_is_a_part_of_the_long_one_with_the_same_batches(seeds):
+    standard, long = plan("standard", seeds), plan("long", seeds)
+    assert set(standard.parts()) < set(long.parts())
+    within = all_batches(long)
+    assert all(batch in within for batch in all_batches(standard))
 
 
 def test_the_config_of_every_task_and_of_every_mixer_would_start(tmp_path, monkeypatch):
@@ -82,13 +143,28 @@ def test_the_config_of_every_task_and_of_every_mixer_would_start(tmp_path, monke
     monkeypatch.setenv("NGPU", "1")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     seen = set()
-    for cell in grid(quick=False):
+    for cell in plan("long").sweep():
         if not {cell.mixer, cell.experiment.task} <= seen:
             seen |= {cell.mixer, cell.experiment.task}
             config = tmp_path / f"{cell.name}.toml"
             config.write_text(cell.toml(tmp_path))
             validate(parse([f"--job.config_file={config}"]))
     assert set(MIXERS) <= seen
+
+
+def test_softmax_with_convolutions_begins_as_softmax_does_and_convolves_what_is_projected():
+    fields = matched("softmax + conv", {})
+    plain, convolved = build_model("softmax", fields, 3), build_model("softmax + conv", fields, 3)
+    a, b = plain.layers["1"].mixer, convolved.layers["1"].mixer
+    x = torch.randn(2, 9, 64)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        linear, conv = getattr(b, name)
+        assert torch.equal(linear.weight, getattr(a, name).weight)
+        y = torch.nn.functional.pad(x @ linear.weight.T, (0, 0, 3, 0))
+        expected = torch.nn.functional.silu(sum(conv.weight[:, i] * y[:, i : i + 9] for i in range(4)))
+        torch.testing.assert_close(getattr(b, name)(x), expected)
+    others = [n for n in plain.state_dict() if "mixer" not in n or "o_proj" in n]
+    assert all(torch.equal(plain.state_dict()[n], convolved.state_dict()[n]) for n in others)
 
 
 def test_toml_text_reads_back_as_what_it_was_made_of():
@@ -109,7 +185,7 @@ def test_capacity_is_where_the_line_between_tested_numbers_of_pairs_crosses_nine
 
 
 def _row(mixer, seed, pairs, accuracy, length=64):
-    return Row("mqar", mixer, seed, pairs, length, accuracy, accuracy / 2, 0.5, 1000, 2000)
+    return Row("mqar", mixer, 0.01, seed, pairs, length, accuracy, accuracy / 2, 0.5, 1000, 2000)
 
 
 def test_tables_have_the_mean_and_the_range_of_the_seeds():
@@ -123,15 +199,61 @@ def test_tables_have_the_mean_and_the_range_of_the_seeds():
     assert capacity_table(rows).splitlines()[2] == "| A | 1,000 | 2.00 | 4.4 (4.0 to 4.8) | 2.20 |"
 
 
-def test_a_mixer_is_above_another_where_its_worst_seed_beats_the_other_s_best():
-    found = {"A": {4: (1.0, 0.9), 8: (0.8, 0.7)}, "B": {4: (0.8, 0.89), 8: (0.7, 0.6)}}
+def test_an_interval_is_students():
+    # Of 1, 2, 3, 4, 5: mean 3, deviation sqrt(2.5), quantile 2.776 with four degrees of freedom.
+    assert interval([1, 2, 3, 4, 5]) == pytest.approx((3, 3 - 2.776 * 0.5**0.5, 3 + 2.776 * 0.5**0.5))
+    stats = pytest.importorskip("scipy.stats")
+    for n in range(2, 21):
+        mean, low, high = interval(range(n))
+        half = stats.t.ppf(0.975, n - 1) * stats.sem(range(n))
+        assert (mean - low, high - mean) == pytest.approx((half, half), rel=1e-3)
+
+
+def test_differences_are_paired_by_seed():
+    ours, others = {0: 0.9, 1: 0.5, 2: 0.7}, {2: 0.6, 0: 0.8, 1: 0.4}
+    assert paired_difference(ours, others) == pytest.approx((0.1, 0.1, 0.1))
     rows = [
-        _row(mixer, seed, pairs, x)
-        for mixer, of in found.items()
-        for pairs, xs in of.items()
-        for seed, x in enumerate(xs)
+        _row(m, s, p, x - p / 1000) for m, of in (("A", ours), ("B", others)) for s, x in of.items() for p in (4, 8)
     ]
-    assert separation_table(rows).splitlines()[2:] == ["| A |  | 1 |", "| B | 0 |  |"]
+    table = difference_table(rows).splitlines()
+    assert table[0] == "| points, minus | A | B |"
+    assert table[2] == "| A |  | **+10.0 (+10.0 to +10.0)** |"
+    rows[0] = dataclasses.replace(rows[0], accuracy=0.0)
+    assert "**" not in difference_table(rows)
+
+
+def test_the_best_rate_is_that_of_the_best_mean_over_tasks_at_the_length_trained_at_and_the_smallest_of_equals():
+    def row(rate, seed, accuracy, length=64, mixer="A", task="mqar"):
+        return dataclasses.replace(_row(mixer, seed, 4, accuracy, length), learning_rate=rate, task=task)
+
+    def experiment(task, chosen_on, mixers=("A", "B")):
+        return Experiment(task, mixers, {}, 1, 64, 1, chosen_on)
+
+    rows = [row(1e-2, 0, 0.9), row(1e-2, 1, 0.1), row(1e-3, 0, 0.6), row(1e-3, 1, 0.6), row(3e-3, 0, 0.6)]
+    rows += [row(3e-3, 1, 0.6), row(1e-2, 0, 1.0, length=256), row(1e-2, 0, 0.3, mixer="B")]
+    mqar = experiment("mqar", ("mqar",))
+    assert best_rates(rows, [mqar]) == {("mqar", "A"): 1e-3, ("mqar", "B"): 1e-2}
+    # A task counts as much as another, whatever rows it has: 3e-3 is better by (0.6 + 0.8) / 2 to (0.6 + 0.7) / 2.
+    rows += [row(1e-3, 0, 0.7, task="stale"), row(3e-3, 0, 0.8, task="stale"), row(1e-2, 0, 0.8, task="stale")]
+    both = [experiment(task, ("mqar", "stale"), ("A",)) for task in ("mqar", "stale", "alias")]
+    assert best_rates(rows, both) == dict.fromkeys((("mqar", "A"), ("stale", "A"), ("alias", "A")), 3e-3)
+
+
+def test_rules_have_a_row_for_each_condition_and_seed_of_the_tasks_that_have_mentions():
+    cells = PLAN.final({("version", m): 1e-3 for m in TINY.mixers} | {("parity", m): 1e-3 for m in TRACK.mixers})
+    rows = [
+        dataclasses.replace(_row("GDN-2", seed, 2, 0.5, length), task="version")
+        for seed in (0, 1)
+        for length in (24, 32)
+    ]
+    rows.append(dataclasses.replace(_row("GDN-2", 0, None, 0.5), task="parity"))
+    found = rule_rows(rows, cells)
+    assert [(r.mixer, r.seed, r.length) for r in found] == [
+        (rule, seed, length) for seed in (0, 1) for length in (24, 32) for rule in ("first mention", "last mention")
+    ]
+    expected = score_rules(TASKS["version"](pairs=[2], keys=16, values=16), 32, 1, TINY.validated)["first mention"]
+    assert (found[-2].accuracy, found[-2].exact) == (expected["accuracy"], expected["exact"])
+    assert all(r.accuracy == 0 for r in found if r.mixer == "last mention")
 
 
 def test_csv_has_every_row_and_reads_back():
@@ -142,8 +264,66 @@ def test_csv_has_every_row_and_reads_back():
 
 # ---- trainings
 
+LONGER = dataclasses.replace(TINY, steps=4)
+
 # TorchTitan 0.3 trains them too, where there is more time.
 trains = pytest.mark.slow if not IS_V02 else lambda test: test
+
+
+def members(cells, folder):
+    return [member(cell, folder / cell.name) for cell in cells]
+
+
+def check_batch_trains_as_torchtitan_alone(cells, folder, *, compile=False):
+    batch = Batch(members(cells, folder), folder / "checkpoint.pt", compile=compile)
+    batch.train()
+    processes.start(alone, 1, cells, [folder / cell.name for cell in cells])
+    for index, (cell, results) in enumerate(zip(cells, batch.validate(), strict=True)):
+        for name, p in torch.load(folder / cell.name / "parameters.pt").items():
+            # Not number by number: where a gradient is all but 0, AdamW steps by what it has of rounding.
+            assert (batch.parameters(index)[name] - p).norm() <= 1e-4 * p.norm(), name
+        expected = json.loads((folder / cell.name / "results.json").read_text())
+        assert len(results) == len(expected)
+        for found, of in zip(results, expected, strict=True):
+            assert found == pytest.approx(of, rel=1e-4, abs=1e-5)
+
+
+@trains
+def test_models_side_by_side_are_trained_and_validated_as_torchtitan_does_each_alone(tmp_path):
+    other = dataclasses.replace(LONGER, task="stale")
+    check_batch_trains_as_torchtitan_alone([Cell(LONGER, "GDN-2", 3e-3, 0), Cell(other, "GDN-2", 1e-2, 1)], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", [mixer for mixer in MIXERS if mixer not in ("GDN-2", "softmax + conv")])
+def test_models_of_every_mixer_side_by_side_are_trained_as_torchtitan_does_each_alone(mixer, tmp_path):
+    cells = [Cell(LONGER, mixer, 3e-3, seed) for seed in (0, 1)]
+    # Of the two kinds of layers compiled, one mixer has both.
+    check_batch_trains_as_torchtitan_alone(cells, tmp_path, compile=mixer == "GDN-2 + window")
+
+
+def test_a_batch_that_was_killed_goes_on_from_its_checkpoint_bit_for_bit(tmp_path):
+    cells = [Cell(LONGER, "GDN-2", 3e-3, 0), Cell(LONGER, "GDN-2", 1e-2, 1)]
+
+    class Killed(Exception):
+        pass
+
+    def kill(steps, done=[]):
+        done.append(steps)
+        if sum(done) == 3:
+            raise Killed
+
+    whole, checkpoint = Batch(members(cells, tmp_path), tmp_path / "none", compile=False), tmp_path / "checkpoint.pt"
+    whole.train()
+    with pytest.raises(Killed):
+        Batch(members(cells, tmp_path), checkpoint, compile=False, interval=2).train(kill)
+    rest = []
+    resumed = Batch(members(cells, tmp_path), checkpoint, compile=False)
+    resumed.train(rest.append)
+    assert rest == [2, 1, 1]
+    for i in range(2):
+        for name, p in whole.parameters(i).items():
+            assert torch.equal(resumed.parameters(i)[name], p)
 
 
 def _start(out, jobs):
@@ -159,33 +339,35 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("study") / "out"
     # The one that the ranks of other tests are forked from: who starts it first says what it imports.
     forkserver.ensure_running()
-    study(out, 2)
+    study(out, PLAN, 2)
     return out
+
+
+def _rows(path):
+    return list(csv.DictReader(path.open()))
 
 
 @trains
 def test_a_study_leaves_a_row_for_every_model_and_condition_and_tables_and_plots(finished):
-    rows = list(csv.DictReader((finished / "results.csv").open()))
-    mqar = [(r["mixer"], r["seed"], r["pairs"], r["length"]) for r in rows if r["task"] == "mqar"]
-    assert len(mqar) == len(set(mqar)) == 2 * 2 * 2
-    assert len(rows) == len(mqar) + 2
-    for row in rows:
-        result = json.loads((finished / "runs" / _name(row) / RESULT).read_text())
+    rows, swept = _rows(finished / "results.csv"), _rows(finished / "sweep.csv")
+    key = ("mixer", "learning_rate", "seed", "pairs", "length")
+    of_models = [tuple(r[k] for k in key) for r in rows if r["task"] == "version" and r["learning_rate"]]
+    assert len(of_models) == len(set(of_models)) == PLAN.seeds * 2
+    rules = [r for r in rows if not r["learning_rate"]]
+    assert len(rules) == PLAN.seeds * 2 * 2 and len(rows) == len(of_models) + len(rules) + PLAN.seeds
+    assert len(swept) == 3 * (2 + 1)
+    for row in (row for row in rows + swept if row["learning_rate"]):
+        name = f"{row['task']}-{row['mixer']}-{row['learning_rate']}-{row['seed']}".replace(" ", "_").replace(",", "")
+        result = json.loads((finished / "runs" / name / RESULT).read_text())
         (found,) = [
             x for x in result["results"] if (str(x.get("pairs", "")), str(x["length"])) == (row["pairs"], row["length"])
         ]
         assert float(row["accuracy"]) == pytest.approx(found["accuracy"], rel=1e-5)
-        assert int(row["parameters"]) == result["parameters"]
+        assert int(row["parameters"]) == result["parameters"] and result["cpu_seconds"] > 0
     for name in ("pairs.png", "lengths.png"):
         assert (finished / name).read_bytes().startswith(b"\x89PNG")
-    assert "## parity" in (finished / "results.md").read_text()
-
-
-def _name(row):
-    (cell,) = [
-        c for c in CELLS if (c.experiment.task, c.mixer, str(c.seed)) == (row["task"], row["mixer"], row["seed"])
-    ]
-    return cell.name
+    tables = (finished / "results.md").read_text()
+    assert "## parity" in tables and "| last mention | 0.0% (0% to 0%) | 0.0% (0% to 0%) |" in tables
 
 
 def _results(out):
@@ -193,17 +375,32 @@ def _results(out):
 
 
 @trains
-def test_an_unfinished_study_goes_on_and_ends_with_the_same_csv_with_another_number_of_jobs(finished, tmp_path):
+def test_a_larger_study_goes_on_from_its_part_and_has_the_same_csv_as_at_once_with_another_number_of_jobs(
+    finished, tmp_path
+):
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     (out / "results.csv").unlink()
-    trained, untouched = (out / "runs" / cell.name for cell in CELLS[:2])
-    (trained / RESULT).unlink()  # killed after its last checkpoint
-    shutil.rmtree(untouched)
+    (out / "plan.txt").write_text("\n".join(PART.parts()) + "\n")
+    for folder in (path.parent for path in _results(out) if "parity" in path.parent.name):
+        shutil.rmtree(folder)
     done = _results(out)
-    study(out, 1)
-    assert (out / "results.csv").read_bytes() == (finished / "results.csv").read_bytes()
-    assert len(done) == len(CELLS) - 2 and done.items() <= _results(out).items()
+    study(out, PLAN, 1)
+    for name in ("results.csv", "sweep.csv"):
+        assert (out / name).read_bytes() == (finished / name).read_bytes()
+    assert len(done) == 3 + 2 and done.items() <= _results(out).items()
+
+
+def test_what_a_killed_training_may_have_half_compiled_is_compiled_again_and_what_others_compiled_is_kept(tmp_path):
+    cell, library = Cell(TINY, "GDN-2", 3e-3, 0), tmp_path / "compiled" / "ab" / "kernel.so"
+    library.parent.mkdir(parents=True)
+    library.write_bytes(b"half")
+    forget_half_compiled([[cell]], tmp_path)
+    assert library.exists()
+    (tmp_path / cell.name).mkdir()
+    (tmp_path / cell.name / LOG).touch()
+    forget_half_compiled([[cell]], tmp_path)
+    assert not library.exists()
 
 
 @pytest.mark.slow
@@ -218,34 +415,31 @@ def test_a_killed_study_goes_on_and_ends_with_the_same_csv(finished, tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert not (out / "results.csv").exists()
-    done = _results(out)
     process = _start(out, 2)
     printed, _ = process.communicate(timeout=600)
     assert process.returncode == 0, printed
     assert (out / "results.csv").read_bytes() == (finished / "results.csv").read_bytes()
-    assert done.items() <= _results(out).items()
 
 
 def test_a_folder_with_another_study_is_refused_before_anything_is_trained(tmp_path, capsys):
-    cell = grid(True)[0]
-    folder = tmp_path / "runs" / cell.name
-    folder.mkdir(parents=True)
-    (folder / "config.toml").write_text(cell.toml(folder).replace("steps =", "steps = 1"))
-    assert main(["recall", "--out", str(tmp_path), "--quick"]) == 1
-    assert "which has another study" in capsys.readouterr().err
-    assert not (folder / LOG).exists()
+    (tmp_path / "plan.txt").write_text("\n".join(plan("standard").parts()) + "\n")
+    for other in (["--quick"], ["--long", "--seeds", "6"]):
+        assert main(["recall", "--out", str(tmp_path), *other]) == 1
+        assert "which has another study" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 @trains
 def test_a_training_that_fails_is_named_and_the_others_are_done(tmp_path):
-    from gdn2_titan.study.training import train_all
-
-    good, bad = tmp_path / "good", tmp_path / "bad"
-    broken = CELLS[-1].toml(bad).replace('"parity"', '"no such task"')
-    with pytest.raises(ConvertError, match=f"1 of 2 trainings failed; {bad / LOG} says why"):
-        train_all({bad: broken, good: CELLS[-1].toml(good)}, 1)
-    assert (good / RESULT).exists() and not (bad / RESULT).exists()
-    assert "is not a known source" in (bad / LOG).read_text()
+    broken, good = (
+        Cell(dataclasses.replace(TRACK, task="no such task"), "GDN-2", 1e-3, 0),
+        Cell(TRACK, "GDN-2", 1e-3, 0),
+    )
+    broken = dataclasses.replace(broken, mixer="softmax")  # in a batch of its own
+    with pytest.raises(ConvertError, match=f"1 of 2 batches of trainings failed; {tmp_path / broken.name / LOG} says"):
+        train_all([[broken], [good]], tmp_path, 1, compile=False)
+    assert (tmp_path / good.name / RESULT).exists() and not (tmp_path / broken.name / RESULT).exists()
+    assert "is not a known source" in (tmp_path / broken.name / LOG).read_text()
 
 
 @pytest.mark.parametrize("option", ["--seeds", "--jobs"])
@@ -253,4 +447,5 @@ def test_a_training_that_fails_is_named_and_the_others_are_done(tmp_path):
 def test_counts_below_one_are_refused(option, value, capsys):
     with pytest.raises(SystemExit):
         main(["recall", "--out", "x", option, value])
-    assert f"is '{value}'; it must be a whole number of at least 1" in capsys.readouterr().err
+    limits = "from 1 to 20" if option == "--seeds" else "of at least 1"
+    assert f"is '{value}'; it must be a whole number {limits}" in capsys.readouterr().err

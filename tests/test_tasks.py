@@ -15,7 +15,7 @@ from gdn2_titan.titan.dataloader import build_dataloader, build_task_dataloader
 from gdn2_titan.titan.errors import ConfigError
 from gdn2_titan.titan.job_config import JobConfig, validate
 from gdn2_titan.titan.stdlib import stdlib_documents
-from gdn2_titan.titan.tasks import TASKS, conditions
+from gdn2_titan.titan.tasks import TASKS, conditions, mentions, score_rules
 from gdn2_titan.titan.tasks.needle import FIRST, SECOND
 from tests.config_cases import assert_refused, check, write_toml
 from tests.data_cases import TOKENIZER, check_ranks_may_change, check_resume_everywhere, plain, take
@@ -32,6 +32,16 @@ CASES = {
     "overwrite-once": ("overwrite", 40, {"writes": 1}),
     "selective_erase": ("selective_erase", 128, {}),
     "selective_erase-tight": ("selective_erase", 56, {"pairs": [3, 16], "erased": 0.25}),
+    "stale": ("stale", 128, {}),
+    "stale-often": ("stale", 100, {"pairs": [2, 5], "writes": 5, "values": 5, "keys": 7}),
+    "rejected": ("rejected", 128, {}),
+    "rejected-twice": ("rejected", 64, {"pairs": [1, 6], "writes": 2, "keys": 16}),
+    "locked": ("locked", 128, {}),
+    "locked-often": ("locked", 100, {"pairs": [3, 6], "writes": 5}),
+    "alias": ("alias", 128, {}),
+    "alias-tight": ("alias", 80, {"pairs": [2, 16], "keys": 16, "values": 7}),
+    "version": ("version", 128, {}),
+    "version-often": ("version", 100, {"pairs": [3, 6], "writes": 5}),
     "parity": ("parity", 65, {}),
     "permutations": ("permutations", 64, {}),
     "permutations-all": ("permutations", 33, {"generators": "all"}),
@@ -70,7 +80,8 @@ def test_the_shortest_length_is_just_long_enough(case):
         answers, _ = read(tokens, task)
         assert {i: label for i, label in enumerate(labels.tolist()) if label != -100} == answers
         full += 0 not in tokens
-    assert full or name in ("parity", "permutations", "needle")
+    # Of rejected, a sequence without filler is one that takes back as much as it can.
+    assert full or name in ("parity", "permutations", "needle", "rejected", "stale")
 
 
 def numbers_of(name, content):
@@ -129,6 +140,60 @@ def test_interference_takes_its_share_of_the_gap():
         assert set(filler) == {256 - 24 - 2 * (int(interference * gap) // 2)}
 
 
+# What the rules say, worked out from what a reader knows of each key: its mentions in order, and the right one.
+
+
+def said_of(name, tokens, task):
+    """[(mentions of what is asked, the right answer)] of each question, read anew."""
+    answers, _ = READERS[name](tokens, task)
+    follow = range(1, task.keys + 1) if name == "alias" else range(task.keys + 1, task.keys + task.values + 1)
+    pairs = list(zip(tokens, tokens[1:]))
+    return [([b for a, b in pairs if a == tokens[i] and b in follow], answers[i]) for i in sorted(answers)]
+
+
+@pytest.mark.parametrize("name", ["stale", "rejected", "locked", "alias", "version"])
+def test_on_tasks_with_histories_the_last_mention_is_the_designed_wrong_answer_to_every_question(name):
+    data, task, designed = dataset(name, 128, held_out=True, pairs=[4]), TASKS[name](pairs=[4]), 0
+    for index in range(60):
+        tokens, labels = data.sequence(index)
+        found = mentions(task, tokens, labels)
+        for (said, right), first, last in zip(said_of(name, tokens.tolist(), task), *found.values(), strict=True):
+            assert first == said[0] and last == said[-1] != right
+            if name == "stale":
+                assert last in said[: task.writes - 1] and right == said[task.writes - 1]  # an old value
+            elif name == "alias":
+                assert said == [first] and 1 <= first <= task.keys  # the key, not its value
+            else:
+                assert last == said[task.writes - 1]  # the write that is void, or newer than was asked for
+            designed += 1
+    assert designed == 240
+    assert score_rules(task, 128, 0, 60)["last mention"] == {"accuracy": 0.0, "exact": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "first", "last"),
+    [("mqar", {}, 1, 1), ("overwrite", {}, 0, 1), ("selective_erase", {}, 0.5, 0.5), ("alias", {}, 0, 0),
+     ("rejected", {"writes": 2}, 1, 0), ("locked", {"writes": 2}, 1, 0), ("version", {"writes": 2}, 1, 0),
+     ("stale", {"writes": 2}, 0, 0)],
+)  # fmt: skip
+def test_the_rules_are_right_as_often_as_a_task_lets_them(name, settings, first, last):
+    found = score_rules(TASKS[name](pairs=[4], **settings), 128, 0, 20)
+    assert (found["first mention"]["accuracy"], found["last mention"]["accuracy"]) == (first, last)
+
+
+def test_the_rules_are_scored_on_the_sequences_that_validation_sees():
+    settings = config("validation", name="version", length=64, pairs=[2], seed=3)
+    [condition] = conditions(settings)
+    loader = build_task_dataloader(condition, 1, 0, TOKENIZER, settings)
+    task, right = condition.task, []
+    for tokens, labels in rows(take(loader, 10)):
+        for said, answer in said_of("version", tokens, task):
+            right.append(said[0] == answer)
+        assert sum(label != -100 for label in labels) == 2
+    assert score_rules(task, 64, 3, 20)["first mention"]["accuracy"] == sum(right) / len(right)
+    assert 0.2 < sum(right) / len(right) < 0.8
+
+
 def test_the_haystack_of_validation_is_text_of_files_that_are_held_out():
     for held_out in (False, True):
         text = "\n".join(stdlib_documents(held_out=held_out).values()).encode()
@@ -145,7 +210,7 @@ def test_the_haystack_of_validation_is_text_of_files_that_are_held_out():
 
 def test_a_sequence_is_the_same_whenever_it_is_made_and_differs_by_number_seed_and_split():
     for name in TASKS:
-        length = 512 if name == "needle" else 64
+        length = 512 if name == "needle" else 96
         first = plain(take(dataset(name, length), 5))
         assert plain(take(dataset(name, length), 5)) == first
         others = [take(dataset(name, length, seed=1), 5), take(dataset(name, length, held_out=True), 5)]
@@ -242,7 +307,8 @@ def validated(name="mqar", **changes):
 
 
 REFUSALS = [
-    ({"task.pairs": [4]}, ["task.pairs is [4]", "'stdlib'", "ignore", "'mqar', 'overwrite', 'selective_erase'"]),
+    ({"task.pairs": [4]},
+     ["task.pairs is [4]", "'stdlib'", "ignore", "'mqar', 'overwrite', 'selective_erase', 'stale', 'rejected'"]),
     ({"task.seed": 3}, ["task.seed is 3", "'stdlib'"]),
     (of("parity", interference=0.5),
      ["task.interference is 0.5; dataset 'parity' would ignore it; it takes: seed, validation_lengths"]),
@@ -262,6 +328,13 @@ REFUSALS = [
     (of("mqar", seed=-1), ["task.seed is -1", "0 or more"]),
     (of("overwrite", writes=0), ["task.writes is 0", "at least 1"]),
     (of("overwrite", values=1), ["task.values is 1", "writes = 2", "at least 2"]),
+    (of("stale", writes=1), ["task.writes is 1", "at least 2"]),
+    (of("locked", values=3, writes=4), ["task.values is 3", "writes = 4", "at least 4"]),
+    (of("alias", writes=2), ["task.writes is 2", "'alias'", "pairs, keys, values, seed, validation_pairs"]),
+    (of("alias", keys=128), ["task.keys is 128 and values is 64", "321 symbols", "at most vocab_size = 264"]),
+    (of("version", writes=8, values=194), ["266 symbols", "264"]),
+    (of("rejected", pairs=[12]), ["training.seq_len is 128", "[12]", "at least 132"]),
+    (of("version", pairs=[17]), ["training.seq_len is 128", "[17]", "at least 136"]),
     (of("overwrite", pairs=[26]), ["training.seq_len is 128", "[26]", "at least 130"]),
     (of("selective_erase", erased=1.0), ["task.erased is 1.0", "less than 1"]),
     (of("selective_erase", erased=0.1, pairs=[3]), ["task.erased is 0.1", "pairs = 3", "at least one"]),

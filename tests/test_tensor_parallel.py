@@ -30,7 +30,16 @@ ARGS = GDN2ModelArgs(
 VARIANTS = {
     "channel gates": {},
     "scalar gates": {"erase_gate": "scalar", "write_gate": "scalar", "decay": "scalar"},
+    "mean gates, other ranks, bounded decay": {
+        "erase_gate": "mean",
+        "write_gate": "mean",
+        "allow_neg_eigval": True,
+        "decay_rank": 3,
+        "gate_rank": "full",
+        "lower_bound": -5.0,
+    },
     "tied gates": {"tied_gates": True, "layer_pattern": ("gdn2", "attention")},
+    "no decay": {"tied_gates": True, "decay": "none"},
 }
 
 

@@ -1,5 +1,6 @@
 """Job configs: what is refused, with which sentence, and what the accepted ones build."""
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -9,11 +10,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from gdn2_titan.convert.commands import to_hf
 from gdn2_titan.models import GDN2Model, flavors
 from gdn2_titan.titan.byte_tokenizer import BYTE_TOKENIZER_DIR
 from gdn2_titan.titan.errors import ConfigError
 from gdn2_titan.titan.parallelize import layout_of
 from tests.config_cases import assert_refused, check, write_toml
+from tests.convert_cases import save_step, weights
 from tests.generations import StockParallelism, loader_of, model_config, only_toml, optimizers_of
 from tests.training import ROOT, SHORT, environment, train
 
@@ -28,12 +31,24 @@ REFUSALS = [
     ({"training.steps": 0}, ["training.steps", "0", "at least 1"]),
     ({"gdn2.window": 0}, ["gdn2.window", "0", "at least 1"]),
     ({"gdn2.window": -4}, ["gdn2.window", "-4", "at least 1"]),
+    ({"gdn2.n_layers": 0}, ["gdn2.n_layers", "0", "at least 1"]),
+    ({"gdn2.n_layers": 2.0}, ["gdn2.n_layers", "2.0", "whole number"]),
+    ({"gdn2.hidden_size": 0}, ["gdn2.hidden_size", "0", "at least 1"]),
+    ({"gdn2.hidden_size": 130}, ["gdn2.attn_heads", "4", "hidden_size = 130"]),
+    ({"gdn2.hidden_size": 36}, ["gdn2.attn_heads", "4", "hidden_size = 36", "even size"]),
     ({"gdn2.attn_heads": 7}, ["gdn2.attn_heads", "7", "128"]),
     ({"gdn2.attn_kv_heads": 3}, ["gdn2.attn_kv_heads", "3", "attn_heads = 4"]),
     ({"gdn2.num_v_heads": 3}, ["gdn2.num_v_heads", "3", "num_heads = 2"]),
     ({"gdn2.layer_pattern": ["gdn2", "mamba"]}, ["gdn2.layer_pattern", "mamba", "swa"]),
     ({"gdn2.layer_pattern": "gdn2"}, ["gdn2.layer_pattern", "'gdn2'", "a list"]),
-    ({"gdn2.erase_gate": "vector"}, ["gdn2.erase_gate", "'vector'", "'channel' or 'scalar'"]),
+    ({"gdn2.erase_gate": "vector"}, ["gdn2.erase_gate", "'vector'", "'channel', 'scalar' or 'mean'"]),
+    ({"gdn2.erase_gate": "mean", "gdn2.tied_gates": True}, ["gdn2.erase_gate", "'mean'", "tied_gates"]),
+    ({"gdn2.tied_gates": True, "gdn2.content_gate": True}, ["gdn2.tied_gates", "True", "content_gate", "false"]),
+    ({"gdn2.lower_bound": 5.0}, ["gdn2.lower_bound", "5.0", "less than 0"]),
+    ({"gdn2.lower_bound": "none"}, ["gdn2.lower_bound", "'none'", "a number"]),
+    ({"gdn2.decay_rank": 0}, ["gdn2.decay_rank", "0", "at least 1, 'head' or 'full'"]),
+    ({"gdn2.gate_rank": "half"}, ["gdn2.gate_rank", "'half'", "at least 1, 'head' or 'full'"]),
+    ({"gdn2.decay": "scalar", "gdn2.decay_rank": 8}, ["gdn2.decay_rank", "8", "decay = 'scalar'"]),
     ({"gdn2.conv_size": 5}, ["gdn2.conv_size", "5", "2, 3 or 4"]),
     ({"gdn2.statistics_freq": -1}, ["gdn2.statistics_freq", "-1", "0"]),
     ({"gdn2.tied_gates": "yes"}, ["gdn2.tied_gates", "'yes'", "true or false"]),
@@ -44,6 +59,7 @@ REFUSALS = [
      ["validation.dataset_path", "/no/such.txt", ".jsonl"]),
     ({"model.hf_assets_path": "/no/tokenizer"}, ["model.hf_assets_path", "/no/tokenizer", "tokenizer.json"]),
     ({"data.shuffle_seed": -1}, ["data.shuffle_seed", "-1", "0 or more"]),
+    ({"data.cache_dir": ""}, ["data.cache_dir", "''", "name a folder"]),
     ({"parallelism.tensor_parallel_degree": 2}, ["parallelism.tensor_parallel_degree", "2", "the 1 processes"]),
     ({"parallelism.context_parallel_degree": 2}, ["parallelism.context_parallel_degree", "2", "the 1 processes"]),
     ({"parallelism.context_parallel_load_balancer": "ptrr"},
@@ -90,6 +106,11 @@ TP, PP = "parallelism.tensor_parallel_degree", "parallelism.pipeline_parallel_de
 SCHEDULE = "parallelism.pipeline_parallel_schedule"
 CP, BALANCER = "parallelism.context_parallel_degree", "parallelism.context_parallel_load_balancer"
 LAYOUT_REFUSALS = [
+    ({TP: 2, "gdn2.backend": "batch_invariant"}, [TP, "2", "backend is 'batch_invariant'"]),
+    ({CP: 2, "gdn2.backend": "batch_invariant"}, ["gdn2.backend is 'batch_invariant'; with context parallelism"]),
+    ({"compile.enable": True, "gdn2.backend": "batch_invariant"}, ["gdn2.backend", "with compile.enable"]),
+    ({"model.converters": ["quantize.linear.float8"], "gdn2.backend": "batch_invariant"},
+     ["gdn2.backend is 'batch_invariant'; with model.converters"]),
     ({TP: 4}, [TP, "4", "num_heads is 2"]),
     ({TP: 4, "gdn2.num_heads": 4}, [TP, "4", "attn_kv_heads is 2"]),
     ({TP: 3}, [TP, "3", "the 8 processes"]),
@@ -117,6 +138,7 @@ LAYOUT_REFUSALS = [
     ({PP: 8}, [PP, "8", "4 layers"]),
     ({PP: 2, SCHEDULE: "Interleaved1F1B", "training.local_batch_size": 5}, ["local_batch_size is 5", PP, "multiple"]),
     ({PP: 2, "parallelism.pipeline_parallel_layers_per_stage": 2}, ["layers_per_stage", "3 stages", "2, one for each"]),
+    ({CP: 2, "gdn2.content_gate": True}, ["gdn2.content_gate", "true", "context parallelism", "false"]),
     ({PP: 2, "parallelism.pipeline_parallel_schedule_csv": "/no.csv"}, ["pipeline_parallel_schedule_csv", "/no.csv"]),
     ({PP: 2, SCHEDULE: "InterleavedZeroBubble", "compile.enable": True}, ["compile.enable", "Interleaved", "false"]),
     ({PP: 2, SCHEDULE: "InterleavedZeroBubble", "activation_checkpoint.selective_ac_option": "op"},
@@ -178,10 +200,9 @@ def test_in_a_forks_own_config_the_load_balancer_is_torchtitans():
         layout_of(parallelism)
 
 
-def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path, monkeypatch):
-    config = check(write_toml(tmp_path / "x.toml", {}))
-    monkeypatch.setattr(flavors["debug_hybrid"], "vocab_size", 100)
-    with pytest.raises(SystemExit, match="model.hf_assets_path.*259 symbols.*at most 100"):
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path):
+    config = check(write_toml(tmp_path / "x.toml", {}), "--gdn2.vocab_size=258")
+    with pytest.raises(SystemExit, match="model.hf_assets_path.*259 symbols.*at most 258, gdn2.vocab_size makes it"):
         loader_of(config)
 
 
@@ -241,6 +262,47 @@ def test_the_section_overrides_the_flavor_and_leaves_the_rest(tmp_path):
     assert args.num_heads == flavors["debug"].num_heads
 
 
+@pytest.mark.parametrize("flavor", ["debug", "debug_hybrid"])
+def test_depth_and_width_of_the_section_make_the_model_that_is_trained_and_counted(tmp_path, flavor):
+    changes = {"model.flavor": flavor, "gdn2.n_layers": 3, "gdn2.hidden_size": 96, "gdn2.mlp_size": 80}
+    changes["gdn2.vocab_size"] = 300
+    args, counts = model_config(check(write_toml(tmp_path / "x.toml", changes)))
+    expected = dataclasses.replace(flavors[flavor], n_layers=3, hidden_size=96, mlp_size=80, vocab_size=300)
+    assert {f.name: getattr(args, f.name) for f in dataclasses.fields(expected)} == dataclasses.asdict(expected)
+    with torch.device("meta"):
+        model = GDN2Model(expected)
+    assert counts.get_nparams_and_flops(model, 64)[0] == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("begin", ["resumes", "initial_load_path", "initial_load_in_hf"])
+def test_a_checkpoint_of_another_depth_or_width_is_refused_before_training(tmp_path, begin):
+    step = save_step(tmp_path / "run" / "checkpoint" / "step-7", weights(flavors["recall"]), flavors["recall"])
+    folder = tmp_path / ("run" if begin == "resumes" else "new")
+    toml = {"model.flavor": "recall", "checkpoint.enable": True, "job.dump_folder": str(folder)}
+    refused = {"gdn2.n_layers": (1, ["of a model of 2 layers", "make it 1"])}
+    if begin == "initial_load_path":
+        toml |= {"checkpoint.initial_load_path": str(step)}
+        refused = {"gdn2.mlp_size": (64, ["mlp.gate_proj.weight", "[128, 64]", "make it [64, 64]"])}
+    elif begin == "initial_load_in_hf":
+        to_hf(step, tmp_path / "hf")
+        toml |= {"checkpoint.initial_load_path": str(tmp_path / "hf"), "checkpoint.initial_load_in_hf": True}
+        refused |= {"gdn2.hidden_size": (32, ["[264, 64]", "make it [264, 32]"])}
+    check(write_toml(tmp_path / "x.toml", toml))
+    for field, (value, parts) in refused.items():
+        assert_refused(write_toml(tmp_path / "x.toml", toml | {field: value}), parts)
+
+
+def test_bounds_ranks_and_mean_gates_come_from_the_file_and_the_command_line(tmp_path):
+    changes = {"gdn2.lower_bound": -5, "gdn2.decay_rank": "full", "gdn2.erase_gate": "mean", "gdn2.gate_rank": "head"}
+    path = write_toml(tmp_path / "x.toml", changes)
+    args, _ = model_config(check(path))
+    assert (args.lower_bound, args.decay_rank, args.erase_gate, args.gate_rank) == (-5.0, "full", "mean", "head")
+    args, _ = model_config(check(path, "--gdn2.lower_bound=-2.5", "--gdn2.gate_rank=24", "--gdn2.decay_rank=3"))
+    assert (args.lower_bound, args.decay_rank, args.gate_rank) == (-2.5, 3, 24)
+    args, _ = model_config(check(path, "--gdn2.gate_rank=full"))
+    assert args.gate_rank == "full"
+
+
 @only_toml
 def test_registering_is_two_lines_and_harmless_twice():
     from torchtitan.protocols.train_spec import get_train_spec
@@ -273,8 +335,10 @@ def test_a_forks_own_job_config_without_our_sections_trains_with_their_defaults(
     assert model(tokens, **inputs, attention_masks=masks).shape == (2, 32, 264)
 
 
-def test_weight_decay_leaves_out_decays_norms_and_biases(tmp_path):
-    config = check(write_toml(tmp_path / "x.toml", {"optimizer.weight_decay": 0.3}))
+@pytest.mark.parametrize("on", ["matrices", "all"])
+def test_weight_decay_leaves_out_decays_norms_and_biases_unless_it_is_on_all(tmp_path, on):
+    changes = {"optimizer.weight_decay": 0.3} | ({"optimizer.weight_decay_on": "all"} if on == "all" else {})
+    config = check(write_toml(tmp_path / "x.toml", changes))
     model = GDN2Model(flavors["debug_hybrid"])
     names = {id(p): name for name, p in model.named_parameters()}
     (optimizer,) = optimizers_of(model, config)
@@ -282,7 +346,7 @@ def test_weight_decay_leaves_out_decays_norms_and_biases(tmp_path):
     assert set(groups) == set(names.values())
     for name, weight_decay in groups.items():
         leaf = name.rsplit(".", 1)[1]
-        exempt = leaf in ("A_log", "dt_bias", "bias") or "norm" in name
+        exempt = on == "matrices" and (leaf in ("A_log", "dt_bias", "bias") or "norm" in name)
         assert weight_decay == (0.0 if exempt else 0.3), name
 
 

@@ -173,8 +173,9 @@ def test_after_200_steps_the_debug_hybrids_loss_is_that_of_fp32_within_two_perce
 
 
 @pytest.mark.slow
-def test_a_run_whose_weights_were_gathered_in_float8_continues_in_fp32_without_torchao(tmp_path):
-    arguments = [*SHORT, "--checkpoint.enable", "--lr_scheduler.total_steps=6"]
+@pytest.mark.parametrize("optimizer", ["AdamW", "Muon"])
+def test_a_run_whose_weights_were_gathered_in_float8_continues_in_fp32_without_torchao(tmp_path, optimizer):
+    arguments = [*SHORT, "--checkpoint.enable", "--lr_scheduler.total_steps=6", f"--optimizer.name={optimizer}"]
     printed = train(
         2, tmp_path, *arguments, "--training.steps=4", f"--model.converters={FLOAT8}", f"--{FLOAT8}.emulate",
         f"--{FLOAT8}.enable_fsdp_float8_all_gather", f"--{FLOAT8}.precompute_float8_dynamic_scale_for_fsdp",

@@ -7,6 +7,7 @@ import os
 import tarfile
 
 import pytest
+import torch
 
 pytest.importorskip("torchtitan")
 
@@ -106,7 +107,17 @@ def test_what_is_left_at_its_default_needs_no_counterpart(tmp_path):
 @only_functions
 @pytest.mark.parametrize(
     "name",
-    ["gdn2_debug", "gdn2_debug_hybrid", "gdn2_recall", "gdn2_150M", "gdn2_400M", "gdn2_1_3B", "gdn2_1_3B_hybrid"],
+    [
+        "gdn2_debug",
+        "gdn2_debug_hybrid",
+        "gdn2_recall",
+        "gdn2_150M",
+        "gdn2_370M",
+        "gdn2_370M_hybrid",
+        "gdn2_400M",
+        "gdn2_1_3B",
+        "gdn2_1_3B_hybrid",
+    ],
 )
 def test_there_is_a_config_function_for_every_flavor(name):
     from gdn2_titan.models import flavors
@@ -126,6 +137,9 @@ def test_there_is_a_config_function_for_every_flavor(name):
         ("gdn2_150M", "150M"),
         ("gdn2_1_3B", "1.3B"),
         ("gdn2_1_3B_hybrid", "1.3B_hybrid"),
+        ("gdn2_paper_370M", "paper/370M"),
+        ("gdn2_paper_1_3B", "paper/1.3B"),
+        ("gdn2_paper_1_3B_hybrid", "paper/1.3B_hybrid"),
     ],
 )
 def test_a_config_function_says_what_the_toml_file_does(name, file, monkeypatch):
@@ -142,7 +156,7 @@ def test_a_config_function_says_what_the_toml_file_does(name, file, monkeypatch)
     ("section", "field", "value", "sentence"),
     [
         ("training", "disable_cuda_graphs", False, "training.disable_cuda_graphs is False"),
-        ("parallelism", "spmd_backend", "spmd_types", "parallelism.spmd_backend is 'spmd_types'"),
+        ("parallelism", "spmd_backend", "full_dtensor", "it must be 'spmd_types' or 'partial_dtensor'"),
         ("parallelism", "enable_sequence_parallel", False, "parallelism.enable_sequence_parallel is False"),
         ("training", "local_batch_size", 0, "training.local_batch_size is 0"),
     ],
@@ -154,6 +168,31 @@ def test_a_config_that_cannot_train_is_refused_before_anything_is_built(section,
     setattr(getattr(config, section), field, value)
     with pytest.raises(SystemExit, match=sentence):
         config.build()
+
+
+@only_functions
+@pytest.mark.parametrize(
+    ("replicate", "shard", "context", "tensor"),
+    [(1, 1, 1, 1), (1, 4, 1, 1), (2, 2, 1, 1), (1, 1, 4, 1), (1, 2, 2, 2), (2, 1, 2, 1), (2, 2, 2, 2)],
+)
+def test_both_backends_shard_the_parameters_over_the_same_ranks(replicate, shard, context, tensor):
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    from torchtitan.distributed import ParallelDims
+
+    from gdn2_titan.titan.parallelize import mesh_of_shards
+    from gdn2_titan.titan.v03.fields import BACKENDS
+
+    world, found = replicate * shard * context * tensor * 2, {}
+    degrees = {"dp_replicate": replicate, "dp_shard": shard, "cp": context, "tp": tensor, "pp": 2, "ep": 1}
+    for backend in BACKENDS:
+        torch.distributed.init_process_group("fake", rank=world - 1, world_size=world, store=FakeStore())
+        try:
+            dims = ParallelDims(**degrees, world_size=world, spmd_backend=backend)
+            found[backend], of_second_stage = (mesh_of_shards(dims).mesh.tolist() for _ in range(2))
+        finally:
+            torch.distributed.destroy_process_group()
+        assert found[backend] == of_second_stage
+    assert found["spmd_types"] == found["partial_dtensor"]  # TorchTitan's own mesh "fsdp"
 
 
 @only_functions

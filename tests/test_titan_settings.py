@@ -30,6 +30,7 @@ MESH, ENABLED, COMPILED = {"WORLD_SIZE": "8"}, {"checkpoint.enable": True}, {"co
 PIPELINE = {"parallelism.pipeline_parallel_degree": 2}
 # The last of four layers is left out.
 STAGES = [["tok_embeddings", "layers.0", "layers.1"], ["layers.2", "norm", "output"]]
+ADAMW, MUON = {"optimizer.name": "AdamW"}, {"optimizer.name": "Muon"}
 FLOAT8 = {"model.converters": ["quantize.linear.float8"], "quantize.linear.float8.emulate": True}
 MX = {"model.converters": ["quantize.linear.mx"], "quantize.linear.mx.emulate": True}
 
@@ -56,6 +57,12 @@ WRONG = {
     "optimizer.weight_decay": NO_AMOUNT,
     "optimizer.implementation": ["fast", "Fused"],
     "optimizer.early_step_in_backward": [True],
+    "optimizer.weight_decay_on": ["everything", "Matrices", ""],
+    "optimizer.muon_lr": [*NO_AMOUNT, (0.01, ADAMW)],
+    "optimizer.muon_momentum": [*NO_MOMENT, (0.9, ADAMW)],
+    "optimizer.muon_nesterov": [(False, ADAMW)],
+    "optimizer.muon_ns_steps": [0, -1, 100, (4, ADAMW)],
+    "optimizer.muon_adjust_lr_fn": ["adamw", "", ("original", ADAMW), ("original", MUON)],
     "lr_scheduler.warmup_steps": NO_SIZE,
     "lr_scheduler.total_steps": NO_COUNT,
     "lr_scheduler.decay_ratio": NO_SHARE,
@@ -323,6 +330,8 @@ def test_a_value_that_is_wrong_here_is_refused_in_one_sentence_with_the_field(ca
         (["--activation_checkpoint.mode=ful"], ["activation_checkpoint.mode is 'ful'", "'full'"]),
         (["--compile.components=model,los"], ["compile.components is ['model', 'los']", "'loss'"]),
         (["--checkpoint.enable=yes"], ["checkpoint.enable is 'yes'", "--checkpoint.no-enable"]),
+        (["--checkpoint.enable", "true", "false"], ["checkpoint.enable is 'true false'", "true or false"]),
+        (["--checkpoint.no-enable", "true"], ["checkpoint.enable is 'true'", "--checkpoint.no-enable"]),
         (["--task.pairs", "4", "many"], ["task.pairs is '4 many'", "a list of a whole number"]),
     ],
     ids=lambda value: value[0],
@@ -339,6 +348,24 @@ def test_the_ends_of_each_range_are_right(which, one_process, tmp_path):
     check(write_toml(tmp_path / "x.toml", said))
     options = [f"--{field}={value}" for field, value in said.items() if not isinstance(value, list)]
     check(write_toml(tmp_path / "x.toml", {}), *options)
+
+
+def test_truth_values_with_and_without_a_word_and_lists_by_spaces_or_commas_mean_the_same(one_process, tmp_path):
+    path = write_toml(tmp_path / "x.toml", {})
+
+    def said(*options):
+        parsed = parse([f"--job.config_file={path}", *options])
+        lists = parsed.compile.components, parsed.task.pairs, parsed.quantize.linear.float8.filter_fqns
+        return parsed.checkpoint.enable, parsed.compile.enable, parsed.metrics.enable_tensorboard, *lists
+
+    wanted = True, False, False, ["model", "loss"], [4, 8], ["a.b"]
+    words = "--task.pairs", "--compile.components", "--quantize.linear.float8.filter_fqns"
+    for true in (["--checkpoint.enable"], ["--checkpoint.enable", "true"], ["--checkpoint.enable=True"]):
+        assert said(*true, "--compile.enable=false", "--metrics.enable-tensorboard", "False", words[0], "4", "8",
+                    words[1], "model", "loss", words[2], "a.b") == wanted  # fmt: skip
+    for pairs, names in ((["4,8"], ["model,loss"]), (["4,", "8"], ["model,", "loss"]), (["4, 8"], ["model, loss"])):
+        assert said("--checkpoint.enable", "--compile.no-enable", "--metrics.no-enable_tensorboard", words[0], *pairs,
+                    words[1], *names, f"{words[2]}=a.b") == wanted  # fmt: skip
 
 
 def test_profiling_and_logging_want_room_and_what_is_installed(one_process, tmp_path, monkeypatch):
@@ -506,7 +533,7 @@ def test_every_field_of_torchtitan_03s_config_has_a_counterpart_or_a_check_of_it
     from gdn2_titan.titan.v03.fields import COUNTERPARTS
     from gdn2_titan.titan.v03.trainer import check as check_config
 
-    known = {*COUNTERPARTS.values(), *own_fields.ONLY, *own_fields.OR_NONE, *own_fields.ANY}
+    known = {*COUNTERPARTS.values(), *own_fields.ONLY, *own_fields.OWN_RANGES, *own_fields.ANY}
 
     def fields_of(config, prefix=""):
         for field in dataclasses.fields(config):
@@ -517,10 +544,10 @@ def test_every_field_of_torchtitan_03s_config_has_a_counterpart_or_a_check_of_it
                 yield name
 
     assert set(fields_of(gdn2_debug())) == known
-    for name in (*own_fields.ONLY, *own_fields.OR_NONE):
+    for name in (*own_fields.ONLY, *own_fields.OWN_RANGES):
         config = gdn2_debug()
         section, field = name.split(".")
-        value = -1 if name in own_fields.OR_NONE else not getattr(getattr(config, section), field)
+        value = -1 if name in own_fields.OWN_RANGES else not getattr(getattr(config, section), field)
         setattr(getattr(config, section), field, value)
         assert _sentence(lambda: check_config(config)).startswith(f"{name} is {value!r}; ")
 

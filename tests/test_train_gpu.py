@@ -39,12 +39,14 @@ def test_on_a_cpu_it_trains_every_shape_and_writes_a_line_and_a_table_of_each(tm
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.slow
 def test_without_a_gpu_it_refuses_with_one_sentence(tmp_path):
     run = start("--out", str(tmp_path))
     assert run.returncode == 1
     assert run.stderr.strip().splitlines() == ["--device is 'cuda'; without a GPU it must be 'cpu'"]
 
 
+@pytest.mark.slow
 def test_a_case_without_memory_is_a_line_and_the_others_run(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import train_gpu

@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -94,8 +95,11 @@ NARROW = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["debug", "debug_hybrid", "150M", "1.3B", "1.3B_hybrid"])
-def test_every_shipped_config_that_is_no_task_trains_a_step(name, tmp_path):
+@pytest.mark.parametrize(
+    "name",
+    ["debug_mamba2", "debug_mamba3", "debug_carve", "150M", "1.3B", "paper/370M", "paper/1.3B_hybrid"],
+)
+def test_a_shipped_config_of_each_kind_that_is_no_task_trains_a_step(name, tmp_path):
     [curves] = runs.train(1, tmp_path / "out", [
         f"--job.config_file={ROOT / 'train_configs' / name}.toml", f"--job.dump_folder={tmp_path}",
         "--training.steps=1", "--training.seq_len=32", "--training.local_batch_size=1", "--metrics.log_freq=1",
@@ -104,3 +108,17 @@ def test_every_shipped_config_that_is_no_task_trains_a_step(name, tmp_path):
     ])  # fmt: skip
     [(loss, norm)] = curves.training
     assert loss < math.log(32_000) + 2 and math.isfinite(norm)  # a few tokens: far from a mean
+
+
+@pytest.mark.slow
+def test_a_file_that_names_no_module_trains_by_this_packages_launcher_and_a_wrong_one_ends_with_status_2(tmp_path):
+    named = (ROOT / "train_configs" / "debug.toml").read_text()
+    path = tmp_path / "x.toml"
+    path.write_text(re.sub(r"custom_config_module = .*\n", "", named))
+    for change, status, said in (("2", 0, "step: 1/2 "), ("0", 2, "Config error: training.steps is 0; ")):
+        run = subprocess.run(
+            [sys.executable, "-m", "gdn2_titan.titan.train", f"--job.config_file={path}", *SHORT,
+             f"--job.dump_folder={tmp_path}", f"--training.steps={change}", "--metrics.disable_color_printing"],
+            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
+        )  # fmt: skip
+        assert run.returncode == status and said in run.stdout and "Traceback" not in run.stdout, run.stdout[-4000:]

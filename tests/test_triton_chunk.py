@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from gdn2_titan.ops import chunk_gdn2, recurrent_gdn2
+from gdn2_titan.ops.gdn2.triton import scan
+from gdn2_titan.ops.triton import launching
 from tests.gdn2_cases import (
     DECAYS,
     DEVICE,
@@ -87,6 +89,18 @@ def test_any_length_is_exact_to_rounding(T):
 def test_any_head_sizes_are_exact_to_rounding(K, V):
     # Past a chunk where it does not take long, so that the state is used too.
     assert_exact(small(T=66 if K + V < 200 else 34, K=K, V=V))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("through", [RESULTS, ("final_state",)], ids=" ".join)
+def test_a_state_of_so_many_channels_that_it_is_worked_on_in_parts_is_exact_to_rounding(through):
+    assert_exact(small(T=66, K=140, V=3), through=through)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="compiled kernels are kept, whatever their functions are replaced by")
+def test_a_state_in_parts_is_exact_to_rounding(monkeypatch):
+    monkeypatch.setattr(scan, "_part_size", lambda BK: 16)
+    assert_exact(small(T=66, K=24, V=3))
 
 
 OPTIONS = {
@@ -218,10 +232,10 @@ def test_gradients_through_the_recurrent_op_are_exact_to_rounding():
 
 @pytest.mark.parametrize(
     "options",
-    [dict(**RAW, resets=random_resets(1, 50)), dict(cu=[0, 20, 50, 50])],
+    [dict(**RAW, resets=random_resets(1, 50)), dict(cu=[0, 0, 20, 50, 50])],
     ids=["raw, resets", "packed"],
 )
-def test_no_kernel_writes_outside_its_tensors(monkeypatch, options):
+def test_no_kernel_reads_or_writes_outside_its_tensors(monkeypatch, options):
     launched = fenced(monkeypatch)
     assert_exact(small(T=50, K=5, V=3, groups=2, **options))
     assert launched == {"prepare_kernel", "scan_kernel", "reverse_kernel", "gradient_kernel"}
@@ -387,12 +401,38 @@ def test_a_nan_is_not_hidden_from_the_gradients(name):
     assert all(grad.isnan().any() for grad in grads)
 
 
-def test_both_ops_pass_opcheck():
+@pytest.mark.parametrize("function, known", [(chunk_gdn2, True), (recurrent_gdn2, False)], ids=["chunk", "recurrent"])
+def test_the_backward_makes_A_and_A_qk_unless_the_chunked_forward_did(monkeypatch, function, known):
+    makes, launch = [], launching.launch
+
+    def start(kernel, grid, candidates, args, constants):
+        if kernel.__name__ == "prepare_kernel":
+            makes.append(args["A"] is not None and args["A_qk"] is not None)
+        launch(kernel, grid, candidates, args, constants)
+
+    monkeypatch.setattr(launching, "launch", start)
+    inputs = on_device(small(T=5))
+    o, _ = function(**inputs, backend="triton")
+    forward = list(makes)
+    o.sum().backward()
+    assert makes == [*forward, not known]
+    makes.clear()
+    with torch.no_grad():
+        triton_chunk_gdn2(**inputs)
+    assert makes == [True]
+
+
+def test_the_ops_pass_opcheck():
     inputs = on_device(small(T=5, K=3, V=2, **RAW, resets=[0, 1, 0, 0, 1]))
     output_grads = [grad.to(DEVICE, FP32) for grad in cotangents(inputs)]
-    torch.library.opcheck(OPS.chunk_gdn2, (*op_arguments(inputs), "triton"), test_utils=OPCHECKS)
+    for op in (OPS.chunk_gdn2, OPS.chunk_gdn2_saving):
+        torch.library.opcheck(op, (*op_arguments(inputs), "triton"), test_utils=OPCHECKS)
     args = [x.detach() if isinstance(x, torch.Tensor) else x for x in op_arguments(inputs)]
-    torch.library.opcheck(OPS.chunk_gdn2_backward, (*output_grads, *args, "triton"), test_utils=OPCHECKS)
+    squares = OPS.chunk_gdn2_saving(*args, "triton")[2:]
+    for more in ((), (None, *squares)):
+        torch.library.opcheck(
+            OPS.chunk_gdn2_backward, (*output_grads, *args, "triton", *more), test_utils=OPCHECKS
+        )  # fmt: skip
 
 
 @pytest.mark.slow

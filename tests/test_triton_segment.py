@@ -218,7 +218,7 @@ def test_blocks_of_16_channels_are_exact_to_rounding(V, monkeypatch):
     assert_exact(small(T=66, K=24, V=V, groups=2, **RAW))
 
 
-def test_no_kernel_writes_outside_its_tensors(monkeypatch):
+def test_no_kernel_reads_or_writes_outside_its_tensors(monkeypatch):
     launched = fenced(monkeypatch)
     assert_exact(small(T=70, K=5, V=3, groups=2, **RAW, resets=[t == 20 for t in range(70)]))
     assert launched == {"prepare_kernel", "segment_kernel"}

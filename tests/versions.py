@@ -14,15 +14,26 @@ LAYOUTS, OPTIONS, RECORDED = (f"distributed/test_{name}.py" for name in ("layout
 RUNS, CONFIG, GENERATIONS = "test_training_runs.py", "test_titan_config.py", "test_titan_generations.py"
 CONVERT, RECALL = "test_convert_titan.py", "distributed/test_recall.py"
 TRAINS, AS_ONE = "test_a_layout_trains_as_one_process", "test_an_option_trains_as_one_plain_process"
-TASKS = "^(copying|mqar|needle|overwrite|parity|permutations|selective_erase)$"
+# Layouts of TorchTitan 0.3 with the older of its two backends; the others have its default.
+OLDER, DEFAULT = "partial_dtensor", "^(?!.*partial_dtensor)"
+LAYOUT_KINDS = {
+    "FSDP2": r"\bfsdp",
+    "HSDP": "hsdp",
+    "tensor and sequence parallelism": r"\btp\d",
+    "context parallelism, head-tail": r"\bcp\d(?!-contiguous)",
+    "context parallelism, one segment a rank": "contiguous",
+    "pipeline parallelism (1F1B, interleaved)": r"\bpp\d",
+}
+TASKS = "^(alias|copying|locked|mqar|needle|overwrite|parity|permutations|rejected|selective_erase|stale|version)$"
 # Feature: tests, by file, by how the name begins and by what its parameters say.
 FEATURES = {
-    "FSDP2": [(LAYOUTS, TRAINS, r"\bfsdp"), (OPTIONS, AS_ONE, "fsdp")],
-    "HSDP": [(LAYOUTS, TRAINS, "hsdp")],
-    "tensor and sequence parallelism": [(LAYOUTS, TRAINS, r"\btp\d")],
-    "context parallelism, head-tail": [(LAYOUTS, TRAINS, r"\bcp\d(?!-contiguous)"), ("test_titan_context.py", "test_")],
-    "context parallelism, one segment a rank": [(LAYOUTS, TRAINS, "contiguous")],
-    "pipeline parallelism (1F1B, interleaved)": [(LAYOUTS, TRAINS, r"\bpp\d")],
+    **{kind: [(LAYOUTS, TRAINS, pattern, DEFAULT)] for kind, pattern in LAYOUT_KINDS.items()},
+    "FSDP2": [(LAYOUTS, TRAINS, LAYOUT_KINDS["FSDP2"], DEFAULT), (OPTIONS, AS_ONE, "fsdp")],
+    "context parallelism, head-tail": [
+        (LAYOUTS, TRAINS, LAYOUT_KINDS["context parallelism, head-tail"], DEFAULT), ("test_titan_context.py", "test_"),
+    ],
+    **{f"{kind}; backend {OLDER}": [(LAYOUTS, TRAINS, pattern, OLDER)] for kind, pattern in LAYOUT_KINDS.items()},
+    "a checkpoint of one backend continues with the other": [(LAYOUTS, "test_a_checkpoint_continues", "er-.*er$")],
     "torch.compile of each block": [
         (LAYOUTS, "test_a_layout_trains_as_one_process_when_blocks_are_compiled"),
         (OPTIONS, AS_ONE, "compiled|inductor"),
@@ -45,7 +56,7 @@ FEATURES = {
         (RECORDED, "test_", TASKS),
     ],
     "every file in train_configs starts": [
-        (CONFIG, "test_every_shipped_config"), (RUNS, "test_every_shipped_config"), (RECORDED, "test_", TASKS),
+        (CONFIG, "test_every_shipped_config"), (RUNS, "test_a_shipped_config"), (RECORDED, "test_", TASKS),
     ],
     "a wrong config ends with one sentence": [
         (CONFIG, "test_a_config_that_cannot_train"), (CONFIG, "test_a_layout_that_eight"),

@@ -38,7 +38,7 @@ def llama3_gdn2_debug():
     config.training.mixed_precision_param = "float32"
     config.training.disable_cuda_graphs = True  # the mixer's ops are not captured
     config.lr_scheduler.warmup_steps = 10
-    config.parallelism.spmd_backend = "partial_dtensor"  # in which gdn2_titan.parallel's plans are written
+    config.parallelism.spmd_backend = "partial_dtensor"  # by the other, every parameter wants types
     config.activation_checkpoint = SavedOpsAC.Config()  # selective by op: keeps what the mixer gave
     decayed = config.optimizer.param_groups[0]
     kept = replace(decayed, pattern=r"A_log|dt_bias", optimizer_kwargs=decayed.optimizer_kwargs | {"weight_decay": 0.0})

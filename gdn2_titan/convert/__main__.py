@@ -9,7 +9,6 @@ from .errors import ConvertError, exit_status
 from .run_folders import checkpoint_folder
 
 # torch is not imported before the command line is known to be right: that takes seconds.
-_QKV_ORDERS = ("grouped", "concatenated")  # those of nvlabs
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -31,8 +30,10 @@ _COMMANDS = (
     ("from-fla", "flash-linear-attention folder to Hugging Face folder", "FOLDER", _WEIGHTS),
     ("to-fla", "checkpoint to flash-linear-attention's names", "CHECKPOINT",
      (*_MODEL, *_WEIGHTS, "tokenizer")),
-    ("from-nvlabs", "checkpoint of the authors' trainer to Hugging Face folder", "FILE",
-     (*_MODEL, *_WEIGHTS, "tokenizer", "qkv_order")),
+    ("from-nvlabs", "checkpoint in the layout of the authors' release to Hugging Face folder", "FILE",
+     (*_MODEL, *_WEIGHTS, "tokenizer")),
+    ("to-nvlabs", "checkpoint to a file in the layout of the authors' release", "CHECKPOINT", (*_MODEL, "dtype")),
+    ("from-megatron", "Megatron-Core's file to Hugging Face folder", "FILE", (*_MODEL, *_WEIGHTS, "tokenizer")),
 )  # fmt: skip
 _OPTIONS = {
     "config": {"metavar": "TOML", "help": "TorchTitan config of the model, where the checkpoint does not say it"},
@@ -41,7 +42,6 @@ _OPTIONS = {
     "shard_size": {"type": _bytes, "help": "of a safetensors file (default: 5GB)"},
     "tokenizer": {"metavar": "FOLDER", "help": "instead of the one that the model was trained with"},
     "with_code": {"action": "store_true", "help": "the model's code too, for trust_remote_code=True elsewhere"},
-    "qkv_order": {"choices": _QKV_ORDERS, "help": "rows of attn.attn: per key head, or all q, all k, all v"},
 }
 
 
@@ -62,7 +62,7 @@ def _run(parsed: argparse.Namespace) -> None:
     options = {name: value for name, value in vars(parsed).items() if value is not None}
     command, source, out = (options.pop(name) for name in ("command", "source", "out"))
     try:
-        if command in ("to-hf", "from-hf", "to-torch", "to-fla"):
+        if command in ("to-hf", "from-hf", "to-torch", "to-fla", "to-nvlabs"):
             checkpoint_folder(source)
         import torch
 

@@ -1,23 +1,28 @@
 """The names of flash-linear-attention: its GatedDeltaNet2 layer inside a decoder named as that library's decoders are.
 
 As of its 0.6.0. It has the layer, not yet a decoder around it: names of the rest are those of its other decoders (KDA,
-Gated DeltaNet), which agree. Its gates are per channel, its output gate is a sigmoid.
+Gated DeltaNet), which agree. Its gates are per channel, its output gate is a sigmoid, the projections to decay and
+output gate have the rank of a head's value size. ``lower_bound`` and ``safe_gate`` are fields of its KDA's config and
+arguments of its GDN-2 operator: with a bound the decay is bounded, and A_log may be absent, which stands for zeros;
+safe_gate chooses kernels for bounds from -5 on.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gdn2_titan.models import GDN2ModelArgs
+from gdn2_titan.models.args import SOFTMAX
+from gdn2_titan.models.checks import value_head_dim
 
 from .checkpoint_info import args_from_fields
 from .errors import ConvertError
 from .mapping import Part, replace_prefix, tensors_of
 
-__all__ = ["args_from_fla", "config_for_fla", "from_fla_mapping", "to_fla_mapping"]
+__all__ = ["args_from_fla", "check_layer", "config_for_fla", "from_fla_mapping", "shortest_period", "to_fla_mapping"]
 
 _OUTSIDE = {"tok_embeddings.": "model.embeddings.", "norm.": "model.norm.", "lm_head.": "lm_head."}
 _BLOCK = {"mixer_norm.": "attn_norm.", "mixer.": "attn."}
@@ -28,8 +33,14 @@ _MIXER = {
 # Fields of that library's configs that change the computation, and the one value with which it is the model here.
 _FIXED = {
     "use_short_conv": True, "conv_bias": False, "tie_word_embeddings": False, "hidden_act": "swish",
-    "safe_gate": False, "attnres_block_size": None,
+    "attnres_block_size": None,
 }  # fmt: skip
+_OF_ITS_LAYER = {
+    "erase_gate": "channel", "write_gate": "channel", "tied_gates": False, "decay": "channel",
+    "output_gate": "sigmoid", "content_gate": False,
+}  # fmt: skip
+FULL = (None, "full")  # ranks
+_SAFE = -5.0  # the lowest bound that safe_gate's kernels take
 _SAME = (
     "vocab_size", "hidden_size", "norm_eps", "num_heads", "head_dim", "num_v_heads", "expand_v", "conv_size",
     "allow_neg_eigval",
@@ -42,8 +53,9 @@ def _name(name: str, args: GDN2ModelArgs) -> str:
     _, layer, rest = name.split(".", 2)
     rest = replace_prefix(rest, _BLOCK) or rest
     if rest.startswith("attn."):
-        # A scalar decay has one factor.
-        mixer = _MIXER if args.decay == "channel" else _MIXER | {"decay_proj.": "f_proj."}
+        # A scalar decay, and what has full rank, is one factor.
+        decay, gate = args.decay == "scalar" or args.decay_rank in FULL, args.gate_rank in FULL
+        mixer = _MIXER | ({"decay_proj.": "f_proj."} if decay else {}) | ({"gate_proj.": "g_proj."} if gate else {})
         inner = rest.removeprefix("attn.")
         rest = "attn." + (replace_prefix(inner, mixer) or inner)
     return f"model.layers.{layer}.{rest}"
@@ -65,10 +77,17 @@ def _reshaped(theirs: tuple[int, ...], shape: tuple[int, ...]) -> Callable[[torc
     return of
 
 
-def from_fla_mapping(args: GDN2ModelArgs) -> dict[str, Part]:
-    """{name here: Part of a flash-linear-attention checkpoint}."""
+def from_fla_mapping(args: GDN2ModelArgs, theirs: Collection[str] | None = None) -> dict[str, Part]:
+    """{name here: Part of a flash-linear-attention checkpoint}. theirs: the names in it, if known; a bounded decay's
+    A_log that is not among them is zeros."""
     tensors = tensors_of(args)
-    return {n: Part(_name(n, args), _reshaped(_shape(n, t.shape), tuple(t.shape))) for n, t in tensors.items()}
+    mapping = {n: Part(_name(n, args), _reshaped(_shape(n, t.shape), tuple(t.shape))) for n, t in tensors.items()}
+    if args.lower_bound is not None and theirs is not None:
+        for name, part in mapping.items():
+            if name.endswith(".A_log") and part.name not in theirs:
+                beside = mapping[name.removesuffix("A_log") + "dt_bias"].name
+                mapping[name] = Part(beside, lambda dt_bias: dt_bias.new_zeros(args.num_heads, dtype=torch.float32))
+    return mapping
 
 
 def to_fla_mapping(args: GDN2ModelArgs) -> dict[str, Part]:
@@ -92,7 +111,8 @@ def _softmax_layers(config: Mapping[str, Any], path: Path) -> dict[int, dict[str
     return found
 
 
-def _shortest_period(pattern: Sequence[str]) -> tuple[str, ...]:
+def shortest_period(pattern: Sequence[str]) -> tuple[str, ...]:
+    """The shortest beginning of a pattern that gives all of it when repeated and cut off."""
     for length in range(1, len(pattern) + 1):
         if all(mixer == pattern[i % length] for i, mixer in enumerate(pattern)):
             return tuple(pattern[:length])
@@ -122,13 +142,28 @@ def args_from_fla(config: Mapping[str, Any], path: Path) -> GDN2ModelArgs:
         "gdn2" if i not in softmax else "attention" if softmax[i]["window"] is None else "swa"
         for i in range(config["num_hidden_layers"])
     ]
-    fields = {name: config.get(name) for name in _SAME} | {
-        "n_layers": config["num_hidden_layers"], "mlp_size": size, "layer_pattern": _shortest_period(pattern),
+    if config.get("safe_gate") and config.get("lower_bound") is None:
+        raise ConvertError(f"{path} has safe_gate {config['safe_gate']!r} and no lower_bound; it must have both")
+    fields = {name: config.get(name) for name in (*_SAME, "lower_bound")} | {
+        "n_layers": config["num_hidden_layers"], "mlp_size": size, "layer_pattern": shortest_period(pattern),
         "output_gate": "sigmoid", **(described[0] if described else {}),
     }  # fmt: skip
     if windows:
         fields["window"] = windows.pop()
     return args_from_fields(fields, path)
+
+
+def check_layer(args: GDN2ModelArgs, fixed: Mapping[str, Any], whose: str) -> None:
+    """Raise ConvertError unless the layers are what that of ``whose`` is: in ``fixed`` fields, with ranks of a head."""
+    if others := args.mixers() - {"gdn2", *SOFTMAX}:
+        raise ConvertError(f"layer_pattern has {', '.join(map(repr, sorted(others)))}; {whose} model has no such layer")
+    for name, value in fixed.items():
+        if getattr(args, name) != value:
+            raise ConvertError(f"{name} is {getattr(args, name)!r}; {whose} layer has {value!r}")
+    head = value_head_dim(args.head_dim, args.expand_v)
+    for name in ("decay_rank", "gate_rank"):
+        if (rank := getattr(args, name)) not in ("head", head):
+            raise ConvertError(f"{name} is {rank!r}; {whose} layer has {head}, a head's value size")
 
 
 def config_for_fla(args: GDN2ModelArgs) -> dict[str, Any]:
@@ -137,12 +172,9 @@ def config_for_fla(args: GDN2ModelArgs) -> dict[str, Any]:
     Raises:
         ConvertError: the model has what that library's layer does not.
     """
-    for name, value in (
-        ("erase_gate", "channel"), ("write_gate", "channel"), ("tied_gates", False), ("decay", "channel"),
-        ("output_gate", "sigmoid"),
-    ):  # fmt: skip
-        if getattr(args, name) != value:
-            raise ConvertError(f"{name} is {getattr(args, name)!r}; flash-linear-attention's layer has {value!r}")
+    check_layer(args, _OF_ITS_LAYER, "flash-linear-attention's")
+    bound = args.lower_bound
+    bounded = {} if bound is None else {"lower_bound": bound, "safe_gate": bound >= _SAFE}
     layers = {}
     for layer in range(args.n_layers):
         layers.setdefault(args.mixer(layer), []).append(layer)
@@ -158,5 +190,5 @@ def config_for_fla(args: GDN2ModelArgs) -> dict[str, Any]:
         **{name: getattr(args, name) for name in _SAME},
         "num_hidden_layers": args.n_layers, "intermediate_size": args.mlp_size,
         "attn": None if not specs else specs[0] if len(specs) == 1 else specs,
-        "use_short_conv": True, "hidden_act": "swish", "tie_word_embeddings": False,
+        "use_short_conv": True, "hidden_act": "swish", "tie_word_embeddings": False, **bounded,
     }  # fmt: skip

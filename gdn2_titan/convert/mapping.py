@@ -7,9 +7,10 @@ from typing import Protocol
 
 import torch
 
-from gdn2_titan.models import GDN2Model, GDN2ModelArgs
+from gdn2_titan.models import GDN2ModelArgs
 from gdn2_titan.models.old_names import current_name
 
+from .empty_model import empty_model
 from .errors import ConvertError
 
 __all__ = ["CurrentNames", "Part", "Renamed", "Source", "check_fits", "from_hf_name", "replace_prefix", "tensors_of",
@@ -121,8 +122,7 @@ def tensors_of(args: GDN2ModelArgs) -> dict[str, torch.Tensor]:
         ConvertError: no model can be built from args.
     """
     try:
-        with torch.device("meta"):
-            return GDN2Model(args).state_dict()
+        return empty_model(args).state_dict()
     except (ValueError, TypeError) as error:
         raise ConvertError(f"no model can be built from the configuration: {error}") from error
 

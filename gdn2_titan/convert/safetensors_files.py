@@ -50,7 +50,8 @@ def _files_by_tensor(folder):
 
 
 class SafetensorsFolder:
-    """The tensors of ``model.safetensors``, or of the files that ``model.safetensors.index.json`` names.
+    """The tensors of ``model.safetensors``, or of the files that ``model.safetensors.index.json`` names; or of the one
+    file that path is.
 
     tensors: {name: meta tensor with shape and dtype}, in the order of the files.
 
@@ -58,37 +59,41 @@ class SafetensorsFolder:
         ConvertError: a file is missing or damaged, or index and files differ.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.path = Path(folder)
-        indexed = _files_by_tensor(self.path)
-        if indexed is None and not (self.path / SINGLE).is_file():
-            raise ConvertError(f"{self.path} has neither {SINGLE} nor {INDEX}")
-        files = [SINGLE] if indexed is None else sorted(set(indexed.values()))
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if self.path.is_file():
+            folder, indexed, files = self.path.parent, None, [self.path.name]
+        else:
+            folder, indexed = self.path, _files_by_tensor(self.path)
+            if indexed is None and not (self.path / SINGLE).is_file():
+                raise ConvertError(f"{self.path} has neither {SINGLE} nor {INDEX}")
+            files = [SINGLE] if indexed is None else sorted(set(indexed.values()))
+        self._folder = folder
         self.tensors, self._files, self._open = {}, {}, (None, None)
         for file in files:
-            with reading(self.path / file), safe_open(self.path / file, framework="pt") as opened:
+            with reading(folder / file), safe_open(folder / file, framework="pt") as opened:
                 for name in opened.keys():
                     if indexed is not None and indexed.get(name) != file:
                         where = f"in {indexed[name]}" if name in indexed else "nowhere"
-                        raise ConvertError(f"tensor {name!r} is in {self.path / file}; {INDEX} says it is {where}")
+                        raise ConvertError(f"tensor {name!r} is in {folder / file}; {INDEX} says it is {where}")
                     part = opened.get_slice(name)
                     if part.get_dtype() not in DTYPES:
                         raise ConvertError(
-                            f"tensor {name!r} in {self.path / file} has dtype {part.get_dtype()}; it must be one of "
+                            f"tensor {name!r} in {folder / file} has dtype {part.get_dtype()}; it must be one of "
                             f"{', '.join(DTYPES)}"
                         )
                     self.tensors[name] = torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
                     self._files[name] = file
         for name, file in (indexed or {}).items():
             if name not in self.tensors:
-                raise ConvertError(f"{self.path / file} does not have tensor {name!r}; {INDEX} says it is there")
+                raise ConvertError(f"{folder / file} does not have tensor {name!r}; {INDEX} says it is there")
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU. One file at a time is mapped into memory."""
         file = self._files[name]
-        with reading(self.path / file):
+        with reading(self._folder / file):
             if self._open[0] != file:
-                self._open = file, safe_open(self.path / file, framework="pt")
+                self._open = file, safe_open(self._folder / file, framework="pt")
             return self._open[1].get_tensor(name)
 
 

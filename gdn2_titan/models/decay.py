@@ -20,26 +20,33 @@ class DecayParameters(nn.Module):
     They are fp32 from their birth, or float64 where that is the default dtype. ``to(bfloat16)``, ``half()``, a file in
     16 bits that becomes the parameters, and whatever else gives a dtype to the model around them leave them in fp32:
     from a wider dtype they come unrounded, from a narrower one they are widened. ``double()`` makes them float64.
+    bounded: whether the decay has a lower bound, which is of account to where it starts. has_rate: whether there is an
+    A_log; else it is None.
 
     Both carry ``_no_weight_decay``, which trainers look for. Read, never called: see ``gdn2_titan.parallel.fsdp``.
     """
 
-    def __init__(self, num_heads: int, channels: int) -> None:
+    def __init__(self, num_heads: int, channels: int, bounded: bool = False, has_rate: bool = True) -> None:
         super().__init__()
         check_count("num_heads", num_heads)
         check_count("channels", channels)
+        self.bounded = bounded
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        self.A_log = nn.Parameter(torch.empty(num_heads, dtype=dtype))
+        self.register_parameter("A_log", nn.Parameter(torch.empty(num_heads, dtype=dtype)) if has_rate else None)
         self.dt_bias = nn.Parameter(torch.empty(num_heads, channels, dtype=dtype))
 
     def init_weights(self, dt_min: float = 1e-3, dt_max: float = 1e-1) -> None:
-        """A ~ U(1, 16); softplus(dt_bias) log-uniform in [dt_min, dt_max]: by default half-lives of 1 to 700 tokens."""
+        """A ~ U(1, 16); softplus(dt_bias) log-uniform in [dt_min, dt_max]: by default half-lives of 1 to 700 tokens.
+
+        Bounded, A is 1 and the decay is about the bound times that number.
+        """
 
         def draw_dt_bias(x):
             dt = torch.rand_like(x).mul_(math.log(dt_max / dt_min)).add_(math.log(dt_min)).exp_()
             x.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
-        fill_(self.A_log, lambda x: x.uniform_(1, 16).log_())
+        if self.A_log is not None:
+            fill_(self.A_log, lambda x: x.zero_() if self.bounded else x.uniform_(1, 16).log_())
         fill_(self.dt_bias, draw_dt_bias)
 
     def _apply(self, fn, recurse=True):

@@ -5,7 +5,6 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from gdn2_titan.ops.context_parallel.layout import SequenceShards
@@ -18,6 +17,17 @@ def _visible(query, key, window):
     """query and key: positions, any broadcastable shapes. window None: all of the past."""
     visible = key <= query
     return visible if window is None else visible & (query - key < window)
+
+
+def _surely(condition):
+    """Whether it holds of sizes, as far as they are known. A compiler for whom one is open is not asked: its graph
+    would serve only one of the cases."""
+    # While a graph is traced, a condition of open sizes passes for a bool.
+    if isinstance(condition, bool) and not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy, which takes a second
+
+    return statically_known_true(condition)
 
 
 def _is_dense(device, backend):
@@ -47,8 +57,7 @@ def attention_mask(
     a document. Returns None where plain causal attention is meant, a bool tensor [B or 1, 1, T, T] for
     ``scaled_dot_product_attention`` where there is or shall be (``backend``) no Triton, else a BlockMask.
     """
-    # A compiler for whom the length is open is not asked: its graph would serve only one of the cases.
-    if window is not None and statically_known_true(window >= length):
+    if window is not None and _surely(window >= length):
         window = None
     documents = None if resets is None else resets.long().cumsum(1)
     if _is_dense(device, backend):

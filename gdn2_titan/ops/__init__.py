@@ -6,11 +6,11 @@ from .custom_op import register_shardings
 from .gdn2.api import chunk_gdn2, fused_recurrent_gdn2, recurrent_gdn2, recurrent_gdn2_
 from .gdn2.reference import naive_recurrent_gdn2
 from .gdn2.segments import segment_summary
-from .short_conv.api import causal_conv1d
+from .short_conv.api import causal_conv1d, causal_conv1d_, causal_conv1d_qkv, causal_conv1d_qkv_
 
 __all__ = [
-    "causal_conv1d", "chunk_gdn2", "fused_recurrent_gdn2", "naive_recurrent_gdn2", "recurrent_gdn2", "recurrent_gdn2_",
-    "segment_summary",
+    "causal_conv1d", "causal_conv1d_", "causal_conv1d_qkv", "causal_conv1d_qkv_", "chunk_gdn2", "fused_recurrent_gdn2",
+    "naive_recurrent_gdn2", "recurrent_gdn2", "recurrent_gdn2_", "segment_summary",
 ]  # fmt: skip
 
 if torch.distributed.is_available():

@@ -4,12 +4,13 @@ Everything here but ``check_cu_seqlens`` looks at shapes, dtypes and devices onl
 torch.compile and costs no host synchronisation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_choice", "check_cu_seqlens", "check_flags", "check_packing", "check_tensors", "require_shape"]
+__all__ = ["check_choice", "check_cu_seqlens", "check_flags", "check_packing", "check_state_indices",
+           "check_tensors", "require_shape"]  # fmt: skip
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NOT_FLOAT = ("cu_seqlens", "resets")  # ``check_packing`` looks at their dtypes
@@ -28,12 +29,14 @@ def check_flags(**flags: bool) -> None:
             raise ValueError(f"{name} is {value!r}; it must be True or False")
 
 
-def check_tensors(names: Sequence[str], tensors: Sequence[Tensor | None], required: int) -> None:
+def check_tensors(
+    names: Sequence[str], tensors: Sequence[Tensor | None], required: int, optional: Collection[str] = ()
+) -> None:
     """Raise TypeError or ValueError unless all are tensors of the dtypes that operators take, on the first one's
-    device; from number ``required`` on they may be None."""
+    device; from number ``required`` on, and of the names ``optional``, they may be None."""
     place = None
     for i, x in enumerate(tensors):
-        if x is None and i >= required:
+        if x is None and (i >= required or names[i] in optional):
             continue
         if not isinstance(x, Tensor):
             raise TypeError(f"{names[i]} is a {type(x).__name__}; it must be a torch.Tensor")
@@ -67,6 +70,17 @@ def check_packing(name: str, B: int, T: int, cu_seqlens: Tensor | None, resets: 
     if B != 1:
         raise ValueError(f"{name} has batch size {B}; with cu_seqlens it must be 1, sequences packed end to end")
     return cu_seqlens.shape[0] - 1
+
+
+def check_state_indices(state_indices: Tensor, name: str, x: Tensor, N: int) -> None:
+    """Raise unless state_indices can name the blocks of N sequences of an input ``name``."""
+    if not isinstance(state_indices, Tensor):
+        raise TypeError(f"state_indices is a {type(state_indices).__name__}; it must be a torch.Tensor or None")
+    if state_indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"state_indices has dtype {state_indices.dtype}; it must be int32 or int64")
+    if state_indices.device != x.device:
+        raise ValueError(f"state_indices is on {state_indices.device}; it must be on {name}'s device {x.device}")
+    require_shape("state_indices", state_indices, (N,), "[N]")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, T: int) -> None:

@@ -123,13 +123,15 @@ def differentiable_once(backward_op: OpOverload, names: str) -> Callable:
     return differentiable(backward_op, lambda ctx, inputs, output: None, refuse)
 
 
-def overwriting(op: OpOverload, name: str) -> Callable:
-    """op(*args) that writes to its argument of this name, which autograd is told."""
-    place = [argument.name for argument in op._schema.arguments].index(name)
+def overwriting(op: OpOverload, *names: str) -> Callable:
+    """op(*args) that writes to its arguments of these names, which autograd is told."""
+    every = [argument.name for argument in op._schema.arguments]
+    places = [every.index(name) for name in names]
 
     def eager(*args):
         register_shardings()
-        torch.autograd.graph.increment_version(args[place])
+        for place in places:
+            torch.autograd.graph.increment_version(args[place])
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return op(*args)
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 import torch
 
+from .elementwise import BATCH_INVARIANT
+
 try:
     from .triton.target import obstacle, obstacle_on
 except ImportError:  # a copy without the Triton kernels, such as ``convert.hf.save_code`` puts beside a model
@@ -33,8 +35,12 @@ def use_triton(name: str, x: torch.Tensor, backend: str, head_sizes: Sequence[in
     Where "auto" cannot have them on a GPU it takes PyTorch's, and says so in the log, once for each reason.
 
     Raises:
-        ValueError: backend is "triton", and they cannot serve the call.
+        ValueError: backend is "triton", and they cannot serve the call; or "batch_invariant", and it is no CPU's.
     """
+    if backend == BATCH_INVARIANT:
+        if x.device.type != "cpu":
+            raise ValueError(f"{name} is on {x.device}; with backend={backend!r} it must be on the CPU")
+        return False
     if backend == "torch" or (backend == "auto" and not _on_gpu(x.device)):
         return False
     found = obstacle(x, head_sizes)
@@ -51,9 +57,11 @@ def use_triton(name: str, x: torch.Tensor, backend: str, head_sizes: Sequence[in
 
 def triton_can_serve(x: torch.Tensor, backend: str, head_sizes: Sequence[int] = ()) -> bool:
     """What ``use_triton`` would say, where a compiler may trace it: it writes no log and raises nothing."""
-    return backend != "torch" and _on_gpu(x.device) and obstacle(x, head_sizes) is None
+    return backend not in ("torch", BATCH_INVARIANT) and _on_gpu(x.device) and obstacle(x, head_sizes) is None
 
 
 def triton_serves_device(device: torch.device, backend: str) -> bool:
     """Whether a model on a device may run kernels made of Triton, flex attention's among them."""
-    return backend not in ("torch", "reference") and not (_on_gpu(device) and obstacle_on(device) is not None)
+    return backend not in ("torch", "reference", BATCH_INVARIANT) and not (
+        _on_gpu(device) and obstacle_on(device) is not None
+    )

@@ -13,6 +13,8 @@ from torch.distributed.tensor.experimental import register_sharding
 
 __all__ = ["register"]
 
+QKV_WEIGHTS, QKV_STATES = ("q_weight", "k_weight", "v_weight"), ("q_state", "k_state", "v_state")
+
 WAYS = ("whole", "batch", "heads")  # in which one dimension of the mesh may split the work
 
 
@@ -28,10 +30,11 @@ RESETS = _role(batch=Shard(0), heads=Replicate())
 REPLICATED = _role(batch=Replicate(), heads=Replicate())
 
 ROLES = (
-    dict.fromkeys(("q", "k", "v", "g", "b", "w", "do", "x", "dy"), ACTIVATION)
+    dict.fromkeys(("q", "k", "v", "g", "b", "w", "do", "x", "dy", "dq", "dk", "dv"), ACTIVATION)
     | dict.fromkeys(("read_rows", "entering", "transitions"), ACTIVATION)  # of segmented_gdn2: tokens or segments
-    | dict.fromkeys(("initial_state", "dfinal_state"), STATE)
-    | dict.fromkeys(("A_log", "dt_bias", "weight", "bias"), PARAMETER)
+    | dict.fromkeys(("initial_state", "dfinal_state", "A", "A_qk"), STATE)  # A, A_qk: chunks and heads
+    | dict.fromkeys((*QKV_STATES, *(f"d{name}" for name in QKV_STATES)), STATE)
+    | dict.fromkeys(("A_log", "dt_bias", "weight", "bias", *QKV_WEIGHTS), PARAMETER)
     | {"resets": RESETS, "cu_seqlens": REPLICATED}
 )
 
@@ -41,7 +44,8 @@ def _ways(specs):
     that move least, so every combination that it may choose must leave all ranks equal numbers of sequences and heads.
     """
     x = specs["q" if "q" in specs else "x"]
-    mesh, sizes = x.mesh, {"whole": 1, "batch": x.shape[0], "heads": x.shape[2]}
+    heads = math.gcd(*(specs[name].shape[2] for name in ("x", "q", "v") if name in specs))
+    mesh, sizes = x.mesh, {"whole": 1, "batch": x.shape[0], "heads": heads}
 
     def as_given(dim):
         fits = (way for way in WAYS if all(spec.placements[dim] == ROLES[name][way] for name, spec in specs.items()))
@@ -77,15 +81,24 @@ def _register(op, gradients=(), results=(ACTIVATION, STATE)):
         ]
 
 
-def _update_state(cls, op, types, args, kwargs):
-    # A sharding rule would not do: DTensor takes an op whose name ends in "_" for one that returns its first argument,
-    # and what the op writes to a redistributed state would be lost.
-    given = dict(zip((argument.name for argument in op._schema.arguments), args, strict=False))  # less defaults
-    if given.pop("state_indices", None) is not None:
-        raise ValueError("state_indices is given with DTensors; it must be None, each rank has a pool of its own")
-    o, final_state = torch.ops.gdn2_titan.recurrent_gdn2(*given.values())
-    given["state"].copy_(final_state)
-    return o
+def _overwrite(name, *states):
+    """Serve the operator ``name`` with an underscore, which overwrites its arguments ``states``, by the one without.
+
+    A sharding rule would not do: DTensor takes an op whose name ends in "_" for one that returns its first argument,
+    and what the op writes to a redistributed state would be lost.
+    """
+
+    def serve(cls, op, types, args, kwargs):
+        given = dict(zip((argument.name for argument in op._schema.arguments), args, strict=False))  # less defaults
+        if given.pop("state_indices", None) is not None:
+            raise ValueError("state_indices is given with DTensors; it must be None, each rank has a pool of its own")
+        results = getattr(torch.ops.gdn2_titan, name)(*given.values())
+        outputs, final_states = results[: -len(states)], results[-len(states) :]
+        for state, final_state in zip(states, final_states, strict=True):
+            given[state].copy_(final_state)
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    torch.library.register_torch_dispatch("gdn2_titan::" + name + "_", DTensor, serve)
 
 
 def register() -> None:
@@ -93,11 +106,16 @@ def register() -> None:
     ops = torch.ops.gdn2_titan
     inputs = "q", "k", "v", "g", "b", "w", "A_log", "dt_bias", "initial_state"
     _register(ops.chunk_gdn2.default)
+    _register(ops.chunk_gdn2_saving.default, results=(ACTIVATION, STATE, STATE, STATE))
     _register(ops.recurrent_gdn2.default)
     _register(ops.chunk_gdn2_backward.default, inputs)
     _register(ops.segment_gdn2.default, results=(ACTIVATION, ACTIVATION, STATE, STATE))
-    _register(ops.segmented_gdn2.default, results=(ACTIVATION, STATE, ACTIVATION, ACTIVATION, ACTIVATION))
+    _register(ops.segmented_gdn2.default, results=(ACTIVATION, STATE, ACTIVATION, ACTIVATION, ACTIVATION, STATE, STATE))
     _register(ops.segmented_gdn2_backward.default, inputs)
     _register(ops.causal_conv1d.default)
     _register(ops.causal_conv1d_backward.default, ("x", "weight", "bias", "initial_state"))
-    torch.library.register_torch_dispatch("gdn2_titan::recurrent_gdn2_", DTensor, _update_state)
+    _register(ops.causal_conv1d_qkv.default, results=(ACTIVATION,) * 3 + (STATE,) * 3)
+    _register(ops.causal_conv1d_qkv_backward.default, ("q", "k", "v", *QKV_WEIGHTS, *QKV_STATES))
+    _overwrite("recurrent_gdn2", "state")
+    _overwrite("causal_conv1d", "state")
+    _overwrite("causal_conv1d_qkv", *QKV_STATES)

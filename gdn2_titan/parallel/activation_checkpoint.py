@@ -19,6 +19,7 @@ __all__ = ["SAVED_OPS", "apply_activation_checkpoint", "apply_memory_budget"]
 # tokens), and their outputs are as many bytes as the projections they read, which are kept.
 SAVED_OPS = {
     torch.ops.gdn2_titan.chunk_gdn2.default,
+    torch.ops.gdn2_titan.chunk_gdn2_saving.default,  # the same on a GPU
     torch.ops.gdn2_titan.segmented_gdn2.default,  # a long sequence in segments on one device
     # Under context parallelism the mixer, and what it receives from other ranks: nothing is sent twice.
     torch.ops.gdn2_titan.segment_gdn2.default,

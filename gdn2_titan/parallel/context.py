@@ -28,8 +28,11 @@ def apply_context_parallel(model: nn.Module, mesh: DeviceMesh, layout: str = "co
 
     Gradients are those of the sum of all ranks' losses: a parameter's is this rank's share, to be summed over the mesh,
     as FSDP2 does over a mesh that this one is part of. Parameters stay as they are, and so do state-dict keys. Tensor
-    parallelism on a mesh of its own divides heads and, between mixers, T_local once more. ValueError: unknown layout.
+    parallelism on a mesh of its own divides heads and, between mixers, T_local once more. ValueError: unknown layout,
+    or a model with content gates.
     """
+    if model.args.content_gate:
+        raise ValueError("content_gate is True; with context parallelism it must be false")
     model.shards = SequenceShards.of(mesh, layout)
     for block in model.layers.values():
         block.mixer.shards = model.shards

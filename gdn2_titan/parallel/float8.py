@@ -17,7 +17,11 @@ FLOAT8_RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 MXFP8_RECIPES = ("mxfp8_rceil", "mxfp8_rceil_wgrad_with_hp")
 # Parts of names. The head's logits and the low-rank factors of decay and output gate stay as they are: little work, and
 # an error there is an error of every token's loss or of what the memory forgets. An MLP's gate_proj is no such factor.
-EXCLUDE = ("lm_head", "mixer.decay_low_proj", "mixer.decay_proj", "mixer.gate_low_proj", "mixer.gate_proj")
+# Of Mamba-2 and Mamba-3 those to the decay and to keys, queries and angles, which all heads share.
+EXCLUDE = (
+    "lm_head", "mixer.decay_low_proj", "mixer.decay_proj", "mixer.gate_low_proj", "mixer.gate_proj", "mixer.dt_proj",
+    "mixer.bc_proj", "mixer.a_proj", "mixer.trap_proj", "mixer.angle_proj",
+)  # fmt: skip
 # Below a matrix tile nothing is gained. Scalar gates, one output per head, are below it.
 SMALLEST_SIDE = 128
 

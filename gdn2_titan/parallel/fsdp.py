@@ -38,8 +38,8 @@ def apply_fsdp(
 
 
 def shard_decays(model: nn.Module, mesh: DeviceMesh, reduce_dtype: torch.dtype, cpu_offload: bool = False) -> None:
-    """Shard A_log and dt_bias of all ``GatedDeltaNet2`` in anybody's model, in place, before ``fully_shard`` takes the
-    modules around them and the model itself.
+    """Shard A_log and dt_bias of all ``DecayParameters`` in anybody's model, in place, before
+    ``fully_shard`` takes the modules around them and the model itself.
 
     They form one unit that stays in fp32 whatever the others compute in: a decay that is rounded to bf16 is another
     decay. It is gathered once, before the first block.

@@ -19,10 +19,21 @@ from torch.distributed.tensor.parallel import (
 
 from gdn2_titan.models.args import GDN2ModelArgs
 from gdn2_titan.models.attention import Attention
+from gdn2_titan.models.layer import GatedDeltaNet2
+from gdn2_titan.models.mamba_parts import GatedNorm
+from gdn2_titan.ops.elementwise import BATCH_INVARIANT
 
 __all__ = ["apply_mixer_tensor_parallel", "apply_tensor_parallel", "check_tensor_parallel"]
 
 SEQUENCE = Shard(1)
+
+
+class _NormOfRanks(ParallelStyle):
+    """A GatedNorm over channels that ranks share."""
+
+    def _apply(self, module, device_mesh):
+        module.group = device_mesh.get_group().group_name
+        return _Distributed(Shard(0))._apply(module, device_mesh)
 
 
 class _Distributed(ParallelStyle):
@@ -40,10 +51,14 @@ class _Distributed(ParallelStyle):
 
 def check_tensor_parallel(args: GDN2ModelArgs, degree: int) -> None:
     """Raise ValueError, one sentence, unless ``degree`` ranks can share the model of a ``GDN2ModelArgs``."""
+    if args.backend == BATCH_INVARIANT:
+        raise ValueError(f"backend is {args.backend!r}; with tensor parallelism it must be another one")
     sides = {"mlp_size": args.mlp_size}
     if "gdn2" in args.mixers():
         sides["num_heads"] = args.num_heads  # value heads stay with their key head
-    if args.mixers() - {"gdn2"}:
+    if args.mixers() & {"mamba2", "mamba3"}:
+        sides["mamba_heads"] = args.mamba_heads
+    if args.softmax_mixers():
         sides["attn_heads"] = args.attn_heads
         if args.attn_kv_heads is not None:
             sides["attn_kv_heads"] = args.attn_kv_heads
@@ -78,12 +93,14 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, loss_parallel: boo
 
 
 def apply_mixer_tensor_parallel(mixer: nn.Module, mesh: DeviceMesh) -> None:
-    """Shard one ``GatedDeltaNet2`` in place over the 1-D ``mesh``, in whatever block it is.
+    """Shard one ``GatedDeltaNet2``, ``Mamba2`` or ``Mamba3`` in place over the 1-D ``mesh``, in whatever block it is.
 
     Hidden states [B, T / ranks, D] come in, as tensors or as DTensors sharded on T, and go out as tensors; resets
-    [B, T] come in whole. ValueError: the number of key heads is not a multiple of the mesh's size.
+    [B, T] come in whole. ValueError: the number of key heads (of Mamba, of heads) is not a multiple of the mesh's
+    size.
     """
-    heads = mixer.decay.A_log.shape[0]
+    of_heads = mixer.q_proj if isinstance(mixer, GatedDeltaNet2) else mixer.x_proj
+    heads = of_heads.weight.shape[0] // mixer.head_dim
     if heads % mesh.size():
         raise ValueError(f"num_heads is {heads}; the tensor parallel degree {mesh.size()} must divide it")
     parallelize_module(mixer, mesh, _mixer_plan(mixer, mesh))
@@ -153,16 +170,18 @@ def _mixer_plan(mixer, mesh):
     else:
         plan = {"": _gathered(mesh, 1)}  # besides: resets; in high precision, which the low-rank projections read
     for name, part in mixer.named_children():
-        if name == "o_norm":
+        if isinstance(part, GatedNorm):
+            style = _NormOfRanks()
+        elif name == "o_norm":
             style = SequenceParallel(sequence_dim=2, use_local_output=True)  # [B, T, heads, V], by heads
         elif name == "o_proj":
             style = _rowwise(part, mesh)
-        elif name.endswith("_low_proj"):
+        elif name.endswith("_low_proj") or name in getattr(mixer, "OF_ALL_HEADS", ()):
             # On every rank: the outputs are small, and their gradients are summed with those of the mixer's input.
             style = _Distributed(Replicate())
         elif name.endswith("_proj"):
             style = _colwise(part, mesh)
-        else:  # convolutions and the decay
+        else:  # convolutions, the decay, and what Mamba's heads have for themselves
             style = _Distributed(Shard(0))
         plan[name] = style
     return plan

@@ -51,6 +51,8 @@ def _layer(args: Any, options: argparse.Namespace) -> tuple[int, int]:
     if not layers:
         mixers = ", ".join(sorted(args.mixers()))
         raise ConvertError(f"{options.model} has no GDN-2 layer, its layers mix by {mixers}; it must have one")
+    if args.content_gate:
+        raise ConvertError(f"content_gate of {options.model} is true; it must be false for pictures of the gates")
     layer = layers[0] if options.layer is None else options.layer
     if layer not in layers:
         raise ConvertError(f"--layer is {layer}; it must be a GDN-2 layer of the model: {', '.join(map(str, layers))}")

@@ -108,8 +108,10 @@ def follow_memory(q: Tensor, k: Tensor, g: Tensor, b: Tensor, v: Tensor, w: Tens
     return Memory(*norms, o, S)
 
 
-# What passes through these submodules of a layer is kept while the layer runs.
-CAPTURED = ("q_conv1d", "k_conv1d", "v_conv1d", "decay_proj", "erase_proj", "write_proj")
+# What comes out of these submodules of a layer is kept while the layer runs; of q, k and v what their convolutions,
+# which the layer runs as one, make of it.
+CAPTURED = ("q_proj", "k_proj", "v_proj", "decay_proj", "erase_proj", "write_proj")
+CONVOLUTIONS = {"q_proj": "q_conv1d", "k_proj": "k_conv1d", "v_proj": "v_conv1d"}
 
 
 def _capture(mixer: Any, done: Callable[[Any, dict[str, Tensor]], None]) -> list[Any]:
@@ -117,7 +119,8 @@ def _capture(mixer: Any, done: Callable[[Any, dict[str, Tensor]], None]) -> list
     kept = {}
 
     def keep(name, module, inputs, output):
-        output = output[0] if isinstance(output, tuple) else output  # a convolution gives its state too
+        if name in CONVOLUTIONS:
+            output = getattr(mixer, CONVOLUTIONS[name])(output)
         kept[name] = output[0].double().cpu()
 
     def finish(mixer, *_):
@@ -137,16 +140,21 @@ def _half_life(g):
 def _trace(index, mixer, kept, head):
     """The LayerTrace of what one forward left; head: the value head to keep the channels of, or None."""
     K, V = mixer.head_dim, mixer.head_v_dim
-    q, k, v = (kept[f"{name}_conv1d"].unflatten(-1, (-1, size)) for name, size in (("q", K), ("k", K), ("v", V)))
+    q, k, v = (kept[f"{name}_proj"].unflatten(-1, (-1, size)) for name, size in (("q", K), ("k", K), ("v", V)))
     H, HV = q.shape[1], v.shape[1]
-    g, erase = (kept[name].unflatten(-1, (H, -1)) for name in ("decay_proj", "erase_proj"))
+    erase, decay = kept["erase_proj"].unflatten(-1, (H, -1)), mixer.decay
+    g = erase.new_zeros(()).expand(len(q), H, 1) if decay is None else kept["decay_proj"].unflatten(-1, (H, -1))
     tied = mixer.tied_gates
     write = erase.repeat_interleave(HV // H, dim=1) if tied else kept["write_proj"].unflatten(-1, (HV, -1))
     sizes = erase.shape[-1], write.shape[-1], g.shape[-1]  # 1 where a gate is one scalar per head
     raw = q, k, v, g.expand(q.shape), erase.expand(q.shape), write.expand(v.shape)
-    inputs = GDN2Inputs(*(x[None] for x in raw), mixer.decay.A_log.cpu(), mixer.decay.dt_bias.cpu().expand(H, K))
-    options = GDN2Options(None, l2norm=True, gate=True, sigmoid=True, erase_scale=mixer.erase_scale)
+    parameters = () if decay is None else (decay.A_log.cpu(), decay.dt_bias.cpu().expand(H, K))
+    inputs = GDN2Inputs(*(x[None] for x in raw), *parameters)
+    options = GDN2Options(None, True, decay is not None, True, mixer.erase_scale, lower_bound=mixer.lower_bound)
     q, k, _, g, b, w = (x[0] for x in activate(inputs, options))
+    b, w = (x.mean(-1, keepdim=True) if mean else x for x, mean in zip((b, w), mixer.mean_gates, strict=True))
+    sizes = *(1 if mean else size for mean, size in zip(mixer.mean_gates, sizes, strict=False)), sizes[2]
+    b, w = b.expand(k.shape), w.expand(v.shape)
     memory = follow_memory(q, k, g, b, v, w)
     erase, write, g = (x[..., :size] for x, size in zip((b, w, g), sizes, strict=True))
     half_life = _half_life(g)

@@ -3,11 +3,11 @@
 import csv
 import io
 import json
-import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from operator import attrgetter
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -17,47 +17,87 @@ from matplotlib.ticker import PercentFormatter, ScalarFormatter
 
 from gdn2_titan.convert.atomic import write_text
 from gdn2_titan.models.flops import state_bytes
+from gdn2_titan.titan.tasks import TASKS, score_rules
 
-from .cells import RECALL_TASKS, TRACKING_TASKS, Cell, model_args
+from .cells import RECALL_TASKS, TRACKING_TASKS, Cell, Experiment, model_args
+from .intervals import paired_difference
 from .training import RESULT
 
-__all__ = ["Row", "accuracy_table", "capacity", "capacity_table", "csv_text", "separation_table", "write_report"]
+__all__ = ["Row", "accuracy_table", "best_rates", "capacity", "capacity_table", "cpu_hours", "csv_text",
+           "difference_table", "read_rows", "rule_rows", "write_report"]  # fmt: skip
 
-CSV, TABLES, PAIRS_PLOT, LENGTH_PLOT = "results.csv", "results.md", "pairs.png", "lengths.png"
+CSV, SWEEP, TABLES, PAIRS_PLOT, LENGTH_PLOT = "results.csv", "sweep.csv", "results.md", "pairs.png", "lengths.png"
 STYLES = ("-", "--", "-.", ":")
 ENOUGH = 0.9
 
 
 @dataclass(frozen=True)
 class Row:
-    """One model under one condition."""
+    """One model, or a rule that needs none, under one condition."""
 
     task: str
     mixer: str
+    learning_rate: float | None
     seed: int
     pairs: int | None
     length: int
     accuracy: float
     exact: float
-    loss: float
-    parameters: int
-    state_bytes: int
+    loss: float | None
+    parameters: int | None
+    state_bytes: int | None
 
 
-def _read_rows(cells: list[Cell], folders: list[Path]) -> list[Row]:
-    """Rows of all cells, in the order of the grid. folders: where each cell was trained."""
+def read_rows(cells: list[Cell], runs: Path) -> list[Row]:
+    """Rows of all cells, in the order of the grid. runs: where they were trained."""
     rows = []
-    for cell, folder in zip(cells, folders, strict=True):
-        found = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    for cell in cells:
+        found = json.loads((runs / cell.name / RESULT).read_text(encoding="utf-8"))
         args = model_args(cell.model_fields)
         rows += [
             Row(
-                cell.experiment.task, cell.mixer, cell.seed, result.get("pairs"), result["length"], result["accuracy"],
-                result["exact"], result["loss"], found["parameters"], state_bytes(args, result["length"]),
+                cell.experiment.task, cell.mixer, cell.learning_rate, cell.seed, result.get("pairs"), result["length"],
+                result["accuracy"], result["exact"], result["loss"], found["parameters"],
+                state_bytes(args, result["length"]),
             )
             for result in found["results"]
         ]  # fmt: skip
     return rows
+
+
+def cpu_hours(cells: list[Cell], runs: Path) -> float:
+    """CPU time that the trainings of these cells took, validation and compilation included."""
+    found = (json.loads((runs / cell.name / RESULT).read_text(encoding="utf-8")) for cell in cells)
+    return sum(of["cpu_seconds"] for of in found) / 3600
+
+
+def rule_rows(rows: list[Row], cells: list[Cell]) -> list[Row]:
+    """What the rules "first mention" and "last mention" score under each condition and seed of these rows, where the
+    task has mentions. cells: those that the rows are of."""
+    of_task = {cell.experiment.task: cell.experiment for cell in cells}
+    asked = dict.fromkeys((row.task, row.seed, row.pairs, row.length) for row in rows if row.pairs is not None)
+    found = []
+    for task, seed, pairs, length in asked:
+        own = {name: x for name, x in of_task[task].task_fields.items() if not name.startswith("validation_")}
+        scores = score_rules(TASKS[task](**own | {"pairs": [pairs]}), length, seed, of_task[task].validated)
+        for rule, score in scores.items():
+            found.append(Row(task, rule, None, seed, pairs, length, *score.values(), None, None, None))
+    return found
+
+
+def best_rates(rows: list[Row], experiments: Sequence[Experiment]) -> dict[tuple[str, str], float]:
+    """{(task, mixer): its learning rate}: the one of the best mean accuracy at the length trained at, over the tasks
+    that the experiment's rates are chosen on, each the mean over seeds and sizes; of equal ones the smallest."""
+    lengths, found = {what.task: what.seq_len for what in experiments}, {}
+    for what in experiments:
+        for mixer in what.mixers:
+            by_rate: dict[float, dict[str, list[float]]] = {}
+            for row in rows:
+                if row.mixer == mixer and row.task in what.chosen_on and row.length == lengths[row.task]:
+                    by_rate.setdefault(row.learning_rate, {}).setdefault(row.task, []).append(row.accuracy)
+            means = {rate: fmean(map(fmean, of_task.values())) for rate, of_task in by_rate.items()}
+            found[what.task, mixer] = max(sorted(means), key=means.get)
+    return found
 
 
 def csv_text(rows: list[Row]) -> str:
@@ -75,10 +115,7 @@ def _spreads(rows: list[Row], condition: Callable[[Row], Any]) -> dict[str, dict
     found = {}
     for row in rows:
         found.setdefault(row.mixer, {}).setdefault(condition(row), []).append(row.accuracy)
-    return {
-        mixer: {at: (statistics.fmean(x), min(x), max(x)) for at, x in values.items()}
-        for mixer, values in found.items()
-    }
+    return {mixer: {at: (fmean(x), min(x), max(x)) for at, x in values.items()} for mixer, values in found.items()}
 
 
 def capacity(accuracies: dict[int, float]) -> tuple[float, bool]:
@@ -134,15 +171,29 @@ def capacity_table(rows: list[Row]) -> str:
     return _table(["mixer", "parameters", "state, KB", "pairs held at 90%", "pairs per KB"], lines)
 
 
-def separation_table(rows: list[Row]) -> str:
-    """Of one task: under how many of its conditions every seed of a line's mixer is above every seed of a column's."""
-    found = _spreads(rows, attrgetter("pairs", "length"))
+def difference_table(rows: list[Row]) -> str:
+    """Of one task at one length: mean accuracy of a line's mixer, over all sizes, minus that of a column's, in points,
+    paired by seed, with its 95% confidence interval; bold where that leaves out zero."""
+    by_size: dict[str, dict[int, list[float]]] = {}
+    for row in rows:
+        by_size.setdefault(row.mixer, {}).setdefault(row.seed, []).append(row.accuracy)
+    means = {mixer: {seed: fmean(x) for seed, x in seeds.items()} for mixer, seeds in by_size.items()}
 
-    def above(mixer: str, other: str) -> int:
-        return sum(lowest > found[other][at][2] for at, (_, lowest, _) in found[mixer].items())
+    def said(mixer: str, other: str) -> str:
+        if mixer == other:
+            return ""
+        mean, low, high = (100 * x for x in paired_difference(means[mixer], means[other]))
+        text = f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+        return f"**{text}**" if low > 0 or high < 0 else text
 
-    lines = [[mixer, *("" if mixer == x else str(above(mixer, x)) for x in found)] for mixer in found]
-    return _table([f"of {len({(row.pairs, row.length) for row in rows})}, above", *found], lines)
+    return _table(["points, minus", *means], [[mixer, *(said(mixer, other) for other in means)] for mixer in means])
+
+
+def rate_table(rows: list[Row]) -> str:
+    """The learning rate of each mixer, on each task."""
+    tasks = list(dict.fromkeys(row.task for row in rows))
+    rates = {(row.task, row.mixer): f"{row.learning_rate:g}" for row in rows}
+    return _table(["mixer", *tasks], [[mixer, *(rates.get((t, mixer), "") for t in tasks)] for mixer in _mixers(rows)])
 
 
 def _plot_accuracy(path: Path, panels: dict[str, list[Row]], axis: str, label: str) -> None:
@@ -175,24 +226,32 @@ def _plot_accuracy(path: Path, panels: dict[str, list[Row]], axis: str, label: s
     figure.savefig(path, dpi=130, bbox_inches="tight")
 
 
-def write_report(out: Path, cells: list[Cell], folders: list[Path]) -> str:
-    """Writes the report of trained cells into the folder ``out``. Returns the tables, as Markdown."""
-    rows = _read_rows(cells, folders)
-    write_text(out / CSV, csv_text(rows))
+def write_report(out: Path, cells: list[Cell], swept: list[Row], rows: list[Row], hours: float) -> str:
+    """Writes the report of trained cells into the folder ``out``. Returns the tables, as Markdown.
+
+    swept: rows of the trainings that chose the learning rates; rows: those of the cells; hours: of CPU time for all.
+    """
+    rules = rule_rows(rows, cells)
+    write_text(out / SWEEP, csv_text(swept))
+    write_text(out / CSV, csv_text(rows + rules))
     trained = {cell.experiment.task: cell.experiment for cell in cells}
-    parts, by_pairs, by_length = [], {}, {}
+    parts, by_pairs, by_length = [f"Learning rates, the best of the sweep:\n\n{rate_table(rows)}"], {}, {}
     for task in (task for task in RECALL_TASKS if task in trained):
         mine, length = [row for row in rows if row.task == task], trained[task].seq_len
         asked = max(row.pairs for row in mine if row.length == max(r.length for r in mine))
         at_length = [row for row in mine if row.length == length]
         at_pairs = [row for row in mine if row.pairs == asked]
+        ruled = [row for row in rules if row.task == task]
+        by_size = accuracy_table(at_length + [row for row in ruled if row.length == length], "pairs")
+        by_tokens = accuracy_table(at_pairs + [row for row in ruled if row.pairs == asked], "length")
         parts += [
             f"## {task}\n\nAccuracy on held-out sequences of {length} tokens (as in training), mean and range over "
-            f"seeds:\n\n{accuracy_table(at_length, 'pairs')}",
-            f"The same number of pairs, {asked}, in longer sequences:\n\n{accuracy_table(at_pairs, 'length')}",
+            f"seeds:\n\n{by_size}",
+            f"The same number of pairs, {asked}, in longer sequences:\n\n{by_tokens}",
             f"Pairs held at 90% accuracy in {length} tokens:\n\n{capacity_table(at_length)}",
-            "Beyond the seeds' spread: in how many conditions (pairs, length) all seeds of the mixer on the left are "
-            f"above all of the other:\n\n{separation_table(mine)}",
+            f"Differences in {length} tokens, in points of the mean over the numbers of pairs, paired by seed, with "
+            "95% confidence intervals by Student's t (not corrected for their number):\n\n"
+            + difference_table(at_length),
         ]
         by_pairs[f"{task}, {length} tokens"] = at_length
         by_length[f"{task}, {asked} pairs"] = at_pairs
@@ -204,6 +263,7 @@ def write_report(out: Path, cells: list[Cell], folders: list[Path]) -> str:
     if by_pairs:
         _plot_accuracy(out / PAIRS_PLOT, by_pairs, "pairs", "key-value pairs")
         _plot_accuracy(out / LENGTH_PLOT, by_length, "length", "tokens")
+    parts.append(f"All trainings took {hours:.2f} hours of CPU time of one core, compilation included.\n")
     tables = "\n".join(parts)
     write_text(out / TABLES, tables)
     return tables

@@ -1,76 +1,122 @@
-"""Trains the cells of a study through TorchTitan, side by side, in one process each."""
+"""Trains the cells of a study in batches, each batch in a process of its own."""
 
-import contextlib
 import fcntl
 import json
+import math
 import multiprocessing
 import os
+import shutil
 import sys
 import traceback
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._inductor import config as inductor
 from torchtitan.tools.logging import init_logger
 from tqdm import tqdm
 
 from gdn2_titan.convert.atomic import write_text
 from gdn2_titan.convert.errors import ConvertError
-from gdn2_titan.titan.job_config import build, parse
+from gdn2_titan.titan.job_config import parse, validate
+from gdn2_titan.titan.settings import Settings
 
-__all__ = ["CONFIG", "LOG", "RESULT", "train_all", "train_cell"]
+from .batched import Batch, Member
+from .cells import Cell, Experiment, build_model
 
-CONFIG, RESULT, LOG = "config.toml", "result.json", "log.txt"
+__all__ = ["CONFIG", "LOG", "RESULT", "batches", "forget_half_compiled", "member", "train_all", "train_batch"]
+
+CONFIG, RESULT, LOG, CHECKPOINT = "config.toml", "result.json", "log.txt", "checkpoint.pt"
+COMPILED = "compiled"  # beside the cells' folders
+# Models in a batch: what the operators work on then still fits the cache of one core.
+LARGEST = 5
 
 
-def train_cell(folder: Path, toml: str) -> bool:
-    """Train the config ``toml`` in ``folder`` unless its result is there, and write the result.
+def batches(cells: list[Cell], together: Callable[[Experiment], Any]) -> list[list[Cell]]:
+    """The cells in batches of one mixer, and of experiments for which ``together`` is the same; first one batch of each
+    mixer, then the next of each.
 
-    A killed training continues from its checkpoint. Meant for a process of its own: output goes to the log. Returns
-    whether there is a result now; if not, the log has the reason.
+    Sums of a larger batch may be rounded otherwise. So a study that has more cells has the same batches of these.
     """
+    alike: dict[tuple, list[Cell]] = {}
+    for cell in cells:
+        alike.setdefault((cell.mixer, together(cell.experiment)), []).append(cell)
+    found = []
+    for of in alike.values():
+        size = math.ceil(len(of) / math.ceil(len(of) / LARGEST))
+        found += [(i, of[i : i + size]) for i in range(0, len(of), size)]
+    return [batch for _, batch in sorted(found, key=itemgetter(0))]
+
+
+def member(cell: Cell, folder: Path) -> Member:
+    """The model of a cell and its settings, read from the config that is written to ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOG, "a") as log:
+    write_text(folder / CONFIG, cell.toml(folder))
+    config = parse([f"--job.config_file={folder / CONFIG}"])
+    validate(config)
+    return Member(build_model(cell.mixer, cell.model_fields, cell.seed), Settings.of(config))
+
+
+def train_batch(cells: list[Cell], runs: Path, compile: bool) -> bool:
+    """Train the cells in folders of ``runs``, unless their results are there, and write these.
+
+    A killed training continues from its checkpoint. Meant for a process of its own: output goes to the log, which is in
+    the folder of the first cell. Returns whether there are results now; if not, the log has the reason.
+    """
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(runs / COMPILED)
+    folders = [runs / cell.name for cell in cells]
+    folders[0].mkdir(parents=True, exist_ok=True)
+    with open(folders[0] / LOG, "a") as log:
         # A training that outlived its killed study may still be at it.
         fcntl.flock(log, fcntl.LOCK_EX)
-        if (folder / RESULT).exists():
+        if all((folder / RESULT).exists() for folder in folders):
             return True
-        write_text(folder / CONFIG, toml)
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
         try:
-            result = _train(folder / CONFIG)
+            _train(cells, folders, compile)
         except BaseException:
             traceback.print_exc()
             sys.stderr.flush()
             return False
-        write_text(folder / RESULT, json.dumps(result, indent=1) + "\n")
     return True
 
 
-def _train(config_file: Path) -> dict[str, Any]:
-    """Number of parameters, and results of the validator, of a training to its end."""
+def _train(cells: list[Cell], folders: list[Path], compile: bool) -> None:
     # One thread, whatever the machine: sums in another order would be other numbers.
     torch.set_num_threads(1)
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    inductor.compile_threads = 1
     init_logger()
-    trainer = build(parse([f"--job.config_file={config_file}"]))
-    try:
-        trainer.train()
-        if not trainer.validator.results:  # killed between the last step's checkpoint and its validation
-            trainer.validator.validate(trainer.model_parts, trainer.step)
-        count = sum(p.numel() for part in trainer.model_parts for p in part.parameters())
-        return {"parameters": count, "results": trainer.validator.results}
-    finally:
-        trainer.close()
-        with contextlib.suppress(Exception):
-            torch.distributed.destroy_process_group()
+    members = [member(cell, folder) for cell, folder in zip(cells, folders, strict=True)]
+    if compile:
+        # All batches have one size: a step is compiled once for a mixer, and found again by the later batches.
+        members += [member(cells[-1], folders[-1]) for _ in range(LARGEST - len(cells))]
+    checkpoint = folders[0] / CHECKPOINT
+    batch = Batch(members, checkpoint, compile=compile)
+    batch.train()
+    for i, (folder, results) in enumerate(zip(folders, batch.validate(len(cells)), strict=True)):
+        found = {
+            "parameters": sum(p.numel() for p in batch.parameters(i).values()),
+            "cpu_seconds": round(batch.cpu_seconds() / len(cells), 1),
+            "results": results,
+        }
+        write_text(folder / RESULT, json.dumps(found, indent=1) + "\n")
+    checkpoint.unlink(missing_ok=True)
 
 
-def train_all(folders: dict[Path, str], jobs: int) -> None:
-    """Train every cell of {folder: text of its config} that has no result yet, ``jobs`` at a time.
+def forget_half_compiled(unfinished: list[list[Cell]], runs: Path) -> None:
+    """Removes what was compiled if one of these batches had begun: a compiler that was killed with it leaves a piece of
+    a library, which would be taken for the whole."""
+    if any((runs / batch[0].name / LOG).exists() for batch in unfinished):
+        shutil.rmtree(runs / COMPILED, ignore_errors=True)  # one that outlived its study may write there yet
+
+
+def train_all(every: list[list[Cell]], runs: Path, jobs: int, compile: bool) -> None:
+    """Train every batch with a cell that has no result in its folder of ``runs`` yet, ``jobs`` batches at a time.
 
     Raises:
         ConvertError: trainings failed; all others have been done.
@@ -79,15 +125,16 @@ def train_all(folders: dict[Path, str], jobs: int) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     failed = []
-    todo = {folder: text for folder, text in folders.items() if not (folder / RESULT).exists()}
+    todo = [batch for batch in every if not all((runs / cell.name / RESULT).exists() for cell in batch)]
+    forget_half_compiled(todo, runs)
     with (
-        tqdm(total=len(folders), initial=len(folders) - len(todo), unit="training", smoothing=0) as progress,
+        tqdm(total=len(every), initial=len(every) - len(todo), unit="batch", smoothing=0) as progress,
         ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool,
     ):
-        running = {pool.submit(train_cell, folder, text): folder for folder, text in todo.items()}
+        running = {pool.submit(train_batch, batch, runs, compile): batch for batch in todo}
         try:
             for done in as_completed(running):
-                progress.set_postfix_str(running[done].name)
+                progress.set_postfix_str(running[done][0].name)
                 progress.update()
                 if not done.result():
                     failed.append(running[done])
@@ -97,5 +144,5 @@ def train_all(folders: dict[Path, str], jobs: int) -> None:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     if failed:
-        reason = f"{failed[0] / LOG} says why the first did"
-        raise ConvertError(f"{len(failed)} of {len(folders)} trainings failed; {reason}")
+        reason = f"{runs / failed[0][0].name / LOG} says why the first did"
+        raise ConvertError(f"{len(failed)} of {len(every)} batches of trainings failed; {reason}")

@@ -7,6 +7,7 @@ In the generation of config functions (0.3.x) they are in ``config_registry``: `
 gdn2_debug_hybrid``.
 """
 
+from . import quiet  # noqa: F401, for what importing it does
 from .cpu import settle_device
 from .torchtitan_version import IS_V02
 

@@ -12,8 +12,10 @@ from .errors import ConfigError, refusing
 from .v03.config import parse, trainer_config
 from .v03.trainer import GDN2Trainer
 
-__all__ = ["from_toml", "gdn2_150M", "gdn2_1_3B", "gdn2_1_3B_hybrid", "gdn2_400M", "gdn2_debug", "gdn2_debug_hybrid",
-           "gdn2_recall"]  # fmt: skip
+__all__ = [
+    "from_toml", "gdn2_150M", "gdn2_1_3B", "gdn2_1_3B_hybrid", "gdn2_370M", "gdn2_370M_hybrid", "gdn2_400M",
+    "gdn2_debug", "gdn2_debug_hybrid", "gdn2_paper_1_3B", "gdn2_paper_1_3B_hybrid", "gdn2_paper_370M", "gdn2_recall",
+]  # fmt: skip
 
 # A link to the folder at the root of the repository, and a folder where the package is installed.
 TRAIN_CONFIGS = Path(__file__).parent / "train_configs"
@@ -35,10 +37,20 @@ gdn2_debug = functools.partial(_of, TRAIN_CONFIGS / "debug.toml")
 gdn2_debug_hybrid = functools.partial(_of, TRAIN_CONFIGS / "debug_hybrid.toml")
 # Multi-query associative recall; the other tasks' files are beside its own.
 gdn2_recall = functools.partial(_of, TRAIN_CONFIGS / "recall" / "mqar.toml")
-# The paper's recipe on eight GPUs, with a tokenizer in ./assets/tokenizer: 0.5M tokens a batch.
+# On eight GPUs, with a tokenizer in ./assets/tokenizer: 0.5M tokens a batch.
 gdn2_150M = functools.partial(_of, TRAIN_CONFIGS / "150M.toml")
+gdn2_370M = functools.partial(
+    gdn2_150M, "--model.flavor=370M", "--job.dump_folder=./outputs/370M", "--training.local_batch_size=8"
+)
+gdn2_370M_hybrid = functools.partial(
+    gdn2_150M, "--model.flavor=370M_hybrid", "--job.dump_folder=./outputs/370M_hybrid", "--training.local_batch_size=8"
+)
 gdn2_400M = functools.partial(
     gdn2_150M, "--model.flavor=400M", "--job.dump_folder=./outputs/400M", "--training.local_batch_size=8"
 )
 gdn2_1_3B = functools.partial(_of, TRAIN_CONFIGS / "1.3B.toml")
 gdn2_1_3B_hybrid = functools.partial(_of, TRAIN_CONFIGS / "1.3B_hybrid.toml")
+# The same by the recipe of paper and release.
+gdn2_paper_370M = functools.partial(_of, TRAIN_CONFIGS / "paper" / "370M.toml")
+gdn2_paper_1_3B = functools.partial(_of, TRAIN_CONFIGS / "paper" / "1.3B.toml")
+gdn2_paper_1_3B_hybrid = functools.partial(_of, TRAIN_CONFIGS / "paper" / "1.3B_hybrid.toml")

@@ -11,6 +11,7 @@ from gdn2_titan.titan.errors import ConfigError
 from gdn2_titan.titan.local_files import ALLOWED_FILES, check_begins, documents_of, find_files, reason, stamps_of
 from gdn2_titan.titan.stdlib import stdlib_documents
 from gdn2_titan.titan.tasks import TASKS
+from gdn2_titan.titan.token_files import TokenFiles
 
 _ALLOWED = (
     '"stdlib", "files" (with dataset_path), a Hugging Face repository such as "owner/name", or a recall task: '
@@ -33,7 +34,9 @@ def check_source(section: str, dataset: str, dataset_path: str | None, text_colu
     """
     if dataset == "files":
         kind, files = find_files(section, dataset_path)
-        if text_column is not None:
+        if kind == "tokens":
+            TokenFiles(files[0])
+        elif text_column is not None:
             check_begins(kind, files, text_column)
     elif dataset not in ("stdlib", *TASKS) and not (isinstance(dataset, str) and _REPOSITORY.fullmatch(dataset)):
         raise ConfigError(f"{section}.dataset = {dataset!r} is not a known source; allowed: {_ALLOWED}.")
@@ -69,7 +72,10 @@ def load_source(
     if dataset == "stdlib":
         return Dataset.from_dict({"text": list(stdlib_documents(held_out=held_out).values())})
     if dataset == "files":
-        return _load_files(*find_files(section, dataset_path), text_column)
+        kind, files = find_files(section, dataset_path)
+        if kind == "tokens":
+            raise ConfigError(f"{section}.dataset_path = {dataset_path!r} holds tokens and no text any more.")
+        return _load_files(kind, files, text_column)
     try:
         return load_dataset(dataset, hf_subset, split=hf_split, streaming=True)
     except Exception as error:  # no network, no such repository, subset or split: of many libraries

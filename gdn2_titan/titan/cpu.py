@@ -4,15 +4,21 @@ TorchTitan settles its device when it is imported and takes CUDA for granted. ``
 places where that choice was stored, with a stand-in for ``torch.cuda`` that answers what TorchTitan asks of it.
 """
 
+import functools
 import importlib
+import math
 import os
 import platform
 import resource
 import sys
-from types import SimpleNamespace
+from collections.abc import Sequence
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
+
+from .over import changed_in
+from .torchtitan_version import IS_V02
 
 __all__ = ["accelerator", "settle_device"]
 
@@ -57,3 +63,21 @@ def settle_device() -> None:
         for attribute, value in (("device_type", "cpu"), ("device_module", CPU_DEVICE)):
             if hasattr(module, attribute):
                 setattr(module, attribute, value)
+    utils = importlib.import_module("torchtitan.tools.utils")
+    utils.get_peak_flops = lambda device_name: math.inf  # stock, that of an A100
+    if IS_V02:
+        _profile_the_cpu(importlib.import_module("torchtitan.tools.profiling"))
+
+
+def _profile_the_cpu(profiling: ModuleType) -> None:
+    """TorchTitan 0.2.2 asks for None beside the CPU, where there is no GPU to profile. Again is harmless."""
+    stock = profiling.torch.profiler.profile
+    if hasattr(stock, "__wrapped__"):
+        return
+
+    @functools.wraps(stock, updated=())
+    def profile(*, activities: Sequence[Any], **rest: Any) -> Any:
+        return stock(activities=[one for one in activities if one is not None], **rest)
+
+    changed_in(profiling, "torch")
+    changed_in(profiling.torch, "profiler", profile=profile)

@@ -1,18 +1,20 @@
 """TorchTitan's data loaders over packed text and recall tasks."""
 
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from datasets import IterableDataset
 from torchtitan.components.dataloader import ParallelAwareDataloader
-from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
 
 from gdn2_titan.titan.corpus import load_source
 from gdn2_titan.titan.errors import ConfigError, refusing
 from gdn2_titan.titan.packing import PackedText
 from gdn2_titan.titan.settings import Settings
 from gdn2_titan.titan.tasks import Condition, TaskDataset, training_condition
+from gdn2_titan.titan.token_cache import tokens_of_files
 from gdn2_titan.titan.tokens import of_plain_text
 
 
@@ -36,7 +38,24 @@ class ReshardingDataloader(ParallelAwareDataloader):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict and self._one_state:
             state_dict = {**state_dict, "world_size": self.dp_world_size}
+        if self._rank_id in state_dict:
+            self._check_place(state_dict["world_size"], pickle.loads(state_dict[self._rank_id]))
         super().load_state_dict(state_dict)
+
+    def _check_place(self, ranks: int, place: dict[str, Any]) -> None:
+        """A place in the data that each rank or loader worker has for itself is of as many of them."""
+        workers = place["_snapshot"]["_main_snapshot"]["_num_workers"] if "_snapshot" in place else 0
+        if (ranks, workers) != (self.dp_world_size, self.num_workers):
+            self._end(ConfigError(
+                f"the checkpoint's place in the data is of {ranks} data-parallel ranks with {workers} loader workers "
+                f"each, and there are {self.dp_world_size} with {self.num_workers} now; it must be as many, or start "
+                "the data anew with --checkpoint.exclude_from_loading dataloader."
+            ))  # fmt: skip
+
+    def _end(self, error: ConfigError) -> NoReturn:
+        if self.ends_process:
+            raise SystemExit(f"Config error: {error}") from error
+        raise error
 
     def __iter__(self) -> Iterator[Any]:
         # Not a generator itself: TorchTitan may ask for the state before the first batch.
@@ -47,10 +66,12 @@ class ReshardingDataloader(ParallelAwareDataloader):
             yield from batches
         except ConfigError as error:
             # One that a loader worker sends has the worker's traceback around its sentence.
-            sentence = ConfigError(str(error).rpartition("ConfigError: ")[2].strip())
-            if self.ends_process:
-                raise SystemExit(f"Config error: {sentence}") from error
-            raise sentence from error
+            self._end(ConfigError(str(error).rpartition("ConfigError: ")[2].strip()))
+        if self.dataset.infinite:  # other ranks would wait for this one
+            self._end(ConfigError(
+                f"the stream has no document with text for data-parallel rank {self.dp_rank} of {self.dp_world_size}; "
+                "allowed: more documents, or fewer data-parallel ranks."
+            ))  # fmt: skip
 
 
 def for_trainer(build: Callable[..., ReshardingDataloader]) -> Callable[..., ReshardingDataloader]:
@@ -133,10 +154,13 @@ def _of_text(
     part: str, ranks: _Ranks, tokenizer: BaseTokenizer, settings: Settings, infinite: bool
 ) -> ReshardingDataloader:
     section, data, held_out = getattr(settings, part), settings.data, part == "validation"
-    source = load_source(
-        part, section.dataset, section.dataset_path, held_out=held_out, text_column=data.text_column,
-        hf_subset=data.hf_subset, hf_split=data.hf_validation_split if held_out else data.hf_split,
-    )  # fmt: skip
+    if section.dataset == "files" and isinstance(tokenizer, HuggingFaceTokenizer):
+        source = tokens_of_files(part, section.dataset_path, data, tokenizer)
+    else:
+        source = load_source(
+            part, section.dataset, section.dataset_path, held_out=held_out, text_column=data.text_column,
+            hf_subset=data.hf_subset, hf_split=data.hf_validation_split if held_out else data.hf_split,
+        )  # fmt: skip
     streaming = isinstance(source, IterableDataset)
     if streaming and not infinite and ranks.dp_world_size > 1:
         raise ConfigError(

@@ -2,21 +2,33 @@
 
 import contextlib
 import glob
+import gzip
+import io
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gdn2_titan.titan.errors import ConfigError
 
-__all__ = ["ALLOWED_FILES", "check_begins", "check_unicode", "documents_of", "find_files", "reason", "stamps_of"]
+__all__ = ["ALLOWED_FILES", "TOKENS", "UNFINISHED", "Columns", "check_begins", "check_unicode", "chunked_documents",
+           "documents_of", "find_files", "reason", "stamps_of"]  # fmt: skip
 
-_FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-ALLOWED_FILES = "a .txt, .jsonl, .json or .parquet file, a folder with files of one of these kinds, or a glob of them"
+_FORMATS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+# Any of them but Parquet, which packs its own pages, may also be packed whole.
+_PACKED = (".gz", ".zst")
+# What makes a folder one of tokens, or of some that are not finished: see token_files.py.
+TOKENS, UNFINISHED = "gdn2_tokens.json", "gdn2_tokens_unfinished.json"
+ALLOWED_FILES = (
+    "a .txt, .jsonl, .json or .parquet file, a folder with files of one of these kinds, or a glob of them; a .md file "
+    "is text as well, and .gz or .zst may follow"
+)
+_CHUNK = 1 << 20  # characters of a long document held at a time
 # A check that reads into files stays quick where there are very many: the others are read when training starts.
 _MOST_BEGUN = 100
 
@@ -24,7 +36,9 @@ _MOST_BEGUN = 100
 def find_files(section: str, dataset_path: str | None) -> tuple[str, list[str]]:
     """The kind ("text", "json" or "parquet") and the sorted files that ``<section>.dataset_path`` stands for.
 
-    A folder stands for all usable files in it and in its subfolders, apart from hidden ones.
+    A folder stands for all usable files in it and in its subfolders, apart from hidden ones, from a packed file beside
+    its unpacked self, and from .md files where there are others. One that ``python -m gdn2_titan.titan.tokenize`` wrote
+    is of the kind "tokens".
 
     Raises:
         ConfigError: naming the field, its value and what is allowed, or a file that is not there or cannot be read.
@@ -39,6 +53,10 @@ def find_files(section: str, dataset_path: str | None) -> tuple[str, list[str]]:
 
 
 def _find(field: str, path: Path) -> tuple[str, list[str]]:
+    if (path / TOKENS).is_file():
+        return "tokens", [str(path.absolute())]
+    if (path / UNFINISHED).is_file():
+        raise ConfigError(f"{field} holds unfinished tokens; give the command that makes them again, it continues.")
     if path.is_dir():
         # Other kinds of file, such as a README.md, do not make a folder of documents ambiguous.
         files = _files_below(field, path)
@@ -46,13 +64,15 @@ def _find(field: str, path: Path) -> tuple[str, list[str]]:
         files = [path]
     else:
         files = [file for file in map(Path, glob.glob(str(path), recursive=True)) if not file.is_dir()]
+        if path.name == "**":  # as a folder
+            files = [file for file in files if _format(file)]
     # Not resolved: a link may point to a file whose name has no extension.
     files = sorted(file.absolute() for file in files)
     if not files:
         raise ConfigError(f"{field} matches no file; allowed: {ALLOWED_FILES}.")
     formats = {_format(file) for file in files}
     if None in formats or len(formats) > 1:
-        found = ", ".join(sorted({file.suffix or f"{file.name} (no extension)" for file in files}))
+        found = ", ".join(sorted({_extension(file) or f"{file.name} (no extension)" for file in files}))
         raise ConfigError(f"{field} names files of these kinds: {found}; allowed: {ALLOWED_FILES}.")
     for file in files:
         if not file.exists():
@@ -67,21 +87,40 @@ def _find(field: str, path: Path) -> tuple[str, list[str]]:
     return formats.pop(), [str(file) for file in files]
 
 
+def _unpacked(file: Path) -> Path:
+    return file.with_suffix("") if file.suffix.lower() in _PACKED else file
+
+
+def _extension(file: Path) -> str:
+    return _unpacked(file).suffix + (file.suffix if file.suffix.lower() in _PACKED else "")
+
+
 def _format(file: Path) -> str | None:
-    return _FORMATS.get(file.suffix.lower())
+    kind = _FORMATS.get(_unpacked(file).suffix.lower())
+    return None if kind == "parquet" and _unpacked(file) != file else kind
 
 
 def _files_below(field: str, folder: Path) -> list[Path]:
     directly, deeper, seen = [], [], set()
     for place, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
-        # A folder that links lead to again and again is read once.
+        # A folder that links lead to again and again is read once, one of tokens never.
         real = os.path.realpath(place)
+        if TOKENS in names or UNFINISHED in names:
+            folders.clear()
+            continue
         folders[:] = sorted(name for name in folders if not name.startswith(".")) if real not in seen else []
         files = [Path(place, name) for name in names if not name.startswith(".") and _format(Path(name))]
         if real not in seen:
             (directly if Path(place) == folder else deeper).extend(files)
         seen.add(real)
-    if directly and (same := {file.suffix.lower() for file in directly} & {file.suffix.lower() for file in deeper}):
+    found = [*directly, *deeper]
+    others = any(_unpacked(file).suffix.lower() != ".md" for file in found)
+    left_out = {file for file in found if _unpacked(file) != file and _unpacked(file) in found}
+    left_out |= {file for file in found if others and _unpacked(file).suffix.lower() == ".md"}
+    directly, deeper = ([file for file in files if file not in left_out] for files in (directly, deeper))
+    if directly and (
+        same := {_extension(file).lower() for file in directly} & {_extension(file).lower() for file in deeper}
+    ):
         suffix = min(same)
         raise ConfigError(
             f"{field} has {suffix} files and subfolders with {suffix} files; name those meant, by "
@@ -118,14 +157,14 @@ def check_begins(kind: str, files: list[str], column: str) -> None:
     """Read the beginnings of files: raise ConfigError for what :func:`documents_of` would find there."""
     for file in files[:_MOST_BEGUN]:
         if kind == "text":
-            with _reading(file), open(file, encoding="utf-8-sig") as stream:
+            with _reading(file), _open_text(file) as stream:
                 stream.read(1 << 16)
         elif kind == "json":
             next(_rows(file), None)
         else:
             _open_parquet(file, column)
     if kind == "json":
-        next(_json_documents(files[:1], column), None)
+        next(documents_of(kind, files[:1], column), None)
 
 
 def documents_of(kind: str, files: tuple[str, ...], column: str) -> Iterator[str | None]:
@@ -138,7 +177,34 @@ def documents_of(kind: str, files: tuple[str, ...], column: str) -> Iterator[str
     Raises:
         ConfigError: naming the file, and the line of JSON lines, that cannot be read or holds no text.
     """
-    return {"text": _text_documents, "json": _json_documents, "parquet": _parquet_documents}[kind](files, column)
+    columns = Columns()
+    for file in files:
+        for chunks in chunked_documents(kind, file, column, columns):
+            yield None if chunks is None else "".join(chunks)
+    columns.check(column, files[0])
+
+
+class Columns:
+    """What the rows of JSON files hold: whether any has the column with the text, and the names until one has."""
+
+    def __init__(self) -> None:
+        self.there, self.names = False, {}
+
+    def check(self, column: str, file: str) -> None:
+        """Raise ConfigError, which names ``file``, if there were rows and none had the column."""
+        if not self.there and self.names:
+            names = ", ".join(self.names)
+            raise ConfigError(f"data.text_column = {column!r} is not a column of {file}; allowed: {names}.")
+
+
+def chunked_documents(kind: str, file: str, column: str, columns: Columns) -> Iterator[Iterator[str] | None]:
+    """The documents of one file as :func:`documents_of` has them, each as chunks of text that follow each other. A
+    document must be read to its end before the next is asked for. columns: is told what the rows of JSON hold."""
+    if kind == "text":
+        yield _text_chunks(file)
+        return
+    for text in _json_texts(file, column, columns) if kind == "json" else _parquet_texts(file, column):
+        yield None if text is None else (text[i : i + _CHUNK] for i in range(0, len(text), _CHUNK))
 
 
 @contextlib.contextmanager
@@ -151,21 +217,31 @@ def _reading(place: str) -> Iterator[None]:
         raise ConfigError(f"{place} is not UTF-8 (byte 0x{byte:02x}); it must be text in UTF-8.") from error
     except json.JSONDecodeError as error:
         raise ConfigError(f"{place} is not JSON: {error.msg} at character {error.pos + 1}.") from error
-    except (OSError, pa.ArrowException, RecursionError) as error:
+    except (OSError, EOFError, zlib.error, pa.ArrowException, RecursionError) as error:
         raise ConfigError(f"{place} cannot be read: {reason(error)}.") from error
 
 
-def _text_documents(files: tuple[str, ...], _: str) -> Iterator[str]:
-    for file in files:
-        # The mark that some editors begin a file with is not part of its text.
-        with _reading(file), open(file, encoding="utf-8-sig") as stream:
-            text = stream.read()
-        yield text
+def _open(file: str) -> BinaryIO:
+    packing = Path(file).suffix.lower()
+    if packing == ".gz":
+        return gzip.open(file)
+    return open(file, "rb") if packing != ".zst" else io.BufferedReader(pa.CompressedInputStream(file, "zstd"))
+
+
+def _open_text(file: str) -> io.TextIOWrapper:
+    # The mark that some editors begin a file with is not part of its text.
+    return io.TextIOWrapper(_open(file), encoding="utf-8-sig")
+
+
+def _text_chunks(file: str) -> Iterator[str]:
+    with _reading(file), _open_text(file) as stream:
+        while chunk := stream.read(_CHUNK):
+            yield chunk
 
 
 def _rows(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, row) of JSON lines, or of a file with one list of objects, or one object."""
-    with _reading(file), open(file, "rb") as stream:
+    with _reading(file), _open(file) as stream:
         first = True
         for number, line in enumerate(stream, 1):
             if number == 1:
@@ -204,22 +280,17 @@ def _kind(value: Any) -> str:
         return type(value).__name__
 
 
-def _json_documents(files: tuple[str, ...], column: str) -> Iterator[str | None]:
-    names: dict[str, None] = {}
-    there = False
-    for file in files:
-        for place, row in _rows(file):
-            text = row.get(column)
-            if text is not None and not isinstance(text, str):
-                raise _no_text(column, _kind(text), place)
-            there = there or column in row
-            if not there:
-                names.update(dict.fromkeys(row))
-            if text is not None and not text.isascii():
-                check_unicode(text, place)
-            yield text
-    if not there and names:
-        raise ConfigError(f"data.text_column = {column!r} is not a column of {files[0]}; allowed: {', '.join(names)}.")
+def _json_texts(file: str, column: str, columns: Columns) -> Iterator[str | None]:
+    for place, row in _rows(file):
+        text = row.get(column)
+        if text is not None and not isinstance(text, str):
+            raise _no_text(column, _kind(text), place)
+        columns.there = columns.there or column in row
+        if not columns.there:
+            columns.names.update(dict.fromkeys(row))
+        if text is not None and not text.isascii():
+            check_unicode(text, place)
+        yield text
 
 
 def check_unicode(text: str, place: str) -> None:
@@ -251,8 +322,7 @@ def _open_parquet(file: str, column: str) -> pq.ParquetFile:
     return parquet
 
 
-def _parquet_documents(files: tuple[str, ...], column: str) -> Iterator[str | None]:
-    for file in files:
-        with _open_parquet(file, column) as parquet, _reading(file):
-            for batch in parquet.iter_batches(1024, columns=[column]):
-                yield from batch.column(0).to_pylist()
+def _parquet_texts(file: str, column: str) -> Iterator[str | None]:
+    with _open_parquet(file, column) as parquet, _reading(file):
+        for batch in parquet.iter_batches(1024, columns=[column]):
+            yield from batch.column(0).to_pylist()

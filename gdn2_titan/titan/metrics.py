@@ -1,7 +1,7 @@
-"""What this package adds to TorchTitan's metrics: what the gates of every GDN-2 layer do, where the logs went, and what
-a checkpoint was trained with."""
+"""What this package adds to TorchTitan's metrics: what the gates of every GDN-2 layer do, what to do next, and what a
+checkpoint was trained with."""
 
-import os
+import sys
 from typing import Any
 
 import torch
@@ -14,13 +14,14 @@ from gdn2_titan.models.layer import STATISTICS, GatedDeltaNet2
 
 from .checkpoint import write_checkpoint_files
 from .settings import Settings
+from .what_next import nothing_to_train, what_next
 
 __all__ = ["GateMetrics"]
 
 
 class GateMetrics:
-    """For a MetricsProcessor: adds scalars gdn2/layers.<i>/<statistic>: of the last microbatch, and the heads and
-    tokens, of one rank. ``watch`` comes before the processor's own ``__init__``.
+    """For a MetricsProcessor with TrainingLog: adds scalars gdn2/layers.<i>/<statistic>: of the last microbatch, and
+    the heads and tokens, of one rank. ``watch`` comes before the processor's own ``__init__``.
 
     A layer fills its statistics during forward while its flag is set, so no extra pass and no graph break is needed;
     the flag is raised one step ahead, for the first step of a run and every ``gdn2.statistics_freq`` steps.
@@ -29,6 +30,7 @@ class GateMetrics:
     def watch(self, settings: Settings, model_args: GDN2ModelArgs) -> None:
         self._settings, self.model_args = settings, model_args
         self.statistics_freq = settings.gdn2.statistics_freq
+        self.begin(settings)
         self.mixers = {}
 
     @property
@@ -55,6 +57,7 @@ class GateMetrics:
 
     def finish(self, step: int) -> None:
         """Once a step, between its forward and the next one's, and before its checkpoint."""
+        self.count_step(step)
         write_checkpoint_files(self._settings, self.model_args, step)
         if self.recording and (statistics := self._statistics()):
             self.logger.log(statistics, step)
@@ -88,8 +91,9 @@ class GateMetrics:
 
     def close(self) -> None:
         super().close()
-        settings = self._settings
-        if settings.metrics.enable_tensorboard:
-            logger.info(f"TensorBoard logs: {os.path.join(settings.job.dump_folder, settings.metrics.save_tb_folder)}")
-        if settings.checkpoint.enable:
-            logger.info(f"Checkpoints: {os.path.join(settings.job.dump_folder, settings.checkpoint.folder)}")
+        if sys.exc_info()[0] is not None:  # TorchTitan closes a run that failed, too
+            return
+        if not self.trained and (sentence := nothing_to_train(self._settings)):
+            logger.info(sentence)
+        if lines := what_next(self._settings):
+            logger.info(lines)

@@ -20,6 +20,7 @@ from torchtitan.components.tokenizer import BaseTokenizer
 from gdn2_titan.titan.errors import ConfigError
 from gdn2_titan.titan.local_files import check_unicode, reason
 from gdn2_titan.titan.tasks.task import Draw
+from gdn2_titan.titan.token_files import TokenFiles
 from gdn2_titan.titan.tokens import DocumentTokens
 
 Mark = dict[str, Any]
@@ -37,17 +38,18 @@ class PackedText(torch.utils.data.IterableDataset, Stateful):
 
     **Order.** A map-style dataset gives ONE sequence of windows, whatever the number of ranks; of R ranks, rank r has
     windows r, r + R, r + 2R, ..., so the k-th batches of all ranks together are the k-th batch of a single process with
-    an R-fold batch size. The price is that every rank (and loader worker) tokenizes all documents. Loader workers
-    take whole batches in turn, so batches do not depend on their number either. A streaming dataset is split by
-    documents instead, between ranks and by ``datasets`` itself between workers.
+    an R-fold batch size. Of ``TokenFiles`` each rank reads its own windows alone; of texts, the price is that every
+    rank (and loader worker) tokenizes all documents. Loader workers take whole batches in turn, so batches do not
+    depend on their number either. A streaming dataset is split by documents instead, between ranks and by ``datasets``
+    itself between workers.
 
     **Ends.** ``iter()`` starts from the first document, or from a state loaded since the last ``iter()``: a place in
     the documents, for a map-style dataset the same on all ranks, from which the following windows are read again
     exactly as they were. A pass that is not infinite leaves out the tokens that do not fill one window on every rank.
 
     Args:
-        data: map-style or streaming dataset; a streaming one must not be split by rank yet.
-        tokenizer: see ``tokens.DocumentTokens``.
+        data: tokens, or a map-style or streaming dataset of texts; a streaming one must not be split by rank yet.
+        tokenizer: see ``tokens.DocumentTokens``; not for what is tokens already.
         seq_len, batch_size: tokens per window; windows per batch of the loader that reads this.
         dp_rank, dp_world_size: data-parallel rank and number of ranks.
         infinite: start the next epoch when one ends; tokens left over go before it.
@@ -61,25 +63,33 @@ class PackedText(torch.utils.data.IterableDataset, Stateful):
     """
 
     def __init__(
-        self, data: Dataset | IterableDataset, tokenizer: BaseTokenizer, seq_len: int, *, batch_size: int = 1,
-        dp_rank: int = 0, dp_world_size: int = 1, infinite: bool = False, with_resets: bool = True,
-        text_column: str = "text", shuffle_seed: int = 0,
+        self, data: TokenFiles | Dataset | IterableDataset, tokenizer: BaseTokenizer, seq_len: int, *,
+        batch_size: int = 1, dp_rank: int = 0, dp_world_size: int = 1, infinite: bool = False,
+        with_resets: bool = True, text_column: str = "text", shuffle_seed: int = 0,
     ) -> None:  # fmt: skip
-        self._encode, self._seq_len, self._batch_size = DocumentTokens(tokenizer), seq_len, batch_size
+        self._seq_len, self._batch_size = seq_len, batch_size
         self._infinite, self._with_resets = infinite, with_resets
         self._documents: MapDocuments | StreamDocuments
-        if isinstance(data, Dataset):
-            self._documents = MapDocuments(data, text_column, shuffle_seed)
-            self._rank, self._ranks = dp_rank, dp_world_size
-        else:
-            self._documents = StreamDocuments(split_dataset_by_node(data, dp_rank, dp_world_size), text_column)
+        if isinstance(data, IterableDataset):
+            split = split_dataset_by_node(data, dp_rank, dp_world_size)
+            self._documents = StreamDocuments(split, text_column, DocumentTokens(tokenizer))
             self._rank, self._ranks = 0, 1
+        else:
+            if isinstance(data, Dataset):
+                data = _Encoded(data, text_column, DocumentTokens(tokenizer))
+            self._documents = MapDocuments(data, shuffle_seed)
+            self._rank, self._ranks = dp_rank, dp_world_size
         self._state = self._initial_state()
         self._resuming = False
 
     def _initial_state(self) -> dict[str, Any]:
         # The next window begins with token number `offset` of the document at `mark`; `windows` came before it.
         return {"mark": self._documents.first(), "offset": 0, "windows": 0}
+
+    @property
+    def infinite(self) -> bool:
+        """Whether the windows do not end where there are documents."""
+        return self._infinite
 
     @property
     def same_state_on_all_ranks(self) -> bool:
@@ -109,25 +119,24 @@ class PackedText(torch.utils.data.IterableDataset, Stateful):
         windows, skip = self._state["windows"], self._state["offset"]
 
         # Positions count from the first token of this pass that belongs to a window; earlier ones are negative.
-        tokens: list[int] = []  # the tokens from position `base` on
-        base = done = 0  # everything before position `done` has been the input of a window
-        begins: deque[tuple[int, dict[str, Any]]] = deque()  # first position and mark of the documents in `tokens`
+        done = end = 0  # what is before `done` has been the input of a window, what is before `end` has been read
+        held: deque[tuple[int, np.ndarray]] = deque()  # first position and tokens of the documents from `done` on
+        begins: deque[tuple[int, dict[str, Any]]] = deque()  # first position and mark of each of them
 
-        for mark, text in self._documents.read(self._state["mark"], self._infinite):
-            encoded = self._encode(text)
-            begins.append((base + len(tokens) - skip, mark))
-            # Dropping what is done once per document and not once per window keeps long documents linear.
-            del tokens[: done - base]
-            base = done
-            tokens.extend(encoded[skip:])
+        for mark, tokens in self._documents.read(self._state["mark"], self._infinite):
+            begins.append((end - skip, mark))
+            held.append((end, tokens[skip:]))
+            end += len(held[-1][1])
             skip = 0
-            while base + len(tokens) - done > round_tokens:  # one more than the inputs: the last label
+            while end - done > round_tokens:  # one more than the inputs: the last label
                 turn = windows // self._ranks // self._batch_size
                 example = None
                 if turn % workers == worker:
-                    example = self._example(tokens, base, done + self._rank * self._seq_len, begins)
+                    example = self._example(held, done + self._rank * self._seq_len, begins)
                 done += round_tokens
                 windows += self._ranks
+                while held[0][0] + len(held[0][1]) <= done:
+                    held.popleft()
                 while len(begins) > 1 and begins[1][0] <= done:
                     begins.popleft()
                 position, mark = begins[0]
@@ -140,9 +149,16 @@ class PackedText(torch.utils.data.IterableDataset, Stateful):
                               f"{self._seq_len} tokens on each of {self._ranks} data-parallel ranks; allowed: more "
                               "text, a smaller local_batch_size or a smaller seq_len.")  # fmt: skip
 
-    def _example(self, tokens: list[int], base: int, start: int, begins: deque[tuple[int, dict[str, Any]]]) -> Example:
+    def _example(
+        self, held: deque[tuple[int, np.ndarray]], start: int, begins: deque[tuple[int, dict[str, Any]]]
+    ) -> Example:
         """The window that begins at position ``start``."""
-        window = torch.tensor(tokens[start - base : start - base + self._seq_len + 1], dtype=torch.int64)
+        window = torch.empty(self._seq_len + 1, dtype=torch.int64)
+        for position, tokens in held:
+            first, last = max(position, start), min(position + len(tokens), start + len(window))
+            if first < last:
+                part = tokens[first - position : last - position].astype(np.int64)
+                window[first - start : last - start] = torch.from_numpy(part)
         inputs = {"input": window[:-1]}
         if self._with_resets:
             resets = torch.zeros(self._seq_len, dtype=torch.bool)
@@ -151,23 +167,37 @@ class PackedText(torch.utils.data.IterableDataset, Stateful):
         return inputs, window[1:]
 
 
+class _Encoded:
+    """The documents of a map-style dataset as tokens, encoded each time that they are asked for."""
+
+    def __init__(self, data: Dataset, column: str, encode: DocumentTokens) -> None:
+        self._data, self._column, self._encode = data, column, encode
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        text = _text(self._data[index], self._column)
+        return self._encode(text) if text else np.empty(0, dtype=np.int64)
+
+
 class MapDocuments:
-    """Documents of a map-style dataset, in an order shuffled anew for each epoch.
+    """Documents that are numbered, in an order shuffled anew for each epoch; ``data[i]`` is the tokens of one.
 
     Every rank reads all documents, in the same order.
     """
 
     shared = True
 
-    def __init__(self, data: Dataset, column: str, seed: int) -> None:
-        self._data, self._column, self._seed = data, column, seed
+    def __init__(self, data: TokenFiles | _Encoded, seed: int) -> None:
+        self._data, self._seed = data, seed
 
     def first(self) -> Mark:
         """Mark of the first document of the first epoch."""
         return {"epoch": 0, "index": 0, "documents": len(self._data)}
 
-    def read(self, mark: Mark, infinite: bool) -> Iterator[tuple[Mark, str]]:
-        """Yield (mark, text) from ``mark`` to the end of its epoch, or epoch after epoch without end.
+    def read(self, mark: Mark, infinite: bool) -> Iterator[tuple[Mark, np.ndarray]]:
+        """Yield (mark, tokens) from ``mark`` to the end of its epoch, or epoch after epoch without end.
 
         Raises:
             ConfigError: if the mark was made with a different number of documents.
@@ -182,10 +212,10 @@ class MapDocuments:
             order = epoch_order(len(self._data), self._seed, epoch)
             empty = index == 0
             for index in range(index, len(order)):
-                text = _text(self._data[int(order[index])], self._column)
-                if text:
+                tokens = self._data[int(order[index])]
+                if len(tokens):
                     empty = False
-                    yield {"epoch": epoch, "index": index, "documents": len(self._data)}, text
+                    yield {"epoch": epoch, "index": index, "documents": len(self._data)}, tokens
             if not infinite or empty:
                 return
             epoch, index = epoch + 1, 0
@@ -200,15 +230,15 @@ class StreamDocuments:
 
     shared = False
 
-    def __init__(self, data: IterableDataset, column: str) -> None:
-        self._data, self._column = data, column
+    def __init__(self, data: IterableDataset, column: str, encode: DocumentTokens) -> None:
+        self._data, self._column, self._encode = data, column, encode
 
     def first(self) -> Mark:
         """Mark of the first document."""
         return {"stream": None}
 
-    def read(self, mark: Mark, infinite: bool) -> Iterator[tuple[Mark, str]]:
-        """Yield (mark, text) from ``mark`` to the end of the pass, or pass after pass without end."""
+    def read(self, mark: Mark, infinite: bool) -> Iterator[tuple[Mark, np.ndarray]]:
+        """Yield (mark, tokens) from ``mark`` to the end of the pass, or pass after pass without end."""
         state = mark["stream"]
         while True:
             # None starts a pass from the top. set_epoch would too, but it also permutes the shards, and its counter is
@@ -219,7 +249,7 @@ class StreamDocuments:
                 text = _text(sample, self._column)
                 if text:
                     empty = False
-                    yield {"stream": state}, text
+                    yield {"stream": state}, self._encode(text)
                 state = self._data.state_dict()
             # A worker beyond the number of shards has no documents: it must end, not look for them for ever.
             if not infinite or empty:

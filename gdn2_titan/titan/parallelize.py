@@ -16,7 +16,7 @@ from .errors import ConfigError
 from .settings import Settings
 from .tasks import validation_lengths
 
-__all__ = ["apply_plans", "check_lengths", "layout_of"]
+__all__ = ["apply_plans", "check_lengths", "layout_of", "mesh_of_shards"]
 
 # None is TorchTitan's word for no balancer, which TOML cannot say.
 LAYOUTS = {"headtail": "head_tail", "none": "contiguous", None: "contiguous"}
@@ -53,6 +53,18 @@ def check_lengths(settings: Settings) -> None:
             raise ConfigError(f"{name} is {length}; with {' and '.join(reasons)} it must be a multiple of {divisor}")
 
 
+def mesh_of_shards(parallel_dims: ParallelDims) -> DeviceMesh:
+    """The ranks that share parameters, 1-D, or replicate x shard: among them those that share sequences."""
+    replicate = ["dp_replicate"] if parallel_dims.dp_replicate_enabled else []
+    try:
+        return parallel_dims.get_mesh([*replicate, "fsdp"])
+    except ValueError:  # with TorchTitan's backend "spmd_types" there is no such axis, but one for each
+        if not parallel_dims.cp_enabled:
+            return parallel_dims.get_mesh([*replicate, "dp_shard"])
+    shards = parallel_dims.get_mesh(["dp_shard", "cp"])._flatten("dp_shard_cp")
+    return DeviceMesh._concatenate([parallel_dims.get_mesh("dp_replicate"), shards]) if replicate else shards
+
+
 def apply_plans(
     model: torch.nn.Module, parallel_dims: ParallelDims, settings: Settings, *, loss_parallel: bool,
     async_tensor_parallel: Callable[[DeviceMesh], None], checkpoint: Callable[[torch.nn.Module], None], shards: bool,
@@ -82,10 +94,9 @@ def apply_plans(
         logger.info("Compiling each block with torch.compile")
     if shards:
         reshard = parallelism.fsdp_reshard_after_forward
-        names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
         parallel.apply_fsdp(
             model,
-            parallel_dims.get_mesh(names),
+            mesh_of_shards(parallel_dims),
             param_dtype=TORCH_DTYPE_MAP[training.mixed_precision_param],
             reduce_dtype=TORCH_DTYPE_MAP[training.mixed_precision_reduce],
             # Under pipeline parallelism each microbatch would gather the parameters again.

@@ -15,7 +15,8 @@ from .torchtitan_version import IS_V02
 
 __all__ = ["RUNS", "check_pipeline", "modules_of_stages", "rank_with_loss"]
 
-_shares = getattr(pipeline_parallel, ("" if IS_V02 else "_") + "generate_llm_fqn_per_model_part")
+_NAME = "generate_llm_fqn_per_model_part"
+_shares = getattr(pipeline_parallel, _NAME if hasattr(pipeline_parallel, _NAME) else f"_{_NAME}")
 # TorchTitan 0.3 hands microbatches over as torch 2.14's schedules take them.
 RUNS: bool = IS_V02 or "arg_mbs" in inspect.signature(schedules.PipelineScheduleSingle.step).parameters
 # The first and the last stage are on one rank.

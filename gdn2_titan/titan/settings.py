@@ -8,7 +8,7 @@ from gdn2_titan.models import GDN2ModelArgs
 from gdn2_titan.models.flavors import ModelOverrides, model_args_of
 from gdn2_titan.parallel.float8 import EXCLUDE, MXFP8_RECIPES, SMALLEST_SIDE
 
-__all__ = ["GDN2", "Data", "Float8Linear", "MXLinear", "Settings", "Task"]
+__all__ = ["GDN2", "Data", "Float8Linear", "MXLinear", "OptimizerFields", "Settings", "Task"]
 
 
 @dataclass
@@ -20,6 +20,21 @@ class GDN2(ModelOverrides):
     """Write the gates' statistics to TensorBoard every so many steps (and at the first step of a run); 0: never"""
 
 
+@dataclass(kw_only=True)
+class OptimizerFields:
+    """[optimizer]: what is not TorchTitan's."""
+
+    weight_decay_on: Literal["matrices", "all"] = "matrices"
+    """What decays: "matrices", which spares A_log, dt_bias, norms and biases, or "all" """
+    muon_lr: float | None = None
+    """With name "Muon", the rate of the blocks' matrices; lr, which is that of all else under AdamW, if unset"""
+    muon_momentum: float = 0.95  # Share of the momentum that a step keeps
+    muon_nesterov: bool = True  # Step along gradient and momentum instead of the momentum alone
+    muon_ns_steps: int = 5  # Iterations that make the singular values of an update alike
+    muon_adjust_lr_fn: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """How the rate of a matrix follows from its sides: updates as large as AdamW's, or sqrt(rows / columns)"""
+
+
 @dataclass
 class Data:
     """[data]: where documents come from, beside training.dataset and training.dataset_path."""
@@ -29,6 +44,8 @@ class Data:
     hf_split: str = "train"  # Split to train on
     hf_validation_split: str = "validation"  # Split to validate on
     shuffle_seed: int = 0  # Seed of the order of documents; each epoch has its own
+    cache_dir: str | None = None
+    """Folder for the tokens of local files; "gdn2_titan" in that of the datasets library if unset"""
 
 
 @dataclass
@@ -41,7 +58,7 @@ class Task:
     values: int | None = None  # Symbols that are values
     interference: float | None = None
     """mqar: share of the gap before the questions that other pairs take, at least 0 and less than 1"""
-    writes: int | None = None  # overwrite: how often each key is written
+    writes: int | None = None  # overwrite, stale, rejected, locked, version: how often each key is written
     erased: float | None = None  # selective_erase: share of the keys that are forgotten
     variant: str | None = None  # needle: "s1", "s2", "s3" or "mk1"
     needles: int | None = None  # needle: codes that are told in variant "mk1"

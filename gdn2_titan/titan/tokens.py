@@ -1,15 +1,21 @@
 """Documents as tokens, the same under every TorchTitan: bos and eos around the tokens of plain text."""
 
+import functools
+import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
 
 from gdn2_titan.convert.tokenizer import around, special_token
 from gdn2_titan.titan.errors import ConfigError
 from gdn2_titan.titan.local_files import reason
+from gdn2_titan.titan.pieces import Encoder
 
 __all__ = ["DocumentTokens", "check_tokenizer", "check_tokenizer_json", "of_plain_text", "text_tokens"]
+
+_LONG = 1 << 20  # characters of a document that is encoded in pieces
 
 
 def check_tokenizer_json(path: str) -> None:
@@ -50,24 +56,48 @@ def text_tokens(tokenizer: BaseTokenizer, text: str) -> list[int]:
 
 
 class DocumentTokens:
-    """``DocumentTokens(tokenizer)(text)`` is the list of ids of a document: bos, the text, eos.
+    """``DocumentTokens(tokenizer)(text)`` is the ids of a document, int64 [tokens]: bos, the text, eos.
 
     bos and eos are those of tokenizer_config.json, which may be one symbol; one that is not there is left out.
     ``add_bos_token`` and ``add_eos_token`` there are about other uses. A tokenizer whose own post-processor puts
     symbols around a text keeps them, and what of bos before and eos after it they lack is added.
+
+    ``around`` is the ids before and after each text. It is None of a tokenizer that is not Hugging Face's, which has no
+    ``encoder``, ``vocabulary`` and ``digest`` either.
     """
 
     def __init__(self, tokenizer: BaseTokenizer) -> None:
         self._tokenizer = of_plain_text(tokenizer)
-        self._around: tuple[list[int], list[int]] | None = None
+        self.around: tuple[list[int], list[int]] | None = None
         if isinstance(tokenizer, HuggingFaceTokenizer):
-            self._around = around(tokenizer.tokenizer, tokenizer.bos_id, _eos(tokenizer))
+            self.around = around(tokenizer.tokenizer, tokenizer.bos_id, _eos(tokenizer))
 
-    def __call__(self, text: str) -> list[int]:
-        if self._around is None:
-            return self._tokenizer.encode(text, add_bos=True, add_eos=True)
-        before, after = self._around
-        return [*before, *text_tokens(self._tokenizer, text), *after]
+    def __call__(self, text: str) -> np.ndarray:
+        if self.around is None:
+            return np.asarray(self._tokenizer.encode(text, add_bos=True, add_eos=True), dtype=np.int64)
+        before, after = self.around
+        if len(text) > _LONG:
+            pieces = self.encoder.pieces(text[i : i + _LONG] for i in range(0, len(text), _LONG))
+            ids = [self.encoder.encode([piece])[0] for piece in pieces]
+        else:
+            ids = [text_tokens(self._tokenizer, text)]
+        return np.concatenate([before, *ids, after]).astype(np.int64)
+
+    @functools.cached_property
+    def encoder(self) -> Encoder:
+        """Of the text alone, also of long ones."""
+        return Encoder(self._tokenizer.tokenizer)
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """The id of each symbol."""
+        return self._tokenizer.tokenizer.get_vocab(with_added_tokens=True)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of all that decides what ids a document has, but the version of the tokenizers library."""
+        said = json.dumps([self._tokenizer.tokenizer.to_str(), *self.around])
+        return hashlib.sha256(said.encode("utf-8")).hexdigest()
 
 
 def _eos(tokenizer: HuggingFaceTokenizer) -> int | None:

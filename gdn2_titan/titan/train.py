@@ -18,11 +18,15 @@ ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "loca
 @refusing
 def _custom_config_module() -> None:
     """Names our sections to TorchTitan 0.2.2, where neither the command line nor the file names a module."""
+    from torchtitan.config import ConfigManager
+
     path = config_file(sys.argv)
     job = {} if path is None else read_toml(path).get("job", {})
     named = isinstance(job, dict) and job.get("custom_config_module")
     if not named and "job.custom_config_module" not in dict(options_of(sys.argv)):
         sys.argv.append("--job.custom_config_module=gdn2_titan.titan.job_config")
+        # TorchTitan took the arguments when it was imported, which is before.
+        ConfigManager.parse_args.__defaults__ = (sys.argv[1:],)
 
 
 @refusing
@@ -40,10 +44,16 @@ def _config_function() -> None:
 def main() -> None:
     if "RANK" not in os.environ:
         os.environ.update(ALONE)
-    _custom_config_module() if IS_V02 else _config_function()
-    from torchtitan import train
+    try:
+        _custom_config_module() if IS_V02 else _config_function()
+        from torchtitan import train
 
-    train.main(train.Trainer) if IS_V02 else train.main()
+        train.main(train.Trainer) if IS_V02 else train.main()
+    except SystemExit as end:  # as the command that only checks a config ends where it cannot train
+        if not isinstance(end.code, str):
+            raise
+        print(end.code, file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Every layout of processes trains as one process does: losses and gradient norms, in fp32.
 
 Three steps of each layout and ten of the largest product, of a model that has every kind of mixer. A second generation
-of TorchTitan runs one layout of each kind: the plans are the same objects.
+of TorchTitan runs one layout of each kind with each of its backends: the plans are the same objects.
 """
 
 import signal
@@ -12,10 +12,12 @@ from gdn2_titan.titan.pipeline import RUNS
 from gdn2_titan.titan.torchtitan_version import IS_V02
 
 from .runs import (
+    OLDER_BACKEND,
     SHORT_RUN,
     WHOLE_RUN,
     assert_same,
     layouts,
+    only_backends,
     run_from,
     train,
     train_until_a_rank_dies,
@@ -30,7 +32,6 @@ INTERLEAVED = (*PP2, "--parallelism.pipeline_parallel_schedule=Interleaved1F1B")
 LAYOUTS = {  # processes, data parallel degree, overrides
     "fsdp2": (2, 2, ()),
     "fsdp4": (4, 4, ()),
-    "hsdp2x2": (4, 4, ("--parallelism.data_parallel_replicate_degree=2",)),
     "tp2": (2, 1, TP2),
     "tp4": (4, 1, TP4),
     "pp2": (2, 1, PP2),
@@ -38,11 +39,9 @@ LAYOUTS = {  # processes, data parallel degree, overrides
     # Two batches to a step, of two microbatches each.
     "pp2-accumulation": (2, 2, (*PP2, "--training.global_batch_size=4", "--validation.steps=4")),
     "fsdp2-tp2": (4, 2, TP2),
-    "tp2-pp2": (4, 1, (*TP2, *PP2)),
     "fsdp2-tp2-pp2": (8, 2, (*TP2, *PP2)),
     "cp2": (2, 1, CP2),
     "cp2-contiguous": (2, 1, (*CP2, *CONTIGUOUS)),
-    "cp4": (4, 1, CP4),
     "fsdp2-cp4": (8, 2, CP4),
     "hsdp2-cp2": (4, 2, (*CP2, "--parallelism.data_parallel_replicate_degree=2")),
     "cp2-tp2": (4, 1, (*CP2, *TP2)),
@@ -51,12 +50,16 @@ LAYOUTS = {  # processes, data parallel degree, overrides
 
 
 LARGEST = "fsdp2-tp2-pp2" if RUNS else "fsdp2-cp4"
-ONE_OF_EACH_KIND = ["hsdp2x2", "fsdp2-tp2", "tp2-pp2", "cp2-contiguous", "fsdp2-cp4", "fsdp2-tp2-pp2"]
+# Each factor of a product is one of these, in some product with each other.
+ONE_OF_EACH_KIND = ["fsdp2-tp2", "cp2-contiguous", "fsdp2-cp4", "hsdp2-cp2", "cp2-tp2", "fsdp2-tp2-pp2"]
+MORE = ["tp4", "pp2", "pp2-interleaved", "pp2-accumulation", "cp2-pp2"]
+OLDER = {f"{name}-partial_dtensor": LAYOUTS[name] for name in ONE_OF_EACH_KIND}
+LAYOUTS |= {name: (world, shards, (*extra, OLDER_BACKEND)) for name, (world, shards, extra) in OLDER.items()}
 # Every kind of parallelism in some.
-QUICK = ["hsdp2-cp2", "fsdp2-tp2", "pp2", "cp2-contiguous"] if IS_V02 else ["fsdp2-tp2", "cp2-contiguous"]
+QUICK = ["hsdp2-cp2", "fsdp2-tp2", "pp2", "cp2-contiguous"] if IS_V02 else ["fsdp2-tp2", "hsdp2-cp2"]
 
 
-@pytest.mark.parametrize("name", layouts(LAYOUTS if IS_V02 else ONE_OF_EACH_KIND, QUICK))
+@pytest.mark.parametrize("name", layouts([*ONE_OF_EACH_KIND, *(MORE if IS_V02 else OLDER)], QUICK))
 def test_a_layout_trains_as_one_process(seed, one_process, tmp_path, name):
     world, data_parallel, extra = LAYOUTS[name]
     steps, last = (WHOLE_RUN, 10) if name == LARGEST else (SHORT_RUN, 3)
@@ -76,12 +79,13 @@ def test_a_layout_trains_as_one_process_when_blocks_are_compiled(seed, one_proce
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ("fsdp4", "tp2"),
+        pytest.param("fsdp4", "tp2", marks=[pytest.mark.slow] * (not IS_V02)),
+        pytest.param("fsdp2-tp2-partial_dtensor", "fsdp2", marks=only_backends),
+        pytest.param("hsdp2-cp2", "cp2-contiguous-partial_dtensor", marks=[only_backends, pytest.mark.slow]),
         pytest.param("fsdp2-tp2", None, marks=pytest.mark.slow),
-        pytest.param("cp4", None, marks=pytest.mark.slow),
         pytest.param("pp2-interleaved", "fsdp2", marks=[without_pipelines, pytest.mark.slow]),
     ],
-    ids=["fsdp4-tp2", "fsdp2-tp2-1", "cp4-1", "pp2-fsdp2"],
+    ids=["fsdp4-tp2", "older-newer", "newer-older", "fsdp2-tp2-1", "pp2-fsdp2"],
 )
 def test_a_checkpoint_continues_under_another_layout(seed, one_process, tmp_path, before, after):
     world, data_parallel, extra = LAYOUTS[before]

@@ -10,11 +10,8 @@ from .runs import layouts, train, without_pipelines
 GLOBAL_BATCH = 4
 TP2 = ("--parallelism.tensor_parallel_degree=2",)
 LAYOUTS = {  # processes, data parallel degree, overrides
-    "fsdp2": (2, 2, ()),
-    "hsdp2x2": (4, 4, ("--parallelism.data_parallel_replicate_degree=2",)),
     "tp2": (2, 1, TP2),
     "tp2-whole-logits": (2, 1, (*TP2, "--parallelism.disable_loss_parallel")),
-    "cp2": (2, 1, ("--parallelism.context_parallel_degree=2",)),
     "fsdp2-cp2": (4, 2, ("--parallelism.context_parallel_degree=2",)),
     "pp2": (2, 1, ("--parallelism.pipeline_parallel_degree=2",)),
     "compiled": (1, 1, ("--compile.enable", "--compile.backend=aot_eager")),

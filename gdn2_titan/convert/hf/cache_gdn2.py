@@ -6,18 +6,26 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-__all__ = ["GDN2Cache"]
+__all__ = ["GDN2Cache", "REACH"]
+
+# Tokens that a cache can be taken back by, at most: the inputs of the states are kept for as many.
+REACH = 256
+TENSORS = ("text", "places", "over", "last")
 
 
 class GDN2Cache(Cache):
     """The layers' states, and where in their sequences they stand.
 
-    A "gdn2" layer has a GDN2State (the convolutions' last inputs and the memory), a "swa" layer the keys and values
-    of the last window, an "attention" layer those of all tokens. With padding it also keeps which tokens were text, a
-    byte per token and row.
+    A "gdn2" or "mamba2" layer has the convolutions' last inputs and the memory, a "mamba3" layer the memory and what
+    the next token needs of the last, a "swa" layer the keys and values of the last window, an "attention" layer those
+    of all tokens. With padding it also keeps which tokens were text, a byte per token and row. A step of one token
+    overwrites the states of "gdn2" layers.
+
+    After ``activate_past_recording`` it can be taken back by ``crop``: nothing is overwritten then, and until the next
+    crop it keeps the states before each call, and of calls of several tokens what the states were made of.
     """
 
-    is_compileable = is_croppable = False
+    is_compileable, is_croppable = False, True
 
     def __init__(self, n_layers: int) -> None:
         super().__init__(layers=[])
@@ -27,6 +35,7 @@ class GDN2Cache(Cache):
         self.places = None  # int64 [B], of the token that comes next in its document; None where it is ``seen``
         self.over = None  # bool [B], rows whose next token of text begins a document; None where it goes on
         self.last = None  # [B, D], the output at the last token of each row that is text, zeros before there is one
+        self.calls = None  # a call_gdn2.Call for each since the last crop; None where the past is not recorded
 
     def __len__(self) -> int:
         return len(self.states)
@@ -47,24 +56,54 @@ class GDN2Cache(Cache):
     def batch_size(self) -> int:
         return self.last.shape[0] if self.seen else -1
 
-    def crop(self, *args: Any) -> None:
-        """Raises ValueError: a recurrent state cannot be taken back to an earlier token."""
-        raise ValueError("a GDN2Cache cannot be cropped: a recurrent state does not hold the tokens it was made of")
+    def activate_past_recording(self) -> None:
+        self.calls = [] if self.calls is None else self.calls
+
+    def add(self, call: Any) -> None:
+        """A Call that this cache has read; what lies further back than REACH is let go."""
+        self.calls = [call for call in self.calls if self.seen - call.before.seen <= REACH] + [call]
+        for each in reversed(self.calls):
+            if not each.share(self.states):
+                break
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens, padding included; those before them are then there to stay.
+
+        Raises:
+            ValueError: the number is above 0, or more tokens than are recorded.
+        """
+        held = self.seen - self.calls[0].before.seen if self.calls else 0
+        if not -held <= tokens_to_remove <= 0:
+            raise ValueError(
+                f"tokens_to_remove is {tokens_to_remove}; it must be from {-held} to 0: a GDN2Cache goes back to where "
+                f"activate_past_recording() or the last crop found it, and by {REACH} tokens"
+            )
+        if tokens_to_remove:
+            length = self.seen + tokens_to_remove
+            call = next(call for call in reversed(self.calls) if call.before.seen <= length)
+            there = call.first(length - call.before.seen)
+            for name in ("states", "seen", *TENSORS):
+                setattr(self, name, getattr(there, name))
+        self.calls = self.calls and []
 
     def reset(self) -> None:
+        recorded = self.calls is not None
         self.__init__(len(self))
+        if recorded:
+            self.activate_past_recording()
 
-    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace every tensor, all with a batch as first dimension, by ``change(tensor)``."""
         self.states = [state and type(state)(*map(change, state)) for state in self.states]
-        for name in ("text", "places", "over", "last"):
+        self.calls = self.calls and []
+        for name in TENSORS:
             tensor = getattr(self, name)
             setattr(self, name, tensor if tensor is None else change(tensor))
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self.map(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     batch_select_indices = reorder_cache
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+        self.map(lambda x: x.repeat_interleave(repeats, dim=0))

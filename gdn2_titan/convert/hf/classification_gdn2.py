@@ -7,9 +7,11 @@ that id stands, and embeddings are taken for texts without padding; here the att
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import modeling_outputs
 from transformers.utils import can_return_tuple
+
+from gdn2_titan.models.batch_invariant import linear_of
 
 from .cache_gdn2 import GDN2Cache
 from .configuration_gdn2 import GDN2Config
@@ -26,7 +28,7 @@ class _DecoderWithHead(GDN2PreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = GDN2Decoder(config)
-        setattr(self, head, nn.Linear(config.hidden_size, rows or config.num_labels, bias=bias))
+        setattr(self, head, linear_of(config.backend)(config.hidden_size, rows or config.num_labels, bias=bias))
         self.post_init()
 
 

@@ -18,7 +18,10 @@ FIELD_OF = {
 }  # fmt: skip
 # What follows from the fields. It may be given as it is.
 DERIVED = ("hidden_act", "layer_types", "rope_parameters")
-LAYER_TYPES = {"gdn2": "linear_attention", "swa": "sliding_attention", "attention": "full_attention"}
+LAYER_TYPES = {
+    "gdn2": "linear_attention", "mamba2": "linear_attention", "mamba3": "linear_attention",
+    "swa": "sliding_attention", "attention": "full_attention",
+}  # fmt: skip
 # Names at least this much alike (difflib's ratio) are taken for one name and a slip of the pen,
 ALIKE = 0.75
 # unless they are how a model is to be loaded.

@@ -1,5 +1,6 @@
 """GDN2Model as a transformers model: the same modules under transformers' names, with its loss and its ``generate``."""
 
+import contextlib
 import inspect
 import re
 from typing import Any
@@ -12,32 +13,32 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from gdn2_titan.models.args import GDN2ModelArgs
+from gdn2_titan.models.args import SOFTMAX, GDN2ModelArgs
 from gdn2_titan.models.attention import rotary_angles
-from gdn2_titan.models.decay import DECAYS, DecayParameters
+from gdn2_titan.models.batch_invariant import linear_of
+from gdn2_titan.models.decay import DECAYS
 from gdn2_titan.models.decoder import Block
+from gdn2_titan.models.init import linear_
 from gdn2_titan.models.layer import GatedDeltaNet2
 from gdn2_titan.models.old_names import OLD_NAMES
+from gdn2_titan.ops.elementwise import BATCH_INVARIANT
 
-from .cache_gdn2 import GDN2Cache
+from .cache_gdn2 import REACH, GDN2Cache
+from .call_gdn2 import Call, cut, refuse_unrecorded
 from .configuration_gdn2 import GDN2Config
 from .packing_gdn2 import PACKING
 from .piece_gdn2 import Piece
+from .spared_gdn2 import spare_from_decay
 
 __all__ = ["GDN2Decoder", "GDN2DecoderLayer", "GDN2ForCausalLM", "GDN2PreTrainedModel"]
 
 # For folders that name parameters as this package once did. transformers' own table would do this by the kind of the
 # model, also for the code that lies beside an old folder's weights and wants the old names.
 KEY_MAPPING = {re.escape(f"mixer.{old}"): f"mixer.{new}" for old, new in OLD_NAMES.items()}
+# Modules of a layer.
+READ_NOT_CALLED = ("decay", "q_conv1d", "k_conv1d", "v_conv1d", "x_conv1d", "bc_conv1d", "bc_norm", "heads")
 # What transformers' loss takes beside logits and labels.
 OF_THE_LOSS = ("num_items_in_batch", "ignore_index", "shift_labels")
-
-
-class GDN2Decays(DecayParameters, nn.LayerNorm):
-    """DecayParameters that transformers' Trainer does not decay: it spares biases and norms, by a part of a name or by
-    this class, and A_log has no such name."""
-
-    extra_repr = nn.Module.extra_repr
 
 
 class BlockStart:
@@ -83,20 +84,18 @@ class GDN2DecoderLayer(GradientCheckpointingLayer, Block):
         start = BlockStart(args, layer)
         for name, part in self.named_modules():
             part.start_in_block = start, name  # for _init_weights, which is given a part and no more
-        if self.kind == "gdn2":
-            self.mixer.decay.__class__ = GDN2Decays
+        spare_from_decay(self.mixer)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        decay = getattr(self.mixer, "decay", None)
-        hook = getattr(decay, "_hf_hook", None)
-        if hook is None:
-            return super().forward(*args, **kwargs)
+    def forward(self, *args: Any, only_state: bool = False, **kwargs: Any) -> Any:
+        """Block's, or with ``only_state`` the mixer's ``state_after``."""
         # accelerate brings a module's parameters when the module is called; these are read and never called.
-        hook.pre_forward(decay)
-        try:
-            return super().forward(*args, **kwargs)
-        finally:
-            hook.post_forward(decay, None)
+        read = [getattr(self.mixer, name, None) for name in READ_NOT_CALLED]
+        hooks = [(part._hf_hook, part) for part in read if hasattr(part, "_hf_hook")]
+        with contextlib.ExitStack() as after:
+            for hook, part in hooks:
+                hook.pre_forward(part)
+                after.callback(hook.post_forward, part, None)
+            return self.mixer.state_after(*args, **kwargs) if only_state else super().forward(*args, **kwargs)
 
 
 class GDN2PreTrainedModel(PreTrainedModel):
@@ -109,13 +108,16 @@ class GDN2PreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules_strict = DECAYS
     _supports_sdpa = True
-    _is_stateful = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         start = getattr(module, "start_in_block", None)
         if start is None:
-            return super()._init_weights(module)
+            if self.config.init != "release" or module is not getattr(self, "lm_head", None):
+                super()._init_weights(module)
+            elif not getattr(module.weight, "_is_hf_initialized", False):
+                linear_(module.weight, None)
+            return
         block, name = start
         block.fill(name, module)
 
@@ -123,6 +125,8 @@ class GDN2PreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args: Any, key_mapping: dict[str, str] | None = None, **kwargs: Any) -> Any:
         loaded = super().from_pretrained(*args, key_mapping={**(key_mapping or {}), **KEY_MAPPING}, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with what was missing
+        if model.config.backend == BATCH_INVARIANT and getattr(model, "hf_quantizer", None) is not None:
+            raise ValueError(f"backend is {BATCH_INVARIANT!r}; with quantization_config it must be another one")
         # transformers renames back when it saves a model.
         used = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [each for each in used if each.source_patterns[0] not in KEY_MAPPING]
@@ -198,6 +202,13 @@ class GDN2Decoder(GDN2PreTrainedModel):
         piece = Piece(attention_mask, words, cache, *h.shape[:2], h.device)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        call = None
+        if cache is not None and cache.calls is not None:
+            refuse_unrecorded(words)
+            if h.shape[1] > REACH:
+                return self._in_two(h, attention_mask, words, cache, output_hidden_states)
+            call = Call(cache, attention_mask, words, piece.text, h.shape[1])
+        in_place = call is None and not torch.is_grad_enabled()
         states = [None] * len(self.layers) if cache is None else list(cache.states)
         angles, masks = self._angles_and_masks(piece, states)
         h, hidden_states = piece.shortened(h), ()
@@ -210,19 +221,46 @@ class GDN2Decoder(GDN2PreTrainedModel):
             if cache is None:
                 h = layer(*inputs, rows=piece.rows)
             else:
-                h, states[index] = layer(*inputs, rows=piece.rows, state=states[index], return_state=True)
+                h, states[index] = layer(
+                    *inputs, rows=piece.rows, state=states[index], return_state=True, in_place=in_place,
+                    record=call and call.record(),
+                )  # fmt: skip
         h = piece.whole(self.norm(h), piece.last)
         if cache is not None:
             piece.remember(cache, states, h)
+            if call is not None:
+                cache.add(call.end(self.layers, h))
         hidden_states = (*hidden_states, h) if output_hidden_states else None
         return BaseModelOutputWithPast(last_hidden_state=h, past_key_values=cache, hidden_states=hidden_states)
+
+    def _in_two(
+        self, h: Tensor, mask: Tensor | None, words: dict[str, Any], cache: GDN2Cache, output_hidden_states: bool
+    ) -> BaseModelOutputWithPast:
+        """A call of h [B, T, D] of which the last REACH tokens can be taken back."""
+        outputs, length = [], h.shape[1]
+        for start, end in ((0, length - REACH), (length - REACH, length)):
+            cache.calls = [] if start else None
+            of_these = None if mask is None else mask[:, : mask.shape[1] - length + end]
+            outputs.append(
+                self(
+                    inputs_embeds=h[:, start:end], attention_mask=of_these, past_key_values=cache,
+                    output_hidden_states=output_hidden_states, return_dict=True, **cut(words, start, end),
+                )
+            )  # fmt: skip
+        hidden_states = [
+            torch.cat(parts, 1) for parts in zip(*(each.hidden_states or () for each in outputs), strict=True)
+        ]
+        return BaseModelOutputWithPast(
+            last_hidden_state=torch.cat([each.last_hidden_state for each in outputs], 1), past_key_values=cache,
+            hidden_states=tuple(hidden_states) or None,
+        )  # fmt: skip
 
     def _angles_and_masks(self, piece: Piece, states: list[Any]) -> tuple[Tensor | None, dict[str, Tensor]]:
         """What the softmax layers take, computed once for all of them: angles, and {kind: mask}."""
         kept = {
             layer.kind: 0 if state is None else state.keys.shape[1]
             for layer, state in zip(self.layers, states, strict=True)
-            if layer.kind != "gdn2"
+            if layer.kind in SOFTMAX
         }
         if not kept or piece.is_empty:
             return None, {}
@@ -252,7 +290,7 @@ class GDN2ForCausalLM(GDN2PreTrainedModel, GenerationMixin):
     def __init__(self, config: GDN2Config) -> None:
         super().__init__(config)
         self.model = GDN2Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = linear_of(config.backend)(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -310,10 +348,26 @@ class GDN2ForCausalLM(GDN2PreTrainedModel, GenerationMixin):
         for name in PACKING:
             if model_kwargs.get(name) is not None:
                 raise ValueError(f"{name} is given to generate; it must be left out, position_ids tell of documents")
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError(
+                f"assistant_early_exit is {generation_config.assistant_early_exit!r}; it must be left out, this model "
+                "has no exit before its last layer"
+            )
         if model_kwargs.get("past_key_values") is not None:
             model_kwargs["past_key_values"]._is_user_defined = True
         elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = GDN2Cache(self.config.n_layers)
+            if generation_config.is_assistant:
+                model_kwargs["past_key_values"].activate_past_recording()
+
+    def _assisted_decoding(self, *args: Any, past_key_values: GDN2Cache | None = None, **kwargs: Any) -> Any:
+        """transformers', which lets a cache record its past, and then leaves it so."""
+        recorded = past_key_values is None or past_key_values.calls is not None
+        try:
+            return super()._assisted_decoding(*args, past_key_values=past_key_values, **kwargs)
+        finally:
+            if not recorded:
+                past_key_values.calls = None
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
         """Raises ValueError: ``generate_batch`` keeps pages of keys and values, which this model's states are not."""

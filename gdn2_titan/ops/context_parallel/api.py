@@ -40,11 +40,12 @@ def begin_gdn2(
 
 
 def context_parallel_gdn2(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor, *, group: ProcessGroup | DeviceMesh,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor | None, w: Tensor, *, group: ProcessGroup | DeviceMesh,
     layout: str = "contiguous", scale: float | None = None, initial_state: Tensor | None = None,
     output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False, use_gate_in_kernel: bool = False,
     A_log: Tensor | None = None, dt_bias: Tensor | None = None, use_sigmoid_in_kernel: bool = False,
     erase_scale: float = 1.0, resets: Tensor | None = None, exchange: str = "auto", backend: str = "auto",
+    lower_bound: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Gated DeltaNet-2 over sequences of T tokens that the ranks of a group share: :func:`chunk_gdn2` of the whole.
 
@@ -76,6 +77,6 @@ def context_parallel_gdn2(
     shards = SequenceShards.of(group, layout)
     inputs = GDN2Inputs(q, k, v, g, b, w, A_log, dt_bias, initial_state, resets=resets)
     options = GDN2Options(
-        scale, use_qk_l2norm_in_kernel, use_gate_in_kernel, use_sigmoid_in_kernel, erase_scale, backend
+        scale, use_qk_l2norm_in_kernel, use_gate_in_kernel, use_sigmoid_in_kernel, erase_scale, backend, lower_bound
     )
     return begin_gdn2(inputs, options, shards, output_final_state, exchange)()

@@ -96,7 +96,7 @@ class _Enter(torch.autograd.Function):
             *grads, dA_log, ddt_bias, dentering = differentiable_chunk_gdn2_backward(
                 shards.rows(do), _from_lanes(leaving), *inputs.map_tokens(shards.rows, entering), *call.options
             )
-        grads = [grad.view(x.shape) for grad, x in zip(grads, inputs.tokens, strict=True)]
+        grads = [None if x is None else grad.view(x.shape) for grad, x in zip(grads, inputs.tokens, strict=True)]
         dA_log, ddt_bias = None if inputs.A_log is None else dA_log, None if inputs.dt_bias is None else ddt_bias
         dinitial_state = None
         if ctx.initial is not None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_flags
+from ..elementwise import BATCH_INVARIANT
 from . import library, reference
 from .arguments import GDN2Inputs, GDN2Options, check_arguments, check_state
 from .segmented import segments_of, split_gdn2
@@ -21,6 +22,10 @@ def _call(op, inputs, options, output_final_state, num_segments=1):
         o, final_state = reference.recurrent(inputs, options)
         return o, final_state if output_final_state else None
     segments = segments_of(inputs.q, inputs.v, num_segments, options.backend)
+    if options.backend == BATCH_INVARIANT:
+        if segments > 1:
+            raise ValueError(f"num_segments is {num_segments}; with backend={options.backend!r} it must be 1 or 'auto'")
+        op = library.differentiable_recurrent_gdn2
     if segments > 1 and inputs.cu_seqlens is None:
         o, final_state = split_gdn2(op, segments, inputs, options)
     else:
@@ -29,11 +34,11 @@ def _call(op, inputs, options, output_final_state, num_segments=1):
 
 
 def chunk_gdn2(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor, scale: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor | None, w: Tensor, scale: float | None = None,
     initial_state: Tensor | None = None, output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False,
     use_gate_in_kernel: bool = False, A_log: Tensor | None = None, dt_bias: Tensor | None = None,
     use_sigmoid_in_kernel: bool = False, erase_scale: float = 1.0, cu_seqlens: Tensor | None = None,
-    resets: Tensor | None = None, backend: str = "auto", num_segments: int | str = 1,
+    resets: Tensor | None = None, backend: str = "auto", num_segments: int | str = 1, lower_bound: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Gated DeltaNet-2 over whole sequences, chunk by chunk: for training and prefill.
 
@@ -46,14 +51,15 @@ def chunk_gdn2(
             be 0.
         v: value [B, T, HV, V], q's dtype. HV is a multiple of H: value head j reads key head j // (HV // H).
         g: natural-log decay per key channel [B, T, H, K], <= 0, -inf allowed; float32 recommended.
-        b: erase gate [B, T, H, K] in [0, 1], or [0, 2] for negative eigenvalues.
+        b: erase gate [B, T, H, K] in [0, 1], or [0, 2] for negative eigenvalues; None: nothing is erased (gated linear
+            attention), whatever else is said, and nothing is solved for.
         w: write gate [B, T, HV, V] in [0, 1].
         scale: of the output; None means K ** -0.5.
         initial_state: [N, HV, K, V]; None means zeros. N is B, or the number of packed sequences.
         output_final_state: return the final state too.
         use_qk_l2norm_in_kernel: use q / sqrt(sum(q^2) + 1e-6), and k likewise.
         use_gate_in_kernel: g is raw, and the decay is -exp(A_log[h]) * softplus(g + dt_bias[h, :]).
-        A_log: [H], with use_gate_in_kernel.
+        A_log: [H], with use_gate_in_kernel; with lower_bound it may be None, which stands for zeros.
         dt_bias: [H, K] or [H * K] or None, with use_gate_in_kernel.
         use_sigmoid_in_kernel: b and w are logits, and the gates are erase_scale * sigmoid(b) and sigmoid(w).
         erase_scale: 1.0, or 2.0 to allow negative eigenvalues, with use_sigmoid_in_kernel.
@@ -62,18 +68,22 @@ def chunk_gdn2(
         resets: bool [B, T], True where a token begins a new document: the state before it is forgotten, the initial
             state included. Fixed shapes, so it compiles once and shards with the sequence.
         backend: "auto" (Triton on a GPU that it serves, otherwise chunked PyTorch; on a GPU that is said in the log
-            once: no Triton, older than sm_80, float64, heads above 256), "triton", "torch", or "reference" (token by
-            token, autograd).
+            once: no Triton, older than sm_80, float64, heads above 256), "triton", "torch", "reference" (token by
+            token, autograd), or "batch_invariant" (token by token on the CPU: bit for bit the same for a sequence
+            whatever else is in the batch, and however it is cut in calls; the backward is chunked).
         num_segments: cut the sequence in so many segments that run side by side, for long sequences of few heads on a
             GPU that they do not fill; "auto" does so where it should pay, never on a CPU. For any T: what is left over
             when T is cut evenly follows the segments. Costs K more value columns, and more is saved for backward (see
             below). Has no effect with cu_seqlens.
+        lower_bound: a number less than 0, with use_gate_in_kernel: the decay is then bounded, lower_bound *
+            sigmoid(exp(A_log[h]) * (g + dt_bias[h, :])).
 
     Returns:
         o [B, T, HV, V] in v's dtype, and the final state [N, HV, K, V] (float64 for float64 inputs, float32 otherwise)
         or None. Both carry gradients to every tensor input. State, decay and sums are kept in that same precision.
-        Only the inputs are saved for the backward pass; with more than one segment also a tensor like q, and for each
-        segment the state it is entered with [HV, K, V] and its transition [H, K, K].
+        Saved for the backward pass are the inputs, and by the Triton kernels two [H, 64, 64] of q's dtype for each 64
+        tokens; with more than one segment also a tensor like q, and for each segment the state it is entered with
+        [HV, K, V] and its transition [H, K, K].
 
     The tensors may be DTensors, all of them: sharded on B (N, for the states), or on H and HV where the mesh divides H,
     the op communicates nothing and returns the same sharding.
@@ -83,17 +93,17 @@ def chunk_gdn2(
     """
     inputs = GDN2Inputs(q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets)
     options = GDN2Options(
-        scale, use_qk_l2norm_in_kernel, use_gate_in_kernel, use_sigmoid_in_kernel, erase_scale, backend
+        scale, use_qk_l2norm_in_kernel, use_gate_in_kernel, use_sigmoid_in_kernel, erase_scale, backend, lower_bound
     )
     return _call(library.differentiable_chunk_gdn2, inputs, options, output_final_state, num_segments)
 
 
 def recurrent_gdn2(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor, scale: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor | None, w: Tensor, scale: float | None = None,
     initial_state: Tensor | None = None, output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False,
     use_gate_in_kernel: bool = False, A_log: Tensor | None = None, dt_bias: Tensor | None = None,
     use_sigmoid_in_kernel: bool = False, erase_scale: float = 1.0, cu_seqlens: Tensor | None = None,
-    resets: Tensor | None = None, backend: str = "auto",
+    resets: Tensor | None = None, backend: str = "auto", lower_bound: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Gated DeltaNet-2 one token after the other: for decoding. Arguments, returns and errors of :func:`chunk_gdn2`.
 
@@ -101,7 +111,7 @@ def recurrent_gdn2(
     """
     inputs = GDN2Inputs(q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets)
     options = GDN2Options(
-        scale, use_qk_l2norm_in_kernel, use_gate_in_kernel, use_sigmoid_in_kernel, erase_scale, backend
+        scale, use_qk_l2norm_in_kernel, use_gate_in_kernel, use_sigmoid_in_kernel, erase_scale, backend, lower_bound
     )
     return _call(library.differentiable_recurrent_gdn2, inputs, options, output_final_state)
 
@@ -110,11 +120,11 @@ fused_recurrent_gdn2 = recurrent_gdn2
 
 
 def recurrent_gdn2_(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor, state: Tensor, scale: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor | None, w: Tensor, state: Tensor, scale: float | None = None,
     use_qk_l2norm_in_kernel: bool = False, use_gate_in_kernel: bool = False, A_log: Tensor | None = None,
     dt_bias: Tensor | None = None, use_sigmoid_in_kernel: bool = False, erase_scale: float = 1.0,
     cu_seqlens: Tensor | None = None, resets: Tensor | None = None, backend: str = "auto",
-    state_indices: Tensor | None = None,
+    state_indices: Tensor | None = None, lower_bound: float | None = None,
 ) -> Tensor:  # fmt: skip
     """:func:`recurrent_gdn2` that starts from ``state`` and leaves the final state there: a step of decoding that
     allocates nothing but its output.
@@ -137,7 +147,7 @@ def recurrent_gdn2_(
     """
     inputs = GDN2Inputs(q, k, v, g, b, w, A_log, dt_bias, None, cu_seqlens, resets)
     options = GDN2Options(
-        scale, use_qk_l2norm_in_kernel, use_gate_in_kernel, use_sigmoid_in_kernel, erase_scale, backend
+        scale, use_qk_l2norm_in_kernel, use_gate_in_kernel, use_sigmoid_in_kernel, erase_scale, backend, lower_bound
     )
     options = check_arguments(inputs, options, reference=True)
     check_state(state, inputs, state_indices)
@@ -147,4 +157,6 @@ def recurrent_gdn2_(
         )
     if options.backend == "reference":
         return reference.update(inputs, options, state, state_indices)
-    return library.inplace_recurrent_gdn2(*inputs[:8], state, cu_seqlens, resets, *options, state_indices)
+    return library.inplace_recurrent_gdn2(
+        *inputs[:8], state, cu_seqlens, resets, *options[:-1], state_indices, options.lower_bound
+    )

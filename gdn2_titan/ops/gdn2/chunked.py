@@ -11,6 +11,9 @@ and backward, with dO already times scale,
     dR = A_qk^T dO + Kt dS_out    dZ = A^T dR    dS_in = exp(G_C) * dS_out + Q^T dO - E^T dZ
     dQ = dO S_in^T    dE = -dZ S_in^T    dKt = R dS_out^T    dA_qk = dO R^T    dT = -dZ R^T
 
+Where nothing is erased (b None) there is no E and nothing to solve: R = Z, dZ = dR. A token then has one row in what is
+called qe and doz below, not two.
+
 The value heads of one key head are laid side by side along the value axis, which is all that grouped heads need:
 every product above treats the columns of V independently.
 """
@@ -65,6 +68,10 @@ class PaddedChunks:
             return x.new_zeros(B, self.length, H, D).index_copy_(1, self.slots, x)
         return torch.nn.functional.pad(x, (0, 0, 0, 0, 0, self.length - T)) if T != self.length else x
 
+    def pad_all(self, tensors):
+        """``pad`` of those that are there."""
+        return [None if x is None else self.pad(x) for x in tensors]
+
     def unpad(self, x, T):
         """The inverse of ``pad``."""
         return x[:, :T].contiguous() if self.slots is None else x.index_select(1, self.slots)
@@ -90,6 +97,10 @@ class Segment:
         """The chunks of padded rows x [B, length, H, D], a view [NC, B, H, C, D]."""
         x = x[:, self.first * self.chunk : self.last * self.chunk]
         return x.unflatten(1, (-1, self.chunk)).permute(1, 0, 3, 2, 4)
+
+    def views(self, tensors):
+        """``view`` of those that are there."""
+        return [None if x is None else self.view(x) for x in tensors]
 
     def steps(self, states, *tensors):
         """For each chunk: its sequence's entry of states, and its part [B * H, ...] of each [NC * B * H, ...]."""
@@ -125,11 +136,11 @@ class _Chunks:
     """What a forward pass over the chunks of a segment yields and a backward pass starts from. M = NC * B * H."""
 
     gamma: torch.Tensor  # exp(g) [M, C, K]
-    qe: torch.Tensor  # Q and E side by side [M, C, 2, K]
+    qe: torch.Tensor  # Q and E side by side [M, C, 2, K]; Q alone [M, C, 1, K] where nothing is erased
     kt: torch.Tensor  # [M, C, K]
     total: torch.Tensor  # exp(G_C) [M, K, 1]
     a_qk: torch.Tensor  # [M, C, C]
-    a: torch.Tensor  # [M, C, C]
+    a: torch.Tensor | None  # [M, C, C]
     state_in: torch.Tensor  # [M, K, V]
     r: torch.Tensor  # [M, C, V]
 
@@ -141,15 +152,22 @@ def _run(segment, q, k, v, g, b, w, states, keep=None):
     """
     (NC, B, H, C, K), V = k.shape, v.shape[-1]
     # The copies into chunk order: each takes along the elementwise operation that is due anyway.
-    qe = k.new_empty(NC, B, H, C, 2, K)
+    qe = k.new_empty(NC, B, H, C, 1 if b is None else 2, K)
     qe[..., 0, :] = q
-    torch.mul(b, k, out=qe[..., 1, :])
+    if b is not None:
+        torch.mul(b, k, out=qe[..., 1, :])
     kt, gamma = k.new_empty(NC, B, H, C, K).copy_(k), k.new_empty(NC, B, H, C, K).copy_(g).exp_()
     z = torch.mul(w, v, out=k.new_empty(NC, B, H, C, V))
     qe, kt, gamma, z = (x.flatten(0, 2) for x in (qe, kt, gamma, z))
     a_qk, a, total = intra_chunk(qe, kt, gamma, keep)
     total = total.unsqueeze(-1)
-    state_in, r = k.new_empty(NC * B * H, K, V), torch.empty_like(z)
+    state_in = k.new_empty(NC * B * H, K, V)
+    if a is None:
+        for s, s_in, kt_i, total_i, z_i in segment.steps(states, state_in, kt, total, z):
+            s_in.copy_(s)
+            s.mul_(total_i).baddbmm_(kt_i.mT, z_i)
+        return _Chunks(gamma, qe, kt, total, a_qk, a, state_in, z)
+    r = torch.empty_like(z)
     for s, s_in, e_i, kt_i, total_i, a_i, z_i, r_i in segment.steps(states, state_in, qe[:, :, 1], kt, total, a, z, r):
         s_in.copy_(s)
         torch.bmm(a_i, z_i.baddbmm_(e_i, s, alpha=-1), out=r_i)
@@ -183,7 +201,7 @@ def _outputs(chunks, tensors, states, scale):
     see ``_run``."""
     H, o = tensors[0].shape[2], torch.empty_like(tensors[2], memory_format=torch.contiguous_format)
     for segment in chunks.segments(H):
-        c = _run(segment, *(segment.view(x) for x in tensors), states)
+        c = _run(segment, *segment.views(tensors), states)
         out = segment.view(o)
         torch.mul(torch.bmm(c.qe[:, :, 0], c.state_in).baddbmm_(c.a_qk, c.r).view(out.shape), scale, out=out)
     return o
@@ -202,7 +220,7 @@ def chunk_forward(inputs: GDN2Inputs, options: GDN2Options) -> tuple[Tensor, Ten
     """o [B, T, HV, V] in v's dtype, final state [N, HV, K, V] in the compute dtype."""
     v, (_, T, H, K) = inputs.v, inputs.q.shape
     chunks, tensors = _activated(inputs, options)
-    tensors = [chunks.pad(x) for x in tensors]
+    tensors = chunks.pad_all(tensors)
     states = _group_state(inputs.initial_state, tensors[0], chunks, H, K, tensors[2].shape[-1])
     o = _outputs(chunks, tensors, states, options.scale)
     return chunks.unpad(o, T).view(v.shape).to(v.dtype), _ungroup_state(states, H, v.shape[2])
@@ -212,11 +230,14 @@ def segment_forward(inputs: GDN2Inputs, options: GDN2Options) -> tuple[Tensor, T
     """``segment_gdn2``: o and read in q's dtype, transition and contribution in the compute dtype.
 
     K more value columns, into which nothing is written: what they hold is what became of the entering state, here I.
+    Where nothing is erased that is known without them: it has only decayed.
     """
     v, (B, T, H, K) = inputs.v, inputs.q.shape
     chunks, (q, k, values, g, b, gates) = _activated(inputs, options)
+    if b is None:
+        return _decayed_segment(chunks, (q, k, values, g, b, gates), inputs, options.scale)
     values, gates = (torch.nn.functional.pad(x, (0, K)) for x in (values, gates))
-    tensors = [chunks.pad(x) for x in (q, k, values, g, b, gates)]
+    tensors = chunks.pad_all((q, k, values, g, b, gates))
     GV = values.shape[-1] - K
     states = q.new_zeros(1, B * H, K, GV + K)
     states[..., GV:] = torch.eye(K, dtype=q.dtype, device=q.device)
@@ -227,6 +248,16 @@ def segment_forward(inputs: GDN2Inputs, options: GDN2Options) -> tuple[Tensor, T
     return o.view(v.shape), read, transition.view(B, H, K, K), _ungroup_state(contribution, H, v.shape[2])
 
 
+def _decayed_segment(chunks, tensors, inputs, scale):
+    v, (B, T, H, K) = inputs.v, inputs.q.shape
+    q, _, values, g, *_ = tensors
+    states = q.new_zeros(1, B * H, K, values.shape[-1])
+    o = chunks.unpad(_outputs(chunks, chunks.pad_all(tensors), states, scale), T)
+    kept = g.cumsum(1).exp_()  # of the entering state
+    read = (scale * q * kept).to(v.dtype)
+    return o.view(v.shape).to(v.dtype), read, kept[:, -1].diag_embed(), _ungroup_state(states, H, v.shape[2])
+
+
 def chunk_backward(
     do: Tensor | None, dfinal_state: Tensor | None, inputs: GDN2Inputs, options: GDN2Options
 ) -> GDN2Inputs:
@@ -234,9 +265,9 @@ def chunk_backward(
     [N, HV, K, V] or None."""
     v, (_, T, H, K), initial_state = inputs.v, inputs.q.shape, inputs.initial_state
     chunks, tensors = _activated(inputs, options)
-    tensors = [chunks.pad(x) for x in tensors]
+    tensors = chunks.pad_all(tensors)
     q = tensors[0]
-    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
+    grads = [None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
     do = None if do is None else chunks.pad(_group(do.to(q.dtype), H))
     state_size = chunks, H, K, tensors[2].shape[-1]
     dstates = _group_state(dfinal_state, q, *state_size)
@@ -247,15 +278,15 @@ def chunk_backward(
     for segment in segments:
         starts.append(states[segment.owner[0]].clone())
         if segment is not segments[-1]:
-            _run(segment, *(segment.view(x) for x in tensors), states)
+            _run(segment, *segment.views(tensors), states)
     initial = _group_state(initial_state, q, *state_size)
     for segment, start in zip(reversed(segments), reversed(starts), strict=True):
         states = {n: initial[n].clone() for n in set(segment.owner)} | {segment.owner[0]: start}
-        raw, outputs = ([segment.view(x) for x in y] for y in (tensors, grads))
+        raw, outputs = segment.views(tensors), segment.views(grads)
         do_view = None if do is None else segment.view(do)
         _segment_backward(segment, raw, do_view, options.scale, states, dstates, outputs)
 
-    dq, dk, dv, dg, db, dw = (chunks.unpad(x, T) for x in grads)
+    dq, dk, dv, dg, db, dw = (None if x is None else chunks.unpad(x, T) for x in grads)
     grads = activate_backward((dq, dk, dv.view(v.shape), dg, db, dw.view(v.shape)), inputs, options)
     if initial_state is None:
         return grads
@@ -265,10 +296,19 @@ def chunk_backward(
 def _scan_backward(segment, c, doz, dstates):
     """dZ [M, C, V] and the gradient of each chunk's outgoing state [M, K, V].
 
-    doz [M, 2C, V]: dO of each token in the even rows; the odd ones receive -dZ. dstates: see ``_segment_backward``.
+    doz [M, 2C, V]: dO of each token in the even rows; the odd ones receive -dZ. Where nothing is erased dO [M, C, V].
+    dstates: see ``_segment_backward``.
     """
-    dr = torch.bmm(c.a_qk.mT, doz[:, ::2])
-    dz, dstate_out = torch.empty_like(dr), torch.empty_like(c.state_in)
+    dr = torch.bmm(c.a_qk.mT, doz[:, :: c.qe.shape[2]])
+    dstate_out = torch.empty_like(c.state_in)
+    if c.a is None:
+        parts = segment.steps(dstates, dstate_out, c.qe.flatten(1, 2), c.kt, c.total, dr, doz)
+        for ds, ds_out, q_i, kt_i, total_i, dr_i, do_i in reversed(parts):
+            ds_out.copy_(ds)
+            dr_i.baddbmm_(kt_i, ds)
+            ds.mul_(total_i).baddbmm_(q_i.mT, do_i)
+        return dr, dstate_out
+    dz = torch.empty_like(dr)
     for ds, ds_out, qe_i, kt_i, total_i, a_i, dr_i, dz_i, doz_i in reversed(
         segment.steps(dstates, dstate_out, c.qe.flatten(1, 2), c.kt, c.total, c.a, dr, dz, doz)
     ):
@@ -290,34 +330,42 @@ def _segment_backward(segment, inputs, do, scale, states, dstates, grads):
     keep = []
     c = _run(segment, q, k, v, g, b, w, states, keep)
     M, C, V = c.r.shape
-    K = k.shape[-1]
+    R, K = c.qe.shape[2:]
     # dO and -dZ of each token side by side, as Q and E are, and the spare row that intra_chunk_backward asks for.
-    padded = c.r.new_empty(M, 2 * C + 1, V)
-    padded[:, 2 * C] = 0
-    doz = padded[:, : 2 * C]
+    padded = c.r.new_empty(M, R * C + 1, V)
+    padded[:, R * C] = 0
+    doz = padded[:, : R * C]
     if do is None:
-        doz[:, ::2] = 0
+        doz[:, ::R] = 0
     else:
-        torch.mul(do, scale, out=doz[:, ::2].view(do.shape))
+        torch.mul(do, scale, out=doz[:, ::R].view(do.shape))
     dz, dstate_out = _scan_backward(segment, c, doz, dstates)
     # Results are let go as soon as they have served: more than 62 MB in all, and free() would give pages back.
     del c.qe, c.kt, c.a_qk, c.a
 
-    dqe = torch.bmm(doz, c.state_in.mT).view(M, C, 2, K)
+    dqe = torch.bmm(doz, c.state_in.mT).view(M, C, R, K)
     dk = torch.bmm(c.r, dstate_out.mT)
     dproduct = torch.bmm(padded, c.r.mT)
     dtotal = torch.linalg.vecdot(c.state_in, dstate_out).mul_(c.total.squeeze(-1))
     gamma = c.gamma
     del c, padded, doz, dstate_out
     dg = intra_chunk_backward(dproduct, dqe, dk, dtotal, gamma, keep).view(k.shape)
-    dqe, dk = dqe.view(*k.shape[:-1], 2, K), dk.view(k.shape)
-    dq, dkb = dqe[..., 0, :], dqe[..., 1, :]
-    torch.mul(dkb, k, out=db_out)
-    torch.addcmul(dg.addcmul_(q, dq), b, db_out, out=dg_out)
+    dqe, dk = dqe.view(*k.shape[:-1], R, K), dk.view(k.shape)
+    dq = dqe[..., 0, :]
+    if b is None:
+        torch.addcmul(dg, q, dq, out=dg_out)
+    else:
+        dkb = dqe[..., 1, :]
+        torch.mul(dkb, k, out=db_out)
+        torch.addcmul(dg.addcmul_(q, dq), b, db_out, out=dg_out)
     # The diagonal of A_qk knows no decay, hence after dg.
-    diagonal = dproduct[:, : 2 * C : 2].diagonal(dim1=1, dim2=2).view(*k.shape[:-1], 1)
+    diagonal = dproduct[:, : R * C : R].diagonal(dim1=1, dim2=2).view(*k.shape[:-1], 1)
     torch.addcmul(dq, diagonal, k, out=dq_out)
-    torch.addcmul(dk.addcmul_(diagonal, q), dkb, b, out=dk_out)
+    dk.addcmul_(diagonal, q)
+    if b is None:
+        dk_out.copy_(dk)
+    else:
+        torch.addcmul(dk, dkb, b, out=dk_out)
     dz = dz.view(v.shape)
     torch.mul(dz, w, out=dv_out)
     torch.mul(dz, v, out=dw_out)

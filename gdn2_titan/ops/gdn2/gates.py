@@ -5,6 +5,7 @@
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +13,14 @@ from torch import Tensor
 
 from .arguments import GDN2Inputs, GDN2Options
 
-__all__ = ["NORM_EPS", "STRONG", "activate", "activate_backward", "log_decay"]
+__all__ = ["NORM_EPS", "SATURATED", "STRONG", "activate", "activate_backward", "log_decay"]
 
 NORM_EPS = 1e-6
-# Of A_log, what is above it goes into the argument of softplus, see ``_gate``.
+# Of A_log, what is above it goes into the argument of softplus, see ``_gate``; in fp32 it is also the most that a
+# bounded gate's slope has of it.
 STRONG = 50.0
+# The sigmoid of this is 1 and that of its negative 0, in fp32 as in fp64.
+SATURATED = 1000.0
 # log1p(exp(x)) is exact to rounding below this and x above it, in fp32 as in fp64.
 SOFTPLUS_THRESHOLD = 50.0
 
@@ -47,25 +51,62 @@ def _gate(g, A_log, dt_bias):
     return rate, stretch, (x + rest).clamp(max=info.max)
 
 
-def log_decay(g: Tensor, A_log: Tensor, dt_bias: Tensor | None) -> Tensor:
-    """-exp(A_log) * softplus(g + dt_bias) in g's dtype, -inf where that is too large a number; shapes as in
-    ``activate``, g with any K."""
+def _bounded_gate(g, A_log, dt_bias):
+    """slope [H, 1] and x [B, T, H, K] of g's dtype with the log-decay lower_bound * sigmoid(x), whatever the finite
+    inputs: x = exp(A_log) * (g + dt_bias), as far as the sigmoid can tell, and its derivative by g.
+
+    Where exp(A_log) is too large or too small a number, x is made in two steps. The slope then leaves out the second
+    of them if that would enlarge it: next to g + dt_bias = 0, the only place where the sigmoid is not flat, there may
+    be no number as large as the derivative.
+    """
+    info = torch.finfo(g.dtype)
+    x = g if dt_bias is None else g + dt_bias.to(g.dtype).reshape(g.shape[2:])
+    x = x.clamp(-info.max, info.max)
+    if A_log is None:
+        return x.new_ones(()), x.clamp(-SATURATED, SATURATED)
+    A_log = A_log.to(g.dtype)[:, None]
+    faint, strong = math.log(info.tiny), max(STRONG, 0.5 * math.log(info.max))
+    held = A_log.clamp(faint, strong)
+    rest = (A_log - held).clamp(faint, -faint)
+    slope = (held + rest.clamp(max=0.0)).exp()
+    x = (x * held.exp()).clamp(-SATURATED, SATURATED) * rest.clamp(max=0.0).exp()
+    # Where exp(A_log) is too large: for autograd, with the same slope.
+    more = (x.detach() * rest.detach().clamp_min(0.0).exp()).clamp(-SATURATED, SATURATED) - x.detach()
+    return slope, x + more
+
+
+def _softplus(x):
+    return F.softplus(x, threshold=SOFTPLUS_THRESHOLD)
+
+
+def log_decay(
+    g: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None = None,
+    sigmoid: Callable[[Tensor], Tensor] = torch.sigmoid, softplus: Callable[[Tensor], Tensor] = _softplus,
+) -> Tensor:  # fmt: skip
+    """-exp(A_log) * softplus(g + dt_bias) in g's dtype, -inf where that is too large a number; or with a lower_bound
+    lower_bound * sigmoid(exp(A_log) * (g + dt_bias)), where A_log None stands for zeros. Shapes as in ``activate``, g
+    with any K."""
+    if lower_bound is not None:
+        return lower_bound * sigmoid(_bounded_gate(g, A_log, dt_bias)[1])
     rate, _, x = _gate(g, A_log, dt_bias)
-    return -rate * F.softplus(x, threshold=SOFTPLUS_THRESHOLD)
+    return -rate * softplus(x)
 
 
-def activate(inputs: GDN2Inputs, options: GDN2Options) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v, g, b, w in the compute dtype, with what the options say applied to the raw ones.
+def activate(
+    inputs: GDN2Inputs, options: GDN2Options, sigmoid: Callable[[Tensor], Tensor] = torch.sigmoid,
+    softplus: Callable[[Tensor], Tensor] = _softplus,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """q, k, v, g, b, w in the compute dtype, with what the options say applied to the raw ones; b None stays None.
 
     A reset is a decay of -inf: exp(-inf) = 0 forgets the state before the token exactly.
     """
-    q, k, v, g, b, w = (x.to(inputs.compute_dtype) for x in inputs.tokens)
+    q, k, v, g, b, w = (None if x is None else x.to(inputs.compute_dtype) for x in inputs.tokens)
     if options.l2norm:
         q, k = q * _inverse_norm(q), k * _inverse_norm(k)
     if options.gate:
-        g = log_decay(g, inputs.A_log, inputs.dt_bias)
+        g = log_decay(g, inputs.A_log, inputs.dt_bias, options.lower_bound, sigmoid, softplus)
     if options.sigmoid:
-        b, w = options.erase_scale * torch.sigmoid(b), torch.sigmoid(w)
+        b, w = None if b is None else options.erase_scale * sigmoid(b), sigmoid(w)
     if inputs.resets is not None:
         g = g.masked_fill(inputs.resets[:, :, None, None], -torch.inf)
     return q, k, v, g, b, w
@@ -76,7 +117,7 @@ def _l2norm_backward(x, dy):
     return r * (dy - x * (r * r * (x * dy).sum(-1, keepdim=True)))
 
 
-def activate_backward(grads: tuple[Tensor, ...], inputs: GDN2Inputs, options: GDN2Options) -> GDN2Inputs:
+def activate_backward(grads: tuple[Tensor | None, ...], inputs: GDN2Inputs, options: GDN2Options) -> GDN2Inputs:
     """The gradients of the inputs, in their dtypes, from those of what ``activate`` returned; no initial state's."""
     dq, dk, dv, dg, db, dw = grads
     dtype = dq.dtype
@@ -86,14 +127,24 @@ def activate_backward(grads: tuple[Tensor, ...], inputs: GDN2Inputs, options: GD
     if options.l2norm:
         dq, dk = _l2norm_backward(inputs.q.to(dtype), dq), _l2norm_backward(inputs.k.to(dtype), dk)
     if options.gate:
-        rate, stretch, x = _gate(inputs.g.to(dtype), inputs.A_log, inputs.dt_bias)
-        dg = dg * -rate
-        dA_log = (dg * F.softplus(x, threshold=SOFTPLUS_THRESHOLD)).sum((0, 1, 3))
-        dg = dg * torch.sigmoid(x) * stretch
+        g = inputs.g.to(dtype)
+        if options.lower_bound is None:
+            rate, stretch, x = _gate(g, inputs.A_log, inputs.dt_bias)
+            dg = dg * -rate
+            dA_log = (dg * _softplus(x)).sum((0, 1, 3))
+            dg = dg * torch.sigmoid(x) * stretch
+        else:
+            slope, x = _bounded_gate(g, inputs.A_log, inputs.dt_bias)
+            dg = dg * (options.lower_bound * (torch.sigmoid(x) * torch.sigmoid(-x)))
+            dA_log = None if inputs.A_log is None else (dg * x).sum((0, 1, 3))
+            dg = dg * slope
         if inputs.dt_bias is not None:
             ddt_bias = dg.sum((0, 1)).reshape(inputs.dt_bias.shape)
     if options.sigmoid:
-        b, w = torch.sigmoid(inputs.b.to(dtype)), torch.sigmoid(inputs.w.to(dtype))
-        db, dw = db * options.erase_scale * b * (1 - b), dw * w * (1 - w)
+        w = torch.sigmoid(inputs.w.to(dtype))
+        dw = dw * w * (1 - w)
+        if inputs.b is not None:
+            b = torch.sigmoid(inputs.b.to(dtype))
+            db = db * options.erase_scale * b * (1 - b)
     grads = dq, dk, dv, dg, db, dw, dA_log, ddt_bias
     return GDN2Inputs(*(None if dx is None else dx.to(x.dtype) for dx, x in zip(grads, inputs, strict=False)))

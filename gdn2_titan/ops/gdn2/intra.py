@@ -20,7 +20,10 @@ The inverse is joined from the inverses of the halves in the same sweep:
 
     [[P, 0], [M, Q]]^-1 = [[P^-1, 0], [-Q^-1 M P^-1, Q^-1]]
 
-C must be a power of two. Shapes: M is the number of chunks (times batch and heads), K the key size, n = C / 2m.
+Where nothing is erased there are no rows E, no T, and nothing to invert.
+
+C must be a power of two. Shapes: M is the number of chunks (times batch and heads), R is 2, or 1 where nothing is
+erased, K the key size, n = C / 2m.
 """
 
 import torch
@@ -47,25 +50,29 @@ def _blocks(x, m, row, column, per_token=1):
     return x.as_strided((M * C // (2 * m), m * per_token, m), (stride, C, 1), x.storage_offset() + offset)
 
 
-def intra_chunk(qe: Tensor, k: Tensor, gamma: Tensor, keep: list | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """A_qk and A [M, C, C] and exp(G_C) [M, K], from qe [M, C, 2, K], k and gamma = exp(g) [M, C, K].
+def intra_chunk(qe: Tensor, k: Tensor, gamma: Tensor, keep: list | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
+    """A_qk and A [M, C, C] and exp(G_C) [M, K], from qe [M, C, R, K], k and gamma = exp(g) [M, C, K]; A is None where
+    R is 1.
 
-    qe holds q and b * k of each token side by side, so that they share one product. qe and k are overwritten with
-    (Q, E) and Kt. keep: a list that receives what ``intra_chunk_backward`` needs of each level.
+    qe holds q and b * k of each token side by side, so that they share one product; or q alone. qe and k are
+    overwritten with (Q, E) and Kt. keep: a list that receives what ``intra_chunk_backward`` needs of each level.
     """
     M, C, K = k.shape
-    a_qk, inverse = k.new_zeros(M, C + 1, C), k.new_zeros(M, C + 1, C)
+    R = qe.shape[2]
+    a_qk, inverse = k.new_zeros(M, C + 1, C), None if R == 1 else k.new_zeros(M, C + 1, C)
     a_qk.diagonal(dim1=1, dim2=2).copy_(torch.linalg.vecdot(qe[:, :, 0], k))
-    inverse.diagonal(dim1=1, dim2=2).fill_(1)
+    if inverse is not None:
+        inverse.diagonal(dim1=1, dim2=2).fill_(1)
     qe.mul_(gamma.unsqueeze(2))
     total = gamma  # over each block of m tokens
     m = 1
     while m < C:
-        rows, cols = _halves(qe, m)[1].flatten(1, 2), _halves(k, m)[0]  # [M * n, 2m, K], [M * n, m, K]
-        product = torch.bmm(rows, cols.mT).view(-1, m, 2, m)
+        rows, cols = _halves(qe, m)[1].flatten(1, 2), _halves(k, m)[0]  # [M * n, R * m, K], [M * n, m, K]
+        product = torch.bmm(rows, cols.mT).view(-1, m, R, m)
         _blocks(a_qk, m, 1, 0).copy_(product[:, :, 0])
-        joined = torch.bmm(_blocks(inverse, m, 1, 1), product[:, :, 1]).bmm(_blocks(inverse, m, 0, 0))
-        torch.neg(joined, out=_blocks(inverse, m, 1, 0))
+        if inverse is not None:
+            joined = torch.bmm(_blocks(inverse, m, 1, 1), product[:, :, 1]).bmm(_blocks(inverse, m, 0, 0))
+            torch.neg(joined, out=_blocks(inverse, m, 1, 0))
         left, right = _halves(total.view(M, -1, K), 1)  # [M * n, 1, K]
         if keep is not None:
             keep.append((rows.clone(), cols.clone(), left, right))
@@ -73,7 +80,7 @@ def intra_chunk(qe: Tensor, k: Tensor, gamma: Tensor, keep: list | None = None) 
         cols.mul_(right)
         total = left * right
         m *= 2
-    return a_qk[:, :C], inverse[:, :C], total.view(M, K)
+    return a_qk[:, :C], None if inverse is None else inverse[:, :C], total.view(M, K)
 
 
 def intra_chunk_backward(
@@ -81,8 +88,8 @@ def intra_chunk_backward(
 ) -> Tensor:
     """From the gradients of Q, E and Kt, in place, to those of q, b * k and k, those of A_qk and T included.
 
-    dproduct [M, 2C + 1, C]: the gradients of A_qk and T (not of its inverse), their rows alternating, and a spare row;
-    only r > s is read, the caller adds the diagonal of A_qk, which holds no decay. dqe [M, C, 2, K], dk [M, C, K].
+    dproduct [M, R C + 1, C]: the gradients of A_qk and T (not of its inverse), their rows alternating, and a spare row;
+    only r > s is read, the caller adds the diagonal of A_qk, which holds no decay. dqe [M, C, R, K], dk [M, C, K].
     keep: from ``intra_chunk``, emptied here. dtotal [M, K]: the gradient of G_C through the state.
 
     Returns what g [M, C, K] gains from all decays that rows and columns took on when blocks were joined. What is left
@@ -90,11 +97,12 @@ def intra_chunk_backward(
     decay, so it vanishes with the decay; a difference of row and column sums would leave rounding errors instead.
     """
     M, C, K = dk.shape
+    R = dqe.shape[2]
     dlog = dtotal.reshape(M, 1, K)  # with respect to the log of ``total``
     while keep:
         rows, cols, left, right = keep.pop()
         m = cols.shape[1]
-        dblock = _blocks(dproduct, m, 1, 0, per_token=2)  # [M * n, 2m, m]
+        dblock = _blocks(dproduct, m, 1, 0, per_token=R)  # [M * n, R m, m]
         drows, dcols = _halves(dqe, m)[1].flatten(1, 2), _halves(dk, m)[0]
         if m > 1:
             more_rows, more_cols = torch.bmm(dblock, cols), torch.bmm(dblock.mT, rows)

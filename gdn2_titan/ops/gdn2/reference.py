@@ -7,6 +7,9 @@ Per head, with state S [K, V] and natural-log decay g <= 0,
 Everything else in this package is measured against this file, in fp64.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -14,13 +17,14 @@ from ..checks import check_cu_seqlens
 from .arguments import GDN2Inputs, GDN2Options, check_arguments
 from .gates import activate
 
-__all__ = ["naive_recurrent_gdn2", "recurrent", "update"]
+__all__ = ["naive_recurrent_gdn2", "over_sequences", "recurrent", "update"]
 
 
 def _recur(q, k, v, g, b, w, state, scale):
     """The recurrence over one batch of sequences of equal length, every gate already applied.
 
-    Args: q, k, g, b [B, T, H, K]; v, w [B, T, HV, V]; state [B, HV, K, V]. One dtype for all.
+    Args: q, k, g, b [B, T, H, K], b or None where nothing is erased; v, w [B, T, HV, V]; state [B, HV, K, V]. One dtype
+    for all.
     Returns: o [B, T, HV, V], final state [B, HV, K, V].
     """
     B, T, H, K = q.shape
@@ -31,25 +35,30 @@ def _recur(q, k, v, g, b, w, state, scale):
     outputs = []
     for t in range(T):
         decayed = g[:, t].exp()[:, :, None, :, None] * state  # [B, H, HV/H, K, V]
-        read = torch.einsum("bhk,bhjkv->bhjv", b[:, t] * k[:, t], decayed)
-        state = decayed + torch.einsum("bhk,bhjv->bhjkv", k[:, t], w[:, t] * v[:, t] - read)
+        written = w[:, t] * v[:, t]
+        if b is not None:
+            written = written - torch.einsum("bhk,bhjkv->bhjv", b[:, t] * k[:, t], decayed)
+        state = decayed + torch.einsum("bhk,bhjv->bhjkv", k[:, t], written)
         outputs.append(scale * torch.einsum("bhk,bhjkv->bhjv", q[:, t], state))
     if outputs:
         o = torch.stack(outputs, 1)
     else:  # no token, of which both results are functions all the same: their gradients are zeros, not None
-        nothing = torch.einsum("bthk,bthjv->bthjkv", g.exp() * b * q * k, w * v)
+        nothing = torch.einsum("bthk,bthjv->bthjkv", g.exp() * q * (k if b is None else b * k), w * v)
         o, state = nothing.sum(4), state + nothing.sum(1)
     return o.reshape(B, T, HV, V), state.reshape(B, HV, K, V)
 
 
-def _recur_packed(q, k, v, g, b, w, state, scale, cu_seqlens):
-    """``_recur`` over B sequences, or over those that cu_seqlens [N + 1] packs in one row; state [N, HV, K, V]."""
+def over_sequences(
+    recur: Callable[..., tuple[Tensor, Tensor]], tensors: tuple[Tensor, ...], state: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """recur(q, k, v, g, b, w, state=state) over B sequences, or over those that cu_seqlens [N + 1] packs in one row;
+    state [N, HV, K, V]. Returns o and the final state."""
     if cu_seqlens is None:
-        return _recur(q, k, v, g, b, w, state, scale)
-    check_cu_seqlens(cu_seqlens, q.shape[1])
+        return recur(*tensors, state=state)
+    check_cu_seqlens(cu_seqlens, tensors[0].shape[1])
     bounds = cu_seqlens.tolist()
     parts = [
-        _recur(*(x[:, i:j] for x in (q, k, v, g, b, w)), state[n : n + 1], scale)
+        recur(*(None if x is None else x[:, i:j] for x in tensors), state=state[n : n + 1])
         for n, (i, j) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
     ]
     return torch.cat([part[0] for part in parts], 1), torch.cat([part[1] for part in parts], 0)
@@ -57,16 +66,19 @@ def _recur_packed(q, k, v, g, b, w, state, scale, cu_seqlens):
 
 def recurrent(inputs: GDN2Inputs, options: GDN2Options) -> tuple[Tensor, Tensor]:
     """o [B, T, HV, V] in v's dtype, and the final state [N, HV, K, V] in the compute dtype."""
-    q, k, v, g, b, w = activate(inputs, options)
+    tensors = activate(inputs, options)
     if inputs.initial_state is None:
-        state = q.new_zeros(inputs.state_shape)
+        state = tensors[0].new_zeros(inputs.state_shape)
     else:
-        state = inputs.initial_state.to(q.dtype, copy=True)
-    o, final_state = _recur_packed(q, k, v, g, b, w, state, options.scale, inputs.cu_seqlens)
+        state = inputs.initial_state.to(tensors[0].dtype, copy=True)
+    o, final_state = over_sequences(functools.partial(_recur, scale=options.scale), tensors, state, inputs.cu_seqlens)
     return o.to(inputs.v.dtype), final_state
 
 
-def update(inputs: GDN2Inputs, options: GDN2Options, state: Tensor, state_indices: Tensor | None) -> Tensor:
+def update(
+    inputs: GDN2Inputs, options: GDN2Options, state: Tensor, state_indices: Tensor | None,
+    recurrent: Callable[..., tuple[Tensor, Tensor]] = recurrent,
+) -> Tensor:  # fmt: skip
     """o [B, T, HV, V] in v's dtype; ``state`` [N, HV, K, V], or those blocks of a pool [blocks, HV, K, V] that
     state_indices [N] names, is the initial state and becomes the final one. A sequence at block -1 is left out: its o
     is zero."""
@@ -84,11 +96,11 @@ def update(inputs: GDN2Inputs, options: GDN2Options, state: Tensor, state_indice
 
 
 def naive_recurrent_gdn2(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor, scale: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor | None, w: Tensor, scale: float | None = None,
     initial_state: Tensor | None = None, output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False,
     use_gate_in_kernel: bool = False, A_log: Tensor | None = None, dt_bias: Tensor | None = None,
     use_sigmoid_in_kernel: bool = False, erase_scale: float = 1.0, cu_seqlens: Tensor | None = None,
-    resets: Tensor | None = None,
+    resets: Tensor | None = None, lower_bound: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Gated DeltaNet-2 one token at a time, differentiated by autograd: slow, readable, the definition.
 
@@ -96,6 +108,8 @@ def naive_recurrent_gdn2(
     Computes in fp64 for fp64 inputs, in fp32 for all others.
     """
     inputs = GDN2Inputs(q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets)
-    options = GDN2Options(scale, use_qk_l2norm_in_kernel, use_gate_in_kernel, use_sigmoid_in_kernel, erase_scale)
+    options = GDN2Options(
+        scale, use_qk_l2norm_in_kernel, use_gate_in_kernel, use_sigmoid_in_kernel, erase_scale, lower_bound=lower_bound
+    )
     o, final_state = recurrent(inputs, check_arguments(inputs, options))
     return o, final_state if output_final_state else None

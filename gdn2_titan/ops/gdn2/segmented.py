@@ -4,7 +4,8 @@ Forward, all segments run at once as maps of the state they are entered with (``
 batch. Folding the maps gives the entering states, and o = o_0 + P S. Backward is the mirror image: P^T dO and the
 transitions give the gradient of the state that each segment leaves, and the ordinary backward does the rest.
 
-Forward returns what backward needs beside the inputs: P, the entering states and the transitions.
+Forward returns what backward needs beside the inputs: P, the entering states and the transitions, and A and A_qk as
+``chunk_gdn2`` does.
 """
 
 import numbers
@@ -12,21 +13,21 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.flop_counter import register_flop_formula
 
 from ..custom_op import define, differentiable, differentiable_once, no_autocast
 from ..dispatch import triton_can_serve
 from .arguments import GDN2Inputs, GDN2Options
-from .flops import CHUNK, backward_flops, forward_flops
-from .library import GATED, GRADIENTS, OPTIONS, kernels, or_empty
+from .flops import CHUNK, backward_flops, segment_flops
+from .library import ARGUMENTS, GATED, GRADIENTS, OPTIONS, SQUARES, given, kernels, known, new_squares, or_empty
 from .segments import apply, apply_transposed, read, read_transposed
 
 __all__ = ["check_num_segments", "number_of_segments", "segments_of", "split_gdn2"]
 
 
 def _records(*args):
-    q, k, v, g, b, w, A_log, dt_bias, initial_state, resets, count, *options = args
+    """As in ``library``, with the count of segments in place of cu_seqlens."""
+    q, k, v, g, b, w, A_log, dt_bias, initial_state, resets, count, *options = args[:ARGUMENTS]
     inputs = GDN2Inputs(q, k, v, g, b, w, A_log, dt_bias, initial_state, resets=resets)
     return inputs, count, GDN2Options(*options)
 
@@ -42,12 +43,14 @@ def _rows(x, count):
 
 def _segmented_forward(*args):
     """``chunk_gdn2`` of T tokens that the ``count`` of segments divides: o and the final state. Then, for backward,
-    P [B, T, H, K] in q's dtype, entering states [B, count, HV, K, V] and transitions [B, count, H, K, K]."""
+    P [B, T, H, K] in q's dtype, entering states [B, count, HV, K, V], transitions [B, count, H, K, K], and A and A_qk
+    of the segments as rows of the batch."""
     inputs, count, options = _records(*args)
     q, v, initial_state = inputs.q, inputs.v, inputs.initial_state
     with no_autocast(q):
         rows = inputs.map_tokens(lambda x: _rows(x, count))
-        o, P, M, D = kernels(rows, options.backend).segment_forward(rows, options)
+        squares = new_squares(rows, options.backend)
+        o, P, M, D = kernels(rows, options.backend).segment_forward(rows, options, *given(squares))
         M, D = M.unflatten(0, (-1, count)), D.unflatten(0, (-1, count))
         state = torch.zeros_like(D[:, 0]) if initial_state is None else initial_state.to(D.dtype)
         entering = torch.empty_like(D, memory_format=torch.contiguous_format)
@@ -55,15 +58,16 @@ def _segmented_forward(*args):
             entering[:, i] = state
             state = D[:, i] + apply(M[:, i], state)
         o = (o + read(P, entering.flatten(0, 1))).to(v.dtype).view(v.shape)
-    return o.contiguous(), state.contiguous(), P.reshape(q.shape).contiguous(), entering, M.contiguous()
+    return o.contiguous(), state.contiguous(), P.reshape(q.shape).contiguous(), entering, M.contiguous(), *squares
 
 
 def _fake_segmented_forward(*args):
-    inputs, count, _ = _records(*args)
+    inputs, count, options = _records(*args)
     q, v, (B, HV, K, V) = inputs.q, inputs.v, inputs.state_shape
     shapes = (B, HV, K, V), (B, count, HV, K, V), (B, count, q.shape[2], K, K)
     final_state, entering, transitions = (q.new_empty(shape, dtype=inputs.compute_dtype) for shape in shapes)
-    return v.new_empty(v.shape), final_state, q.new_empty(q.shape), entering, transitions
+    squares = new_squares(inputs.map_tokens(lambda x: _rows(x, count)), options.backend)
+    return v.new_empty(v.shape), final_state, q.new_empty(q.shape), entering, transitions, *squares
 
 
 def _segmented_backward(do, dfinal_state, read_rows, entering, transitions, *args):
@@ -79,8 +83,10 @@ def _segmented_backward(do, dfinal_state, read_rows, entering, transitions, *arg
             leaving[:, i] = dstate
             dstate = dD[:, i] + apply_transposed(transitions[:, i], dstate)
         rows = inputs.map_tokens(lambda x: _rows(x, count), initial_state=entering.flatten(0, 1))
-        grads = kernels(rows, options.backend).chunk_backward(do, leaving.flatten(0, 1), rows, options)
-        tokens = [grad.view(x.shape) for grad, x in zip(grads.tokens, inputs.tokens, strict=True)]
+        squares = given(args[ARGUMENTS:])
+        grads = kernels(rows, options.backend).chunk_backward(do, leaving.flatten(0, 1), rows, options, *squares)
+        pairs = zip(grads.tokens, inputs.tokens, strict=True)
+        tokens = [None if x is None else grad.view(x.shape) for grad, x in pairs]
         dinitial_state = None if inputs.initial_state is None else dstate.to(inputs.initial_state.dtype)
         return or_empty(GDN2Inputs(*tokens, grads.A_log, grads.dt_bias, dinitial_state))
 
@@ -93,12 +99,12 @@ def _fake_segmented_backward(do, dfinal_state, read_rows, entering, transitions,
 INPUTS = f"{GATED}, Tensor? initial_state, Tensor? resets, SymInt segments, {OPTIONS}"
 KEPT = "Tensor read_rows, Tensor entering, Tensor transitions"
 _forward_op = define(
-    "gdn2_titan::segmented_gdn2", f"({INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "gdn2_titan::segmented_gdn2", f"({INPUTS}) -> ({', '.join(['Tensor'] * 7)})",
     _segmented_forward, _fake_segmented_forward,
 )  # fmt: skip
 _backward_op = define(
     "gdn2_titan::segmented_gdn2_backward",
-    f"(Tensor? do, Tensor? dfinal_state, {KEPT}, {INPUTS}) -> {GRADIENTS}",
+    f"(Tensor? do, Tensor? dfinal_state, {KEPT}, {INPUTS}, {SQUARES}) -> {GRADIENTS}",
     _segmented_backward, _fake_segmented_backward,
 )  # fmt: skip
 
@@ -113,10 +119,10 @@ def _setup_context(ctx, args, output):
 def _backward(ctx, do, dfinal_state, *others):
     if do is None and dfinal_state is None:
         return ()
-    read_rows, entering, transitions, *inputs = ctx.saved_tensors
-    inputs = GDN2Inputs(*inputs)
+    saved = ctx.saved_tensors
+    (read_rows, entering, transitions, *squares), inputs = saved[:5], GDN2Inputs(*saved[5:])
     positions = _positions(inputs, ctx.count, ctx.options)
-    grads = _differentiable_backward(do, dfinal_state, read_rows, entering, transitions, *positions)
+    grads = _differentiable_backward(do, dfinal_state, read_rows, entering, transitions, *positions, *known(squares))
     return tuple(None if x is None else grad for x, grad in zip(inputs.differentiable, grads, strict=True))
 
 
@@ -133,13 +139,16 @@ def _map_products(q_shape, v_shape, segments):
 @register_flop_formula(torch.ops.gdn2_titan.segmented_gdn2)
 def _(q_shape, k_shape, v_shape, g, b, w, A_log, dt_bias, state, resets, segments, *args, out_shape=None, **kwargs):
     (B, T, H, K), (HV, V) = q_shape, v_shape[2:]
-    return forward_flops(B * T, H, K, HV // H * V + K) + _map_products(q_shape, v_shape, segments)
+    return segment_flops(B * T, H, K, HV // H * V, b is not None) + _map_products(q_shape, v_shape, segments)
 
 
 @register_flop_formula(torch.ops.gdn2_titan.segmented_gdn2_backward)
-def _(do, dfinal, P, entering, transitions, q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs):
+def _(do, dfinal, P, entering, transitions, q_shape, k_shape, v_shape, g, b, *args, out_shape=None, **kwargs):
     (B, T, H, K), (HV, V) = q_shape, v_shape[2:]
-    return backward_flops(B * T, H, K, HV // H * V) + _map_products(q_shape, v_shape, entering[1])
+    A_qk_shape = (args[ARGUMENTS - 4 :] or (None,))[0]
+    known = bool(A_qk_shape and A_qk_shape[0])
+    backward = backward_flops(B * T, H, K, HV // H * V, known=known, erases=b is not None)
+    return backward + _map_products(q_shape, v_shape, entering[1])
 
 
 COUNTS = (64, 32, 16, 8, 4, 2)
@@ -149,6 +158,8 @@ COLUMNS = 64  # of the state, to a program of the kernel that goes from chunk to
 
 def number_of_segments(B: int, T: int, H: int, HV: int, K: int, V: int, processors: int) -> int:
     """As many as ``processors`` run side by side. Sizes that a compiler leaves open count as too small or too large."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy, which takes a second
+
     programs = B * (HV * -(-V // COLUMNS) + H * -(-K // COLUMNS))  # of one segment: for its values and for its map
     for count in COUNTS:
         if statically_known_true(count * programs <= processors) and statically_known_true(count * SHORTEST <= T):

@@ -9,6 +9,7 @@ that come of S_in = 0, and with a row P_t = scale * q_t^T M_t of each token, whe
 know nothing of the values: one per key head. A reset makes M and all later rows of P exact zeros.
 
 They are K more columns of the value axis, with nothing written into them and S_in = I: the ordinary kernels, once.
+Where nothing is erased M is diagonal, and both are decays.
 """
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..custom_op import define, differentiable, no_autocast
 from .arguments import GDN2Inputs, GDN2Options, check_arguments
-from .flops import forward_flops
+from .flops import segment_flops
 from .library import GATED, OPTIONS, differentiable_chunk_gdn2_backward, kernels
 
 __all__ = ["apply", "apply_transposed", "read", "read_transposed", "segment_gdn2", "segment_summary"]
@@ -35,18 +36,20 @@ def apply_transposed(M: Tensor, dS: Tensor) -> Tensor:
 
 
 def read(P: Tensor, S: Tensor) -> Tensor:
-    """P S for every token [B, T, HV, V], of P [B, T, H, K]: what outputs owe to the entering state [B, HV, K, V]."""
+    """P S for every token [B, T, HV, V], of P [B, T, H, K]: what outputs owe to the entering state [B, HV, K, V].
+
+    Multiplied in P's dtype, as the kernels multiply a state: tensor cores take it."""
     heads = P.shape[2]
-    side_by_side = S.unflatten(1, (heads, -1)).transpose(2, 3).flatten(3)  # [B, H, K, HV / H * V]
-    o = P.transpose(1, 2).to(S.dtype) @ side_by_side
+    side_by_side = S.to(P.dtype).unflatten(1, (heads, -1)).transpose(2, 3).flatten(3)  # [B, H, K, HV / H * V]
+    o = P.transpose(1, 2) @ side_by_side
     return o.unflatten(-1, (-1, S.shape[-1])).permute(0, 2, 1, 3, 4).flatten(2, 3)
 
 
 def read_transposed(P: Tensor, do: Tensor, dtype: torch.dtype) -> Tensor:
     """P^T dO summed over tokens, in ``dtype``: the gradient that outputs give to the entering state."""
     heads = P.shape[2]
-    side_by_side = do.unflatten(2, (heads, -1)).flatten(3).transpose(1, 2).to(dtype)  # [B, H, T, HV / H * V]
-    dS = P.permute(0, 2, 3, 1).to(dtype) @ side_by_side
+    side_by_side = do.to(P.dtype).unflatten(2, (heads, -1)).flatten(3).transpose(1, 2)  # [B, H, T, HV / H * V]
+    dS = (P.permute(0, 2, 3, 1) @ side_by_side).to(dtype)
     return dS.unflatten(-1, (-1, do.shape[-1])).transpose(2, 3).flatten(1, 2)
 
 
@@ -112,20 +115,21 @@ def segment_gdn2(inputs: GDN2Inputs, options: GDN2Options) -> tuple[Tensor, Tens
 
 
 @register_flop_formula(torch.ops.gdn2_titan.segment_gdn2)
-def _(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs):
+def _(q_shape, k_shape, v_shape, g, b, *args, out_shape=None, **kwargs):
     B, T, H, K = q_shape
-    return forward_flops(B * T, H, K, v_shape[2] // H * v_shape[3] + K)
+    return segment_flops(B * T, H, K, v_shape[2] // H * v_shape[3], b is not None)
 
 
 def segment_summary(
-    k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor, use_qk_l2norm_in_kernel: bool = False,
+    k: Tensor, v: Tensor, g: Tensor, b: Tensor | None, w: Tensor, use_qk_l2norm_in_kernel: bool = False,
     use_gate_in_kernel: bool = False, A_log: Tensor | None = None, dt_bias: Tensor | None = None,
     use_sigmoid_in_kernel: bool = False, erase_scale: float = 1.0, resets: Tensor | None = None, backend: str = "auto",
+    lower_bound: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A segment of a sequence as an affine map of the state (arXiv 2605.22791's recurrence is linear in it).
 
     Args:
-        k, v, g, b, w, A_log, dt_bias, erase_scale, resets, use_gate_in_kernel, use_sigmoid_in_kernel: of
+        k, v, g, b, w, A_log, dt_bias, erase_scale, resets, use_gate_in_kernel, use_sigmoid_in_kernel, lower_bound: of
             :func:`chunk_gdn2`.
         use_qk_l2norm_in_kernel: use k / sqrt(sum(k^2) + 1e-6).
         backend: "auto", "triton" or "torch".
@@ -139,6 +143,8 @@ def segment_summary(
         TypeError, ValueError: naming the argument, what came and what is allowed.
     """
     inputs = GDN2Inputs(k, k, v, g, b, w, A_log, dt_bias, resets=resets)
-    options = GDN2Options(1.0, use_qk_l2norm_in_kernel, use_gate_in_kernel, use_sigmoid_in_kernel, erase_scale, backend)
+    options = GDN2Options(
+        1.0, use_qk_l2norm_in_kernel, use_gate_in_kernel, use_sigmoid_in_kernel, erase_scale, backend, lower_bound
+    )
     _, _, M, D = segment_gdn2(inputs, check_arguments(inputs, options))
     return M, D

@@ -1,102 +1,19 @@
-"""Depthwise causal convolution of width 2 to 4 over packed documents: custom ops and the public function.
+"""Depthwise causal convolution of width 2 to 4 over packed documents: the public functions.
 
     pre_t = bias + sum_i weight[:, i] * x_{t - (W - 1) + i}        y_t = pre_t or silu(pre_t)
 
-The past of a sequence's first tokens is its initial state or zero, that of a document's first tokens zero. Its kernels
-are in ``windowed``, in PyTorch, and in ``triton``.
+The past of a sequence's first tokens is its initial state or zero, that of a document's first tokens zero. Each
+function ends in one operator of ``library``; the kernels are in ``windowed``, in PyTorch, and in ``triton``.
 """
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from ..checks import check_cu_seqlens, check_flags
-from ..custom_op import define, differentiable, differentiable_once, no_autocast
-from ..dispatch import use_triton
-from . import windowed
-from .arguments import ConvInputs, checked_inputs
+from ..checks import check_flags, check_state_indices
+from . import library
+from .arguments import QKV, QKV_STATES, check_state, checked_inputs, checked_qkv
 
-__all__ = ["causal_conv1d"]
-
-ARGUMENTS = (
-    "Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_state, Tensor? cu_seqlens, Tensor? resets, "
-    'str backend="auto"'
-)
-
-
-def _kernels(inputs):
-    """The module whose ``forward`` and ``backward`` serve a call."""
-    parameters = {"x": inputs.x, "weight": inputs.weight, "bias": inputs.bias}
-    served = all(use_triton(name, x, inputs.backend) for name, x in parameters.items() if x is not None)
-    if not served or inputs.x.numel() == 0:
-        return windowed
-    from .triton import launches  # not before it is needed: Triton is not everywhere
-
-    return launches
-
-
-def _forward(*args):
-    """y [B, T, D] and final_state [N, D, S], which the op computes whether or not anybody asks for it."""
-    inputs = ConvInputs(*args)
-    if inputs.cu_seqlens is not None:
-        check_cu_seqlens(inputs.cu_seqlens, inputs.x.shape[1])
-    with no_autocast(inputs.x):
-        return _kernels(inputs).forward(inputs)
-
-
-def _fake_forward(*args):
-    inputs = ConvInputs(*args)
-    return inputs.x.new_empty(inputs.x.shape), inputs.x.new_empty(inputs.state_shape)
-
-
-def _backward(dy, dfinal_state, *args):
-    """dx [B, T, D], dweight [D, W], dbias [D] and dinitial_state [N, D, S], the last two empty where there was none."""
-    inputs = ConvInputs(*args)
-    with no_autocast(inputs.x):
-        grads = _kernels(inputs).backward(dy, dfinal_state, inputs)
-    return tuple(inputs.x.new_empty(0) if grad is None else grad for grad in grads)
-
-
-def _fake_backward(dy, dfinal_state, x, weight, bias, silu, initial_state, *rest):
-    return tuple(x.new_empty(0) if y is None else y.new_empty(y.shape) for y in (x, weight, bias, initial_state))
-
-
-_forward_op = define("gdn2_titan::causal_conv1d", f"({ARGUMENTS}) -> (Tensor, Tensor)", _forward, _fake_forward)
-_backward_op = define(
-    "gdn2_titan::causal_conv1d_backward",
-    f"(Tensor? dy, Tensor? dfinal_state, {ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)", _backward, _fake_backward,
-)  # fmt: skip
-
-
-def _setup_context(ctx, args, output):
-    x, weight, bias, ctx.silu, *others, ctx.backend = args
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, bias, *others)
-
-
-def _gradients(ctx, dy, dfinal_state):
-    if dy is None and dfinal_state is None:
-        return ()
-    x, weight, bias, *others = ctx.saved_tensors
-    inputs = ConvInputs(x, weight, bias, ctx.silu, *others, ctx.backend)
-    dx, dweight, dbias, dinitial_state = _differentiable_backward(dy, dfinal_state, *inputs)
-    dbias, dinitial_state = None if bias is None else dbias, None if inputs.initial_state is None else dinitial_state
-    return dx, dweight, dbias, None, dinitial_state
-
-
-_differentiable_forward = differentiable(_forward_op, _setup_context, _gradients)
-_differentiable_backward = differentiable_once(_backward_op, "causal_conv1d")
-
-
-@register_flop_formula(torch.ops.gdn2_titan.causal_conv1d)
-def _forward_flops(x_shape, weight_shape, *args, **kwargs):
-    B, T, D = x_shape
-    return 2 * B * T * D * weight_shape[1]
-
-
-@register_flop_formula(torch.ops.gdn2_titan.causal_conv1d_backward)
-def _backward_flops(dy_shape, dfinal_state_shape, x_shape, weight_shape, *args, **kwargs):
-    return 2 * _forward_flops(x_shape, weight_shape)
+__all__ = ["causal_conv1d", "causal_conv1d_", "causal_conv1d_qkv", "causal_conv1d_qkv_"]
 
 
 def causal_conv1d(
@@ -135,5 +52,103 @@ def causal_conv1d(
     """
     check_flags(output_final_state=output_final_state)
     inputs = checked_inputs(x, weight, bias, activation, initial_state, cu_seqlens, resets, backend)
-    y, final_state = _differentiable_forward(*inputs)
+    y, final_state = library.differentiable_conv1d(*inputs)
     return y, final_state if output_final_state else None
+
+
+def causal_conv1d_qkv(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor,
+    activation: str | None = None, q_state: Tensor | None = None, k_state: Tensor | None = None,
+    v_state: Tensor | None = None, output_final_state: bool = False, cu_seqlens: Tensor | None = None,
+    resets: Tensor | None = None, backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None]:  # fmt: skip
+    """:func:`causal_conv1d` of q, k and v, each with weights of its own: the same numbers, in one launch for the three
+    on a GPU (two backward), without a copy that lays them side by side.
+
+    Args:
+        q, k, v: [B, T, D], each with a D of its own; one dtype for all.
+        q_weight, k_weight, v_weight: [D, W] with each one's D, and one W; one dtype for all. No bias.
+        q_state, k_state, v_state: initial states [N, D, W - 1] with each one's D, all three or none.
+        The others: as in :func:`causal_conv1d`.
+
+    Returns:
+        q, k and v after it, each [B, T, D], and their final states [N, D, W - 1] as a tuple of three, or None.
+
+    Raises:
+        TypeError, ValueError: as :func:`causal_conv1d`, or where the three do not agree.
+    """
+    check_flags(output_final_state=output_final_state)
+    tensors = q, k, v, q_weight, k_weight, v_weight
+    states = q_state, k_state, v_state
+    silu = checked_qkv(*tensors, activation, *states, cu_seqlens, resets, backend)[0].silu
+    outputs = library.differentiable_conv1d_qkv(*tensors, silu, *states, cu_seqlens, resets, backend)
+    return *outputs[:3], tuple(outputs[3:]) if output_final_state else None
+
+
+def _refuse_gradients(name, instead, tensors):
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        raise RuntimeError(f"{name} overwrites its state and has no gradient; use {instead} or torch.no_grad()")
+
+
+def causal_conv1d_(
+    x: Tensor, weight: Tensor, state: Tensor, bias: Tensor | None = None, activation: str | None = None,
+    cu_seqlens: Tensor | None = None, resets: Tensor | None = None, backend: str = "auto",
+    state_indices: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """:func:`causal_conv1d` that starts from ``state`` and leaves the final state there: a step of decoding that
+    allocates nothing but its output, in one launch on a GPU.
+
+    Args:
+        state: [N, D, W - 1] in x's dtype, read and overwritten. N is B, or the number of packed sequences. Its entries
+            [D, W - 1] are contiguous and may lie apart, as those of one tensor for q, k and v do. A sequence of no
+            tokens keeps its state. With state_indices a pool of them, [blocks, D, W - 1].
+        state_indices: int32 or int64 [N]: the block that each sequence reads and writes, no two the same one; -1 for a
+            sequence that is left out, of which y is zero. Their values are not read on the host: on a GPU another
+            number reads and writes memory that is not the pool's.
+        The others: as in :func:`causal_conv1d`.
+
+    Returns:
+        y [B, T, D] in x's dtype.
+
+    Raises:
+        RuntimeError: a gradient would be needed; there is none through a state that is overwritten.
+        TypeError, ValueError: naming the argument, what came and what is allowed. ``state`` is then as it was.
+    """
+    inputs = checked_inputs(x, weight, bias, activation, None, cu_seqlens, resets, backend)
+    pool = state_indices is not None
+    check_state("state", state, "x", inputs, pool)
+    if pool:
+        check_state_indices(state_indices, "x", x, inputs.num_sequences)
+    _refuse_gradients("causal_conv1d_", "causal_conv1d", (x, weight, bias, state))
+    return library.inplace_conv1d(*inputs._replace(initial_state=state), state_indices)
+
+
+def causal_conv1d_qkv_(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor, q_state: Tensor,
+    k_state: Tensor, v_state: Tensor, activation: str | None = None, cu_seqlens: Tensor | None = None,
+    resets: Tensor | None = None, backend: str = "auto", state_indices: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """:func:`causal_conv1d_` of q, k and v, each with weights and a state of its own, in one launch for the three on a
+    GPU.
+
+    Args:
+        q, k, v, q_weight, k_weight, v_weight: as in :func:`causal_conv1d_qkv`.
+        q_state, k_state, v_state: [N, D, W - 1] with each one's D, or pools of them [blocks, D, W - 1], for which
+            state_indices are the same. They may be slices of one tensor, along D.
+        The others: as in :func:`causal_conv1d_`.
+
+    Returns:
+        q, k and v after it, each [B, T, D].
+
+    Raises:
+        RuntimeError, TypeError, ValueError: as :func:`causal_conv1d_`, or where the three do not agree.
+    """
+    tensors, states = (q, k, v, q_weight, k_weight, v_weight), (q_state, k_state, v_state)
+    parts = checked_qkv(*tensors, activation, None, None, None, cu_seqlens, resets, backend)
+    pool = state_indices is not None
+    for name, x_name, state, part in zip(QKV_STATES, QKV, states, parts, strict=True):
+        check_state(name, state, x_name, part, pool)
+    if pool:
+        check_state_indices(state_indices, "q", q, parts[0].num_sequences)
+    _refuse_gradients("causal_conv1d_qkv_", "causal_conv1d_qkv", (*tensors, *states))
+    return library.inplace_conv1d_qkv(*tensors, parts[0].silu, *states, cu_seqlens, resets, backend, state_indices)

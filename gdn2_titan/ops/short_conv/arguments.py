@@ -1,17 +1,20 @@
-"""The convolution's arguments as one record, checked at the door of every public function."""
+"""The convolution's arguments as one record for each tensor, checked at the door of every public function."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-from ..checks import check_choice, check_packing, check_tensors
+from ..checks import check_choice, check_packing, check_tensors, require_shape
 from ..dispatch import BACKENDS
+from ..elementwise import BATCH_INVARIANT
 
-__all__ = ["ConvInputs", "checked_inputs"]
+__all__ = ["ConvInputs", "check_state", "checked_inputs", "checked_qkv"]
 
 WIDTHS = (2, 3, 4)
 SILU = ("silu", "swish")
 TENSORS = ("x", "weight", "bias", "initial_state", "cu_seqlens", "resets")
+QKV, QKV_WEIGHTS, QKV_STATES = ("q", "k", "v"), ("q_weight", "k_weight", "v_weight"), ("q_state", "k_state", "v_state")
 
 
 class ConvInputs(NamedTuple):
@@ -38,29 +41,77 @@ class ConvInputs(NamedTuple):
 
 def checked_inputs(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, initial_state: Tensor | None,
-    cu_seqlens: Tensor | None, resets: Tensor | None, backend: str,
+    cu_seqlens: Tensor | None, resets: Tensor | None, backend: str, names: Sequence[str] = TENSORS,
 ) -> ConvInputs:  # fmt: skip
-    """The record of arguments that some implementation can serve.
+    """The record of arguments that some implementation can serve. names: of the tensors, as the caller knows them.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is allowed.
     """
-    check_choice("backend", backend, BACKENDS)
-    check_tensors(TENSORS, (x, weight, bias, initial_state, cu_seqlens, resets), required=2)
+    x_name, weight_name, bias_name, state_name, *_ = names
+    check_choice("backend", backend, (*BACKENDS, BATCH_INVARIANT))
+    check_tensors(names, (x, weight, bias, initial_state, cu_seqlens, resets), required=2)
     if activation not in (None, *SILU):
         raise ValueError(f"activation is {activation!r}; it must be None, 'silu' or 'swish'")
     if x.ndim != 3 or x.shape[2] == 0:
-        raise ValueError(f"x has shape {tuple(x.shape)}; it must be [B, T, D], D at least 1")
+        raise ValueError(f"{x_name} has shape {tuple(x.shape)}; it must be [B, T, D], D at least 1")
     B, T, D = x.shape
     if weight.ndim != 2 or weight.shape[0] != D or weight.shape[1] not in WIDTHS:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be [D, W] with x's D = {D} and W 2, 3 or 4")
+        raise ValueError(
+            f"{weight_name} has shape {tuple(weight.shape)}; it must be [D, W] with {x_name}'s D = {D} and W 2, 3 or 4"
+        )
     if bias is not None and bias.shape != (D,):
-        raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be [D] with x's D = {D}")
-    N = check_packing("x", B, T, cu_seqlens, resets)
+        raise ValueError(f"{bias_name} has shape {tuple(bias.shape)}; it must be [D] with {x_name}'s D = {D}")
+    N = check_packing(x_name, B, T, cu_seqlens, resets)
     if initial_state is not None:
-        if initial_state.dtype != x.dtype:
-            raise TypeError(f"initial_state has dtype {initial_state.dtype}; it must be x's dtype {x.dtype}")
-        shape = (N, D, weight.shape[1] - 1)
-        if initial_state.shape != shape:
-            raise ValueError(f"initial_state has shape {tuple(initial_state.shape)}; it must be [N, D, W-1] = {shape}")
+        _check_dtype(state_name, initial_state, x_name, x)
+        require_shape(state_name, initial_state, (N, D, weight.shape[1] - 1), "[N, D, W-1]")
     return ConvInputs(x, weight, bias, activation in SILU, initial_state, cu_seqlens, resets, backend)
+
+
+def checked_qkv(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor, activation: str | None,
+    q_state: Tensor | None, k_state: Tensor | None, v_state: Tensor | None, cu_seqlens: Tensor | None,
+    resets: Tensor | None, backend: str,
+) -> tuple[ConvInputs, ConvInputs, ConvInputs]:  # fmt: skip
+    """A record for each of q, k and v, which agree in all that one launch needs.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what is allowed.
+    """
+    check_tensors([*QKV, *QKV_WEIGHTS], (q, k, v, q_weight, k_weight, v_weight), required=6)
+    for name, x in (("k", k), ("v", v)):
+        require_shape(name, x, (*q.shape[:2], *x.shape[2:]), "[B, T, D] with q's B and T")
+    parts = []
+    for i, (x, weight, state) in enumerate(((q, q_weight, q_state), (k, k_weight, k_state), (v, v_weight, v_state))):
+        names = (QKV[i], QKV_WEIGHTS[i], "bias", QKV_STATES[i], "cu_seqlens", "resets")
+        parts.append(checked_inputs(x, weight, None, activation, state, cu_seqlens, resets, backend, names))
+        require_shape(QKV_WEIGHTS[i], weight, (x.shape[2], q_weight.shape[1]), "[D, W] with q_weight's W")
+        for names, tensor, first in ((QKV, x, q), (QKV_WEIGHTS, weight, q_weight)):
+            if tensor.dtype != first.dtype:
+                raise TypeError(f"{names[i]} has dtype {tensor.dtype}; it must be {names[0]}'s dtype {first.dtype}")
+    missing = [name for name, part in zip(QKV_STATES, parts, strict=True) if part.initial_state is None]
+    if missing and len(missing) < len(parts):
+        raise ValueError(f"{missing[0]} is None; q_state, k_state and v_state must be given together or not at all")
+    return tuple(parts)
+
+
+def check_state(name: str, state: Tensor, x_name: str, inputs: ConvInputs, pool: bool) -> None:
+    """Raise for an argument ``name`` that cannot be updated in place by a call with these inputs, which were checked
+    without it; pool: whether indices name blocks of it."""
+    check_tensors((x_name, name), (inputs.x, state), required=2)
+    _check_dtype(name, state, x_name, inputs.x)
+    N, D, S = inputs.state_shape
+    if pool:
+        require_shape(name, state, (*state.shape[:1], D, S), "[blocks, D, W-1]")
+    else:
+        require_shape(name, state, (N, D, S), "[N, D, W-1]")
+    if state.stride()[1:] != (S, 1):
+        raise ValueError(f"{name} has strides {state.stride()}; every entry [D, W-1] of it must be contiguous")
+    if state.shape[0] > 1 and state.stride(0) < D * S:
+        raise ValueError(f"{name} has strides {state.stride()}; its entries [D, W-1] must not overlap")
+
+
+def _check_dtype(name, state, x_name, x):
+    if state.dtype != x.dtype:
+        raise TypeError(f"{name} has dtype {state.dtype}; it must be {x_name}'s dtype {x.dtype}")

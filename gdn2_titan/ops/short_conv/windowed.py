@@ -13,9 +13,10 @@ reading it back would.
 import torch
 from torch import Tensor
 
+from ..elementwise import BATCH_INVARIANT, silu
 from .arguments import ConvInputs
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "update"]
 
 
 def _indices(T, W, cu_seqlens):
@@ -99,9 +100,27 @@ def forward(inputs: ConvInputs) -> tuple[Tensor, Tensor]:
     x = inputs.x
     ext, (windows, _, tails), masks, tail_mask, weight_t, bias = _extended(inputs)
     pre = _pre_activation(ext, weight_t, bias, windows, masks)
-    y = torch.nn.functional.silu(pre, inplace=True) if inputs.silu else pre
+    if inputs.silu:
+        pre = silu(pre) if inputs.backend == BATCH_INVARIANT else torch.nn.functional.silu(pre, inplace=True)
     final_state = _cut(ext[:, tails].reshape(-1, weight_t.shape[0] - 1, x.shape[2]), tail_mask)
-    return y.to(x.dtype), _output(final_state.transpose(1, 2), x.dtype)
+    return pre.to(x.dtype), _output(final_state.transpose(1, 2), x.dtype)
+
+
+def update(inputs: ConvInputs, state_indices: Tensor | None) -> Tensor:
+    """y [B, T, D]; the initial state, or those of its blocks [D, S] that state_indices [N] names, becomes the final
+    one. A sequence at block -1 is left out: its y is zero."""
+    state = inputs.initial_state
+    if state_indices is None:
+        y, final_state = forward(inputs)
+        state.copy_(final_state)
+        return y
+    blocks = state_indices.long()
+    used = blocks >= 0
+    y, final_state = forward(inputs._replace(initial_state=state[blocks.clamp_min(0)]))
+    state[blocks[used]] = final_state[used]
+    if inputs.cu_seqlens is not None:
+        used = used.repeat_interleave(inputs.cu_seqlens.diff().long())[None]
+    return torch.where(used.view(*used.shape, *[1] * (3 - used.ndim)), y, 0.0)
 
 
 def backward(

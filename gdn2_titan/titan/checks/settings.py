@@ -9,6 +9,7 @@ import torch
 from torchtitan.components.tokenizer import BaseTokenizer
 
 from gdn2_titan.models import flavors
+from gdn2_titan.ops.elementwise import BATCH_INVARIANT
 from gdn2_titan.parallel import check_tensor_parallel
 
 from ..corpus import check_source
@@ -23,6 +24,7 @@ from ..tokens import check_tokenizer_json
 from ..torchtitan_version import IS_V02
 from .checkpoint import check_checkpoint
 from .combinations import check_combinations, check_name, number_of_processes
+from .optimizer import check_optimizer
 from .ranges import check_ranges
 
 __all__ = ["check_settings", "check_vocabulary"]
@@ -37,6 +39,7 @@ def check_settings(config: Settings | Any) -> None:
     if settings.model.name == "gdn2":
         _check_shares(settings)
     check_float8(settings)
+    check_optimizer(settings)
     _check_rest(settings)
 
 
@@ -100,6 +103,10 @@ def _check_shares(settings: Settings) -> None:
     if parallelism.context_parallel_degree > 1 and args.backend == "reference":
         allowed = "'auto', 'triton' or 'torch'"
         raise ConfigError(f"gdn2.backend is 'reference'; with context parallelism it must be {allowed}")
+    if parallelism.context_parallel_degree > 1 and args.content_gate:
+        raise ConfigError("gdn2.content_gate is true; with context parallelism it must be false")
+    if args.backend == BATCH_INVARIANT:
+        _check_batch_invariant(settings)
     checkpointing = settings.activation_checkpoint
     for asked, said in (
         (parallelism.enable_async_tensor_parallel, "parallelism.enable_async_tensor_parallel is true"),
@@ -119,14 +126,25 @@ def _check_shares(settings: Settings) -> None:
         check_pipeline(settings, args.n_layers)
 
 
+def _check_batch_invariant(settings: Settings) -> None:
+    for found, what in (
+        (settings.parallelism.context_parallel_degree > 1, "context parallelism"),
+        (settings.compiles("model"), "compile.enable"),
+        (settings.model.converters, "model.converters"),
+        (accelerator() is not None, "an accelerator"),
+    ):
+        if found:
+            raise ConfigError(f"gdn2.backend is {BATCH_INVARIANT!r}; with {what} it must be another one")
+
+
 def _check_accelerator(settings: Settings, field: str) -> None:
     if operator.attrgetter(field)(settings) and accelerator() is None:
         raise ConfigError(f"{field} is true; it must be false on a machine without an accelerator")
 
 
 def _check_rest(settings: Settings) -> None:
-    for field in ("profiling.enable_profiling", "profiling.enable_memory_snapshot", "training.enable_cpu_offload",
-                  "training.gc_debug"):  # fmt: skip
+    # A memory snapshot is one of CUDA's allocator.
+    for field in ("profiling.enable_memory_snapshot", "training.enable_cpu_offload", "training.gc_debug"):
         _check_accelerator(settings, field)
     checkpoint = settings.checkpoint
     if accelerator() is None and checkpoint.enable and checkpoint.async_mode == "async_with_pinned_mem":
@@ -144,6 +162,8 @@ def _check_rest(settings: Settings) -> None:
     data = settings.data
     if data.shuffle_seed < 0:
         raise ConfigError(f"data.shuffle_seed is {data.shuffle_seed}; it must be 0 or more")
+    if data.cache_dir is not None and not data.cache_dir.strip():
+        raise ConfigError(f"data.cache_dir is {data.cache_dir!r}; it must be left out, or name a folder")
     for name in ("training", "validation"):
         part = getattr(settings, name)
         if name == "training" or part.enable:
@@ -154,8 +174,7 @@ def _check_rest(settings: Settings) -> None:
 
 def check_vocabulary(settings: Settings, tokenizer: BaseTokenizer) -> None:
     """Raise ConfigError unless the model has room for all symbols of a tokenizer."""
-    path, flavor = settings.model.hf_assets_path, settings.model.flavor
-    vocabulary, room = tokenizer.get_vocab_size(), flavors[flavor].vocab_size
+    path, vocabulary, room = settings.model.hf_assets_path, tokenizer.get_vocab_size(), settings.model_args().vocab_size
     if vocabulary > room:
-        raise ConfigError(f"model.hf_assets_path is {path!r}, a tokenizer of {vocabulary} symbols; flavor {flavor!r} "
-                          f"has room for at most {room}")  # fmt: skip
+        raise ConfigError(f"model.hf_assets_path is {path!r}, a tokenizer of {vocabulary} symbols; the model has room "
+                          f"for at most {room}, gdn2.vocab_size makes it more")  # fmt: skip

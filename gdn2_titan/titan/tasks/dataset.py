@@ -50,6 +50,7 @@ class TaskDataset(torch.utils.data.IterableDataset, Stateful):
     """
 
     same_state_on_all_ranks = True
+    infinite = True
 
     def __init__(
         self, task: Task, length: int, seed: int, *, held_out: bool, batch_size: int = 1, dp_rank: int = 0,

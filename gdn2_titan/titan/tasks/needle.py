@@ -8,6 +8,19 @@ from typing import ClassVar
 import numpy as np
 from torchtitan.components.tokenizer import BaseTokenizer
 
+from gdn2_titan.needle_text import (
+    CODE_DIGITS,
+    FIRST,
+    INTRODUCTION,
+    KEYS,
+    NEEDLE,
+    NOISE,
+    QUESTION,
+    SECOND,
+    UUID_DIGITS,
+    key_of,
+    spell,
+)  # fmt: skip
 from gdn2_titan.titan.stdlib import stdlib_documents
 from gdn2_titan.titan.tokens import text_tokens
 
@@ -16,24 +29,6 @@ from .task import Draw, Task, blank
 __all__ = ["VARIANTS", "Needle"]
 
 VARIANTS = ("s1", "s2", "s3", "mk1")
-
-# A key is one word of each; words of different sound and length, as names would be.
-FIRST = (
-    "amber", "bitter", "copper", "distant", "early", "faded", "gentle", "hollow", "idle", "jagged", "kindly", "lunar",
-    "mossy", "narrow", "olive", "patient", "quiet", "rusty", "silver", "tidal", "upper", "velvet", "winter", "young",
-)  # fmt: skip
-SECOND = (
-    "anchor", "barrel", "canyon", "dragonfly", "engine", "falcon", "garden", "harbor", "island", "jacket", "kettle",
-    "lantern", "meadow", "needle", "orchard", "piano", "quarry", "ribbon", "saddle", "tunnel", "umbrella", "violin",
-    "window", "zebra",
-)  # fmt: skip
-KEYS = len(FIRST) * len(SECOND)
-DIGITS, HEX_DIGITS = 7, 32
-
-NOISE = "The tide comes in and the tide goes out. Gulls wait on the wall. Nothing else happens here. "
-INTRODUCTION = "A code is told somewhere below. It is asked for at the end.\n"
-NEEDLE = ("\nThe code of the {key} is ", ".\n")
-QUESTION = "\nWhich code was told? The code of the {key} is "
 
 
 @functools.cache
@@ -76,7 +71,7 @@ class Needle(Task):
         # Words may have different numbers of tokens: the longest of each.
         pieces = [FIRST, SECOND, "0123456789abcdef-"]
         word, other, digit = (max((len(self._encode(x)), x) for x in some)[1] for some in pieces)
-        code = digit * (HEX_DIGITS + 4 if self.variant == "s3" else DIGITS)
+        code = digit * (UUID_DIGITS + 4 if self.variant == "s3" else CODE_DIGITS)
         key = f"{word} {other}"
         needle, question = self._needle(key, code), self._question(key, code)
         return len(self._encode(INTRODUCTION)) + self._count * len(needle) + len(question) - 1
@@ -86,7 +81,7 @@ class Needle(Task):
         return self.needles or (4 if self.variant == "mk1" else 1)
 
     def contents(self, length: int) -> int:
-        return KEYS * (16**HEX_DIGITS if self.variant == "s3" else 9 * 10 ** (DIGITS - 1))
+        return KEYS * (16**UUID_DIGITS if self.variant == "s3" else 9 * 10 ** (CODE_DIGITS - 1))
 
     def answers(self, length: int) -> int | None:
         return None  # the tokens of a code
@@ -98,7 +93,7 @@ class Needle(Task):
     def write(self, draw: Draw, content: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
         others = (content[0] + 1 + draw.order(KEYS - 1)[: self._count - 1]) % KEYS
         codes = [content[1:]] + [self._code(draw) for _ in others]
-        told = [(_key(key), self._spell(code)) for key, code in zip((content[0], *others), codes, strict=True)]
+        told = [(key_of(key), spell(code)) for key, code in zip((content[0], *others), codes, strict=True)]
         needles = [self._needle(*told[i]) for i in draw.order(self._count)]
         introduction, question = self._encode(INTRODUCTION), self._question(*told[0])
         answer = self._encode(told[0][1])
@@ -118,14 +113,8 @@ class Needle(Task):
 
     def _code(self, draw):
         if self.variant == "s3":
-            return draw.below(16, HEX_DIGITS)
-        return np.concatenate((1 + draw.below(9, 1), draw.below(10, DIGITS - 1)))
-
-    def _spell(self, code):
-        digits = "".join("0123456789abcdef"[digit] for digit in code)
-        if self.variant != "s3":
-            return digits
-        return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+            return draw.below(16, UUID_DIGITS)
+        return np.concatenate((1 + draw.below(9, 1), draw.below(10, CODE_DIGITS - 1)))
 
     def _needle(self, key, code):
         # The code by itself, so that it has the same tokens here and in the answer.
@@ -147,7 +136,3 @@ class Needle(Task):
             if len(tokens) >= count:
                 return tokens[:count]
             wanted *= 2
-
-
-def _key(number):
-    return f"{FIRST[number // len(SECOND)]} {SECOND[number % len(SECOND)]}"

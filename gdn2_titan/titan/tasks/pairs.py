@@ -35,6 +35,11 @@ class PairsTask(Task):
     def answers(self, length: int) -> int | None:
         return self.pairs[0] if len(self.pairs) == 1 else None
 
+    @property
+    def said(self) -> range:
+        """The symbols that are said of what is asked for."""
+        return range(1 + self.keys, 1 + self.keys + self.values)
+
     def remember(self, draw: Draw, length: int) -> np.ndarray:
         """[pairs, 2]: symbols of key and value, by key."""
         pairs = self.size(draw)
@@ -49,11 +54,14 @@ def write_pairs(draw: Draw, tokens: np.ndarray, pairs: np.ndarray, filler: int, 
     return start + 2 * len(pairs) + filler
 
 
-def ask(draw: Draw, tokens: np.ndarray, labels: np.ndarray, answers: np.ndarray, start: int) -> None:
-    """Ask for each key of [n, 2] keys and answers once, in random order, anywhere from ``start`` to the end."""
-    answers = answers[draw.order(len(answers))]
-    at = start + place(draw, len(answers), 1, len(tokens) - start - len(answers))
-    tokens[at], labels[at] = answers[:, 0], answers[:, 1]
+def ask(draw: Draw, tokens: np.ndarray, labels: np.ndarray, asked: np.ndarray, start: int) -> None:
+    """Ask each question once, in random order, anywhere from ``start`` to the end. asked [n, width + 1]: the symbols of
+    a question, the answer to the last of them."""
+    asked, width = asked[draw.order(len(asked))], asked.shape[1] - 1
+    at = start + place(draw, len(asked), width, len(tokens) - start - width * len(asked))
+    for i in range(width):
+        tokens[at + i] = asked[:, i]
+    labels[at + width - 1] = asked[:, -1]
 
 
 @dataclasses.dataclass

@@ -7,6 +7,7 @@ from gdn2_titan.titan.errors import ConfigError
 from gdn2_titan.titan.settings import Settings
 
 from .copying import Copying
+from .histories import Alias, Locked, Rejected, Stale, Version
 from .needle import Needle
 from .pairs import MQAR, Overwrite, SelectiveErase
 from .state_tracking import Parity, Permutations
@@ -15,8 +16,11 @@ from .task import Task
 __all__ = ["TASKS", "Condition", "check_task", "conditions", "task_of", "training_condition", "validation_lengths"]
 
 TASKS: dict[str, type[Task]] = {
-    cls.name: cls for cls in (MQAR, Overwrite, SelectiveErase, Needle, Parity, Permutations, Copying)
-}
+    cls.name: cls
+    for cls in (
+        MQAR, Overwrite, SelectiveErase, Stale, Rejected, Locked, Alias, Version, Needle, Parity, Permutations, Copying,
+    )
+}  # fmt: skip
 
 # With fewer different contents one of the splits might have none.
 FEWEST_CONTENTS = 256

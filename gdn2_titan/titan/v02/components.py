@@ -7,6 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.optim.lr_scheduler import LambdaLR
 from torchtitan.components import lr_scheduler
 from torchtitan.components.loss import build_cross_entropy_loss, cross_entropy_loss
@@ -21,10 +26,13 @@ from torchtitan.tools.logging import logger
 from gdn2_titan.models import GDN2Model, GDN2ModelArgs, flavors
 from gdn2_titan.models.flops import flops_per_token, parameter_counts
 
+from .. import optimizer
 from ..float8 import NAMES, LinearConverter
+from ..label_bytes import count
 from ..metrics import GateMetrics
-from ..optimizer import OPTIMIZERS, decay_groups, hold_last_rate, trained
+from ..optimizer import hold_last_rate, trained
 from ..settings import Settings
+from ..training_log import TrainingLog
 from ..validation import TaskValidation
 
 __all__ = [
@@ -80,6 +88,7 @@ class WatchedLoss:
     def __call__(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if self.watcher is not None:
             self.watcher(logits, labels)
+        count(labels)
         return self._loss_fn(logits, labels)
 
 
@@ -93,26 +102,32 @@ def build_loss(job_config: Any, parallel_dims: ParallelDims, **kwargs: Any) -> W
 
 
 class GroupedOptimizers(OptimizersContainer):
-    """TorchTitan's container with two parameter groups per model part."""
+    """TorchTitan's container with the optimizers of ``optimizer.build_optimizers``, one or two for a model part."""
 
-    def __init__(
-        self, model_parts: list[torch.nn.Module], optimizer_cls: type[torch.optim.Optimizer],
-        optimizer_kwargs: dict[str, Any],
-    ) -> None:  # fmt: skip
+    def __init__(self, model_parts: list[torch.nn.Module], section: Any) -> None:
+        implementation = {name: section.implementation == name for name in ("fused", "foreach")}
         self.model_parts = model_parts
-        self.optimizers = [optimizer_cls(decay_groups(part), **optimizer_kwargs) for part in model_parts]
-        self._validate_length(len(model_parts))
-        self._post_init(trained(model_parts), optimizer_kwargs)
+        self.of_parts = [optimizer.build_optimizers(part, section, implementation) for part in model_parts]
+        self.optimizers = [one for own in self.of_parts for one in own]
+        self._post_init(trained(model_parts), {})
+
+    def state_dict(self) -> dict[str, Any]:
+        options, found = StateDictOptions(flatten_optimizer_state_dict=True), {}
+        for part, own in zip(self.model_parts, self.of_parts, strict=True):
+            found |= get_optimizer_state_dict(part, own, options=options)
+        return found
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        options = StateDictOptions(flatten_optimizer_state_dict=True)
+        for part, own in zip(self.model_parts, self.of_parts, strict=True):
+            set_optimizer_state_dict(part, own, optim_state_dict=state_dict, options=options)
 
 
 def build_optimizers(
     model_parts: list[torch.nn.Module], optimizer_config: Any, parallel_dims: ParallelDims | None
 ) -> GroupedOptimizers:
-    """TorchTitan's ``build_optimizers_fn``: the [optimizer] section, Adam or AdamW."""
-    options = {name: getattr(optimizer_config, name) for name in ("lr", "eps", "weight_decay")}
-    options |= {"betas": (optimizer_config.beta1, optimizer_config.beta2)}
-    options |= {name: optimizer_config.implementation == name for name in ("fused", "foreach")}
-    return GroupedOptimizers(model_parts, OPTIMIZERS[optimizer_config.name], options)
+    """TorchTitan's ``build_optimizers_fn``: the [optimizer] section, Adam, AdamW or Muon."""
+    return GroupedOptimizers(model_parts, optimizer_config)
 
 
 class LRSchedulers(lr_scheduler.LRSchedulersContainer):
@@ -138,7 +153,7 @@ def build_lr_schedulers(optimizers: OptimizersContainer, lr_scheduler_config: An
     return built
 
 
-class GDN2MetricsProcessor(GateMetrics, MetricsProcessor):
+class GDN2MetricsProcessor(GateMetrics, TrainingLog, MetricsProcessor):
     """TorchTitan's ``build_metrics_processor_fn``."""
 
     def __init__(self, job_config: Any, parallel_dims: ParallelDims, model_args: Any, tag: str | None = None) -> None:
@@ -148,7 +163,9 @@ class GDN2MetricsProcessor(GateMetrics, MetricsProcessor):
     def should_log(self, step: int) -> bool:
         # The one thing that the trainer asks in every step, after its forward.
         self.finish(step)
-        return super().should_log(step)
+        if not (logs := super().should_log(step)):
+            self.forget_labels()
+        return logs
 
     def log(self, *args: Any, extra_metrics: dict[str, Any] | None = None) -> None:
         # TorchTitan has every context-parallel rank count whole sequences.

@@ -6,7 +6,7 @@ from typing import Literal
 from torchtitan.config import job_config as stock
 
 from ..byte_tokenizer import BYTE_TOKENIZER_DIR
-from ..settings import GDN2, Data, Float8Linear, MXLinear, Task
+from ..settings import GDN2, Data, Float8Linear, MXLinear, OptimizerFields, Task
 
 __all__ = ["JobConfig", "Parallelism"]
 
@@ -24,6 +24,11 @@ class Parallelism(stock.Parallelism):
     """How sequences are dealt to context-parallel ranks. "headtail": to each a segment from the front and one from the
     back, the same share of causal attention; "none": one segment to each, which can spare sliding windows the exchange
     with all but neighbours"""
+
+
+@dataclass
+class Optimizer(OptimizerFields, stock.Optimizer):
+    """Our fields beside the stock ones."""
 
 
 @dataclass
@@ -46,6 +51,7 @@ class Quantize(stock.Quantize):
 @dataclass
 class JobConfig(stock.JobConfig):
     model: Model = field(default_factory=Model)
+    optimizer: Optimizer = field(default_factory=Optimizer)
     parallelism: Parallelism = field(default_factory=Parallelism)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     quantize: Quantize = field(default_factory=Quantize)

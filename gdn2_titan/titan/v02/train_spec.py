@@ -17,6 +17,7 @@ from torchtitan.protocols import train_spec as titan_specs
 from gdn2_titan.parallel import SAVED_OPS
 
 from ..checkpoint import GDN2StateDictAdapter, keeps_decays_and_knows_old_names
+from ..checks.command_line import torchtitan_reads_all_words
 from ..checks.settings import check_settings, check_vocabulary
 from ..dataloader import build_dataloader, for_trainer
 from ..errors import refusing
@@ -132,5 +133,6 @@ def register(name: str = "gdn2") -> None:
         titan_specs.register_train_spec(name, get_train_spec())
     components.register_converters()
     check_parsed_configs()
+    torchtitan_reads_all_words()
     deal_out_resets()
     keeps_decays_and_knows_old_names(CheckpointManager)

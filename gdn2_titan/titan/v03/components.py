@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torchtitan.components.checkpointer.utils import canonical_fqn
 from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.loss import BaseLoss, cross_entropy_loss
@@ -20,6 +21,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.compile import _maybe_enable_async_tp
 from torchtitan.distributed.context_parallel.api import cp_shard
 from torchtitan.distributed.pipeline_parallel import pipeline_llm
+from torchtitan.distributed.spmd_types import current_spmd_mesh
 from torchtitan.protocols import BaseModel
 from torchtitan.tools.logging import logger
 
@@ -30,11 +32,13 @@ from ..checks.settings import check_vocabulary
 from ..dataloader import ReshardingDataloader, build_dataloader, for_trainer
 from ..errors import refusing
 from ..float8 import NAMES, LinearConverter
+from ..label_bytes import count
 from ..metrics import GateMetrics
-from ..optimizer import OPTIMIZERS, decay_groups, hold_last_rate, trained
+from ..optimizer import build_optimizers, hold_last_rate, trained
 from ..parallelize import apply_plans
 from ..pipeline import modules_of_stages
-from ..settings import Settings
+from ..settings import OptimizerFields, Settings
+from ..training_log import TrainingLog
 from ..validation import TaskValidation
 
 __all__ = [
@@ -74,6 +78,14 @@ class TitanModel(GDN2Model, BaseModel):
         """The layers are plain modules of PyTorch."""
 
 
+def _loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """TorchTitan's cross entropy, summed. It takes logits that are sharded over the vocabulary as a DTensor or, with
+    backend "spmd_types", whose mesh it then looks up, as the rank's shard."""
+    if isinstance(logits, DTensor) and current_spmd_mesh() is not None:
+        return cross_entropy_loss(logits.to_local(), labels, global_vocab_size=logits.shape[-1])
+    return cross_entropy_loss(logits, labels)
+
+
 class WatchedLoss(BaseLoss):
     """A loss that shows what it is given to ``watcher(logits, labels)``, while there is one: every layout computes its
     loss by this, on the ranks and in the microbatches that have logits."""
@@ -83,7 +95,7 @@ class WatchedLoss(BaseLoss):
         _settings: Filled = None
 
     def __init__(self, config: Config, *, compile_config: Any = None) -> None:
-        self.fn = cross_entropy_loss
+        self.fn = _loss
         self.watcher: Callable[[torch.Tensor, torch.Tensor], None] | None = None
         # On shards of the vocabulary it communicates, which compiling it gains nothing for.
         if config._settings.parallelism.tensor_parallel_degree == 1:
@@ -94,28 +106,28 @@ class WatchedLoss(BaseLoss):
     def __call__(self, pred: torch.Tensor, labels: torch.Tensor, *rest: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         if self.watcher is not None:
             self.watcher(pred, labels)
+        count(labels)
         return super().__call__(pred, labels, *rest, **kwargs)
 
 
 class GroupedOptimizers(OptimizersContainer):
-    """Two parameter groups per model part. ``param_groups`` of the stock config is not read."""
+    """One or two optimizers per model part. ``param_groups`` of the stock config is not read."""
 
     @dataclass(kw_only=True, slots=True)
-    class Config(OptimizersContainer.Config):
-        name: Literal["Adam", "AdamW"] = "AdamW"
+    class Config(OptimizerFields, OptimizersContainer.Config):
+        name: Literal["Adam", "AdamW", "Muon"] = "AdamW"
         lr: float = 8e-4
         beta1: float = 0.9
         beta2: float = 0.95
         eps: float = 1e-8
         weight_decay: float = 0.1
-        """Of matrices; A_log, dt_bias, norms and biases do not decay"""
+        """Of what weight_decay_on says"""
         implementation: Literal["for-loop", "foreach", "fused"] = "fused"
 
     def __init__(self, config: Config, *, model_parts: list[torch.nn.Module]) -> None:
-        options = {name: getattr(config, name) for name in ("lr", "eps", "weight_decay")}
-        options |= {"betas": (config.beta1, config.beta2)} | self._build_impl_kwargs(config)
-        cls, self.model_parts = OPTIMIZERS[config.name], model_parts
-        self.optimizers = [cls(decay_groups(part, canonical_fqn), **options) for part in model_parts]
+        self.model_parts, implementation = model_parts, self._build_impl_kwargs(config)
+        of_parts = [build_optimizers(part, config, implementation, canonical_fqn) for part in model_parts]
+        self.optimizers = [one for own in of_parts for one in own]
         self._post_init(trained(model_parts))
 
 
@@ -169,12 +181,14 @@ def deal_out(
     sequence. The stock trainer asks for positions to deal out, which this model knows from its shards."""
     tensors = {name: input_dict[name] for name in ("input", "resets") if name in input_dict} | {"labels": labels}
     if cp_mesh is not None:
-        shares, _ = cp_shard(cp_mesh, tuple(tensors.values()), None, None if balancer == "none" else balancer)
+        shares, _ = cp_shard(
+            cp_mesh, tuple(tensors.values()), None, None if balancer == "none" else balancer, input_seq_dim=1
+        )
         tensors = dict(zip(tensors, shares, strict=True))
     return tensors.pop("input"), tensors.pop("labels"), tensors
 
 
-class GDN2MetricsProcessor(GateMetrics, MetricsProcessor):
+class GDN2MetricsProcessor(GateMetrics, TrainingLog, MetricsProcessor):
     @dataclass(kw_only=True, slots=True)
     class Config(MetricsProcessor.Config):
         _settings: Filled = None
@@ -182,6 +196,11 @@ class GDN2MetricsProcessor(GateMetrics, MetricsProcessor):
     def __init__(self, config: Config, *, parallel_dims: ParallelDims, **kwargs: Any) -> None:
         self.watch(config._settings, config._settings.model_args())
         super().__init__(config, parallel_dims=parallel_dims, **kwargs)
+
+    def should_log(self, step: int) -> bool:
+        # Asked before each step's forward.
+        self.forget_labels()
+        return super().should_log(step)
 
 
 class GDN2Validator(TaskValidation, Validator):

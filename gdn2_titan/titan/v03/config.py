@@ -12,7 +12,13 @@ from gdn2_titan.convert.toml_table import read_toml
 from gdn2_titan.models import flavors
 
 from ..checkpoint import GDN2StateDictAdapter
-from ..checks.command_line import check_arguments, check_table, config_file
+from ..checks.command_line import (
+    as_tyro_reads,
+    check_arguments,
+    check_table,
+    config_file,
+    torchtitan_reads_all_words,
+)
 from ..checks.ranges import check_range
 from ..checks.settings import check_settings
 from ..cpu import settle_device
@@ -25,6 +31,7 @@ from .trainer import GDN2Trainer, JobConfig, check
 __all__ = ["JobConfig", "build", "parse", "trainer_config", "validate"]
 
 settle_device()
+torchtitan_reads_all_words()
 
 # TorchTitan's rules of the command line: commas part the names of a list.
 _RULES = tyro.constructors.ConstructorRegistry()
@@ -68,7 +75,7 @@ def parse(arguments: Sequence[str]) -> Any:
     path = config_file(arguments)
     job_config = _of_table({} if path is None else _read(path), JobConfig)
     check_arguments(arguments, JobConfig)
-    return tyro.cli(JobConfig, args=arguments, default=job_config, registry=_RULES)
+    return tyro.cli(JobConfig, args=as_tyro_reads(arguments, JobConfig), default=job_config, registry=_RULES)
 
 
 def build(job_config: Any) -> GDN2Trainer:

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, make_dataclass
 from typing import Any
 
-from ..checks.ranges import COUNT, FIELDS, IGNORED, SIZE, each
+from ..checks.ranges import COUNT, FIELDS, IGNORED, SIZE, Allowed, each
 from ..errors import ConfigError
 
-__all__ = ["ANY", "COUNTERPARTS", "ONLY", "OR_NONE", "WITHOUT", "check_own_fields", "in_words_of_03",
+__all__ = ["ANY", "BACKENDS", "COUNTERPARTS", "ONLY", "OWN_RANGES", "WITHOUT", "check_own_fields", "in_words_of_03",
            "job_config_class", "owner"]  # fmt: skip
 
 
@@ -68,20 +68,26 @@ COUNTERPARTS: dict[str, str] = {
 # Field: the one value that it may have, and why.
 ONLY = {
     "training.disable_cuda_graphs": (True, "captured steps are not supported"),
-    "parallelism.spmd_backend": ("partial_dtensor", "the model is sharded by DTensors"),
     "parallelism.enable_sequence_parallel": (True, "tensor-parallel ranks share the tokens between layers"),
     "parallelism.enable_fsdp_symm_mem": (False, "the model's own plan shards it"),
     "parallelism.context_parallel_ptrr_mask_key": (None, "only load balancer 'ptrr' reads it"),
     "optimizer.param_groups": ([], "which parameters decay is the model's own"),
     "optimizer.optimizer_factory_kwargs_by_name": ({}, "optimizer.name and the fields beside it say all"),
-    "debug.spmd_typechecking": (False, "only spmd_backend 'spmd_types' reads it"),
+    "debug.spmd_typechecking": (False, "its layers say no types of spmd_types"),
     "debug.batch_invariant": (False, "TorchTitan does not train in that mode"),
 }
 
-# Numbers that may be None.
-OR_NONE = {
-    **each("profiler", {"profiler_repeat profiler_skip_first profiler_skip_first_wait": SIZE}),
-    **each("profiler", {"memory_snapshot_freq memory_snapshot_max_entries": COUNT}),
+
+def _or_none(number: Allowed) -> Allowed:
+    return Allowed(number.words, lambda value: value is None or (type(value) is int and number.test(value)))
+
+
+BACKENDS = ("spmd_types", "partial_dtensor")
+# Field: which values of it are right.
+OWN_RANGES = {
+    "parallelism.spmd_backend": Allowed(" or ".join(map(repr, BACKENDS)), lambda value: value in BACKENDS),
+    **each("profiler", {"profiler_repeat profiler_skip_first profiler_skip_first_wait": _or_none(SIZE)}),
+    **each("profiler", {"memory_snapshot_freq memory_snapshot_max_entries": _or_none(COUNT)}),
 }
 
 # Fields of which any value of their type is right, and why.
@@ -100,9 +106,8 @@ def check_own_fields(config: Any) -> None:
     for name, (only, why) in ONLY.items():
         if (value := getattr(*owner(config, name))) != only:
             raise ConfigError(f"{name} is {value!r}; with this model it must be {only!r}: {why}")
-    for name, allowed in OR_NONE.items():
-        value = getattr(*owner(config, name))
-        if value is not None and not (type(value) is int and allowed.test(value)):
+    for name, allowed in OWN_RANGES.items():
+        if not allowed.test(value := getattr(*owner(config, name))):
             raise ConfigError(f"{name} is {value!r}; it must be {allowed.words}")
 
 

@@ -46,9 +46,6 @@ class Training(TrainingConfig):
 
 @dataclass(kw_only=True, slots=True)
 class Parallelism(ParallelismConfig):
-    spmd_backend: str = "partial_dtensor"
-    """The one that this model's plans are written in"""
-
     def __post_init__(self):
         """As of GDN2Trainer.Config."""
 

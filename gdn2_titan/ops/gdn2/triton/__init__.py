@@ -4,7 +4,8 @@ chunk.py             launches of the chunkwise form, forward and backward
 prepare.py           kernel: what of a chunk does not depend on the state
 scan.py              kernels: the state from chunk to chunk, and its gradient back
 gradient.py          kernel: every gradient of a chunk that needs no other chunk
-tree.py, rows.py     device functions: decays by halving; rows of inputs, activated
+decays.py, rows.py   device functions: decays between tokens; rows of inputs, activated
+matrices.py          the matrices that sums of decays are products with
 recurrent.py         kernel: token by token, for decoding
 configurations.py    candidates for the chunk kernels, by architecture, dtype and head sizes
 """

@@ -3,6 +3,9 @@
 forward    prepare -> scan, which writes o and the final state
 segment    prepare -> segment, which writes what o and the final state are as functions of the initial state
 backward   prepare -> scan, which writes R and the state at each chunk -> reverse -> gradient
+
+The backward may have A and A_qk of the forward, the costly part of what ``prepare`` makes. Where nothing is erased, b
+is None, and so are A, E and R in all launches.
 """
 
 from dataclasses import dataclass
@@ -17,6 +20,7 @@ from ..arguments import GDN2Inputs, GDN2Options
 from ..flops import CHUNK
 from . import configurations
 from .gradient import gradient_kernel
+from .matrices import sum_matrices
 from .prepare import prepare_kernel
 from .scan import reverse_kernel, scan_kernel, segment_kernel
 
@@ -43,45 +47,58 @@ def _call(inputs):
     q, cu_seqlens, N = inputs.q, inputs.cu_seqlens, inputs.num_sequences
     B, T, H, K = q.shape
     ends, NT = None, triton.cdiv(T, CHUNK)
-    chunks = B * NT
+    chunks = inputs.square_shape[0]  # programs past the last chunk return at once
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, T)
         ends = ((cu_seqlens.diff() + CHUNK - 1) // CHUNK).cumsum(0)
-        chunks = T // CHUNK + N  # known without reading cu_seqlens; programs past the last chunk return at once
     architecture = target.arch(q)
     precision = target.precision(architecture, q.dtype)
     sizes = dict(H=H, K=K, BK=configurations.padded(K), PACKED=cu_seqlens is not None, PRECISION=precision)
     return Call(dict(cu_seqlens=cu_seqlens, ends=ends, T=T, NT=NT), sizes, chunks, N, architecture)
 
 
+def _split(q):
+    """Whether sums of decays are products in bf16."""
+    return q.dtype != torch.float32
+
+
 def _activation(q, options):
     """Constants of the kernels that read raw inputs."""
-    split = q.dtype != torch.float32
     gates = dict(GATE=options.gate, SIGMOID=options.sigmoid, ERASE_SCALE=options.erase_scale)
-    return gates | dict(SPLIT=split, LIMIT=LIMITS[q.dtype])
+    return gates | dict(SPLIT=_split(q), LIMIT=LIMITS[q.dtype])
 
 
-def _prepare(call, inputs, options):
-    """Q, E, Kt, total, A_qk, A by name; and norm_q, norm_k, None where q and k are used as they are."""
+def _prepare(call, inputs, options, write=None, known=None):
+    """Q, E, Kt, total, A, A_qk by name; and norm_q, norm_k, None where q and k are used as they are.
+
+    A and A_qk: are written to the pair ``write``, or are the pair ``known``, or are made here. Where nothing is erased
+    E and A are None."""
     q, H, BK = inputs.q, call.sizes["H"], call.sizes["BK"]
-    wide, square = (call.chunks, H, CHUNK, BK), (call.chunks, H, CHUNK, CHUNK)
-    out = {name: q.new_empty(wide) for name in ("Q", "E", "Kt")}
+    wide = (call.chunks, H, CHUNK, BK)
+    out = {name: q.new_empty(wide) for name in ("Q", "Kt")}
+    out["E"] = None if inputs.b is None else q.new_empty(wide)
     out["total"] = q.new_empty(wide[:2] + wide[3:], dtype=torch.float32)
-    out |= {name: q.new_empty(square) for name in ("A_qk", "A")}
+    A, A_qk = known or write or (q.new_empty(inputs.square_shape) for _ in range(2))
+    squares = dict(A=None if inputs.b is None else A, A_qk=A_qk)
     norms = {name: q.new_empty(wide[:3], dtype=torch.float32) if options.l2norm else None
              for name in ("norm_q", "norm_k")}  # fmt: skip
     launching.launch(
-        prepare_kernel, lambda meta: (call.chunks * H,), configurations.prepare(BK),
-        dict(q=q, k=inputs.k, g=inputs.g, b=inputs.b) | _parameters(call, inputs, options) | call.spans | out | norms,
+        prepare_kernel, lambda meta: (call.chunks * H,),
+        configurations.prepare(call.arch, BK, q.element_size(), known is not None, inputs.b is not None),
+        dict(q=q, k=inputs.k, g=inputs.g, b=inputs.b) | _parameters(call, inputs, options) | call.spans | out | norms
+        | (dict.fromkeys(squares) if known else squares),
         call.sizes | _activation(q, options),
     )  # fmt: skip
-    return out, norms
+    return out | squares, norms
 
 
 def _parameters(call, inputs, options):
     """Arguments of the kernels that read raw inputs, beside those."""
     parameters = dict(A_log=inputs.A_log, dt_bias=inputs.dt_bias, resets=inputs.resets)
-    return parameters | dict(N=call.sequences, scale=options.scale)
+    matrices = sum_matrices(inputs.q.device, torch.bfloat16 if _split(inputs.q) else torch.float32)
+    return parameters | dict(
+        N=call.sequences, scale=options.scale, lower_bound=options.lower_bound, matrices=matrices
+    )  # fmt: skip
 
 
 def _scan_configurations(call, width, v):
@@ -101,25 +118,30 @@ def _scan(call, prepared, inputs, options, o=None, final_state=None, R=None, sta
     )  # fmt: skip
 
 
-def chunk_forward(inputs: GDN2Inputs, options: GDN2Options) -> tuple[Tensor, Tensor]:
-    """o [B, T, HV, V] in v's dtype and the final state [N, HV, K, V] fp32."""
+def chunk_forward(
+    inputs: GDN2Inputs, options: GDN2Options, squares: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """o [B, T, HV, V] in v's dtype and the final state [N, HV, K, V] fp32. squares: to write A and A_qk to, of
+    ``inputs.square_shape`` in q's dtype, which ``chunk_backward`` can start from. Without b there is no A."""
     inputs = inputs.map(Tensor.contiguous)
     call = _call(inputs)
-    prepared, _ = _prepare(call, inputs, options)
+    prepared, _ = _prepare(call, inputs, options, write=squares)
     o = torch.empty_like(inputs.v)
     final_state = inputs.q.new_empty(inputs.state_shape, dtype=torch.float32)
     _scan(call, prepared, inputs, options, o=o, final_state=final_state)
     return o, final_state
 
 
-def segment_forward(inputs: GDN2Inputs, options: GDN2Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def segment_forward(
+    inputs: GDN2Inputs, options: GDN2Options, squares: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """o [B, T, HV, V] and read [B, T, H, K] in the dtype of q and v, transition [B, H, K, K] and contribution
-    [B, HV, K, V] fp32: see ``segments``."""
+    [B, HV, K, V] fp32: see ``segments``. squares: see ``chunk_forward``."""
     inputs = inputs.map(Tensor.contiguous)
     q, v = inputs.q, inputs.v
     (B, _, H, K), (HV, V) = q.shape, v.shape[2:]
     call = _call(inputs)
-    prepared, _ = _prepare(call, inputs, options)
+    prepared, _ = _prepare(call, inputs, options, write=squares)
     o, read = torch.empty_like(v), torch.empty_like(q)
     transition, contribution = (q.new_empty(shape, dtype=torch.float32) for shape in ((B, H, K, K), (B, HV, K, V)))
     launching.launch(
@@ -133,17 +155,18 @@ def segment_forward(inputs: GDN2Inputs, options: GDN2Options) -> tuple[Tensor, T
 
 
 def chunk_backward(
-    do: Tensor | None, dfinal_state: Tensor | None, inputs: GDN2Inputs, options: GDN2Options
-) -> GDN2Inputs:
+    do: Tensor | None, dfinal_state: Tensor | None, inputs: GDN2Inputs, options: GDN2Options,
+    squares: tuple[Tensor, Tensor] | None = None,
+) -> GDN2Inputs:  # fmt: skip
     """The gradients of the inputs in their dtypes, None where the input is. do [B, T, HV, V] or None, dfinal_state
-    [N, HV, K, V] or None."""
+    [N, HV, K, V] or None. squares: those that ``chunk_forward`` wrote for these inputs."""
     inputs = inputs.map(Tensor.contiguous)
     do, dfinal_state = (None if x is None else x.contiguous() for x in (do, dfinal_state))
     q, v = inputs.q, inputs.v
     (H, K), (HV, V) = q.shape[2:], v.shape[2:]
     call = _call(inputs)
-    prepared, norms = _prepare(call, inputs, options)
-    R, dZ = torch.empty_like(v), torch.empty_like(v)
+    prepared, norms = _prepare(call, inputs, options, known=squares)
+    R, dZ = None if inputs.b is None else torch.empty_like(v), torch.empty_like(v)
     states, dstates = (q.new_empty(call.chunks, HV, V, K) for _ in range(2))
     _scan(call, prepared, inputs, options, R=R, states=states)
     dinitial_state = None if inputs.initial_state is None else torch.empty_like(inputs.initial_state)
@@ -155,7 +178,7 @@ def chunk_backward(
         call.sizes | dict(HV=HV, V=V),
     )  # fmt: skip
     tokens = dict(zip(("q", "k", "v", "g", "b", "w"), inputs.tokens, strict=True))
-    grads = {f"d{name}": torch.empty_like(x) for name, x in tokens.items()}
+    grads = {f"d{name}": None if x is None else torch.empty_like(x) for name, x in tokens.items()}
     parts = dict(dA_log=None, ddt_bias=None)
     for name, parameter in (("dA_log", inputs.A_log), ("ddt_bias", inputs.dt_bias)):
         if parameter is not None:

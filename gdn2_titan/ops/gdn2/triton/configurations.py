@@ -5,7 +5,7 @@ length: packing must not tune again. itemsize: of q, k and v, 2 or 4 bytes; fp32
 products of tf32, whose parts take registers.
 
 Time chose them, by a model of sm_90's machine code: registers that gradient spills (docs/kernels.md) cost it less than
-narrower slices, of which it makes the masks of its sums anew each time.
+narrower slices, which read their operands more often.
 """
 
 import triton
@@ -20,9 +20,13 @@ def padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def prepare(BK: int) -> tuple[dict, ...]:
-    """BS key channels at a time."""
-    return (dict(BS=min(BK, 32), num_warps=4, num_stages=1),)
+def prepare(arch: int | str, BK: int, itemsize: int, known: bool, erases: bool) -> tuple[dict, ...]:
+    """BS key channels at a time. Where A and A_qk are known little is left to compute: on sm_90 four programs to a
+    processor wait for memory at once; three where nothing is erased."""
+    config = dict(BS=min(BK, 32), num_warps=4, num_stages=1)
+    if arch == 90 and itemsize == 2 and (known or not erases):
+        config["maxnreg"] = 128 if known else 168
+    return (config,)
 
 
 def _amd(arch):
@@ -34,12 +38,16 @@ def scan(arch: int | str, BK: int, V: int, itemsize: int, fills: bool) -> tuple[
 
     On sm_90 128 fit at a head of 128, which then reads Q, E, Kt, A_qk and A once, where slices of 128 give every
     processor one (``fills``); else two slices side by side are done sooner. 64 is the least that wgmma and tcgen05
-    take. A head of 256 leaves registers for 32, which only mma takes. fp32 leaves them for 16, and from 128 on
-    none for loading a chunk ahead; nor does a head of 256 leave shared memory for that on a small GPU."""
+    take. At a head of 256 two programs of 64 fill the registers of a processor of sm_90, no chunk loaded ahead: each
+    computes while the other waits, which a single one would not hide; there, and where not even wgmma reads registers,
+    32. fp32 leaves them for 16, and from 128 on none for loading a chunk ahead; nor does a head of 256 leave shared
+    memory for that on a small GPU."""
     if _amd(arch):
         return (dict(BV=min(padded(V), 64 if BK <= 128 else 32), num_warps=4, num_stages=1),)
     if itemsize == 4 or (arch in SMALL and BK > 128):
         return (dict(BV=16, num_warps=8, num_stages=2 if BK <= 64 else 1),)
+    if arch == 90 and fills and BK > 128 and padded(V) >= 64:
+        return (dict(BV=64, num_warps=4, num_stages=1),)
     if not 90 <= arch < 120 or BK > 128:
         most = 32
     else:
@@ -55,5 +63,7 @@ def gradient(arch: int | str, BK: int, V: int, itemsize: int) -> tuple[dict, ...
     and memory most of its time."""
     if _amd(arch) or itemsize == 4:
         return (dict(BS=min(BK, 32), BV=min(padded(V), 32), num_warps=4, num_stages=1),)
-    config = dict(BS=min(BK, 32), BV=min(padded(V), 64 if arch in SMALL else 128), num_warps=4, num_stages=1)
-    return (config | dict(maxnreg=168) if arch == 90 else config,)
+    config = dict(BS=min(BK, 32), num_warps=4, num_stages=1)
+    if arch == 90:
+        return (config | dict(BV=min(padded(V), 128), maxnreg=168),)
+    return (config | dict(BV=min(padded(V), 64)),)

@@ -2,6 +2,8 @@
 
 Q = scale * exp(G) * q    E = exp(G) * b * k    Kt = exp(G_C - G) * k    total = exp(G_C)
 A_qk, times scale too     A = (I + T)^-1
+
+Where nothing is erased there is no E, no T, and nothing to invert.
 """
 
 import triton  # noqa: I001 - or each name of the list below takes a line
@@ -9,9 +11,10 @@ import triton.language as tl
 
 from ...triton.products import cast, dot, exp2
 from .decays import (
-    DEPTH, documents_of, factors_of, off_diagonal, row_and_column, step_mask, step_weights, steps_of, sum_over, sums_of,
+    DEPTH, MASKS, WEIGHTS, documents_of, factors_of, matrix_of, off_diagonal, row_and_column, step_number, steps_of,
+    sum_over, sums_of,
 )  # fmt: skip
-from .rows import C, chunk_of, inverse_norms, load_erase, load_log_decay, load_rows, program
+from .rows import C, chunk_of, erase_of, inverse_norms, load_stored, log_decay_of, program
 
 __all__ = ["prepare_kernel"]
 
@@ -29,14 +32,15 @@ def _inverse(T, PRECISION: tl.constexpr):
 # The signature and the pointers at its start are those of gradient_kernel: Triton passes each one by itself.
 @triton.jit(do_not_specialize=["T", "NT", "N"])
 def prepare_kernel(
-    q, k, g, b, A_log, dt_bias, resets, cu_seqlens, ends, T, NT, N, scale,
+    q, k, g, b, A_log, dt_bias, resets, cu_seqlens, ends, T, NT, N, scale, lower_bound, matrices,
     Q, E, Kt, total, A_qk, A, norm_q, norm_k,
     H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
     PACKED: tl.constexpr, GATE: tl.constexpr, SIGMOID: tl.constexpr, ERASE_SCALE: tl.constexpr,
     LIMIT: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """q, k, g, b [B * T, H, K]; Q, E, Kt [NC, H, C, BK]; total [NC, H, BK] fp32; A_qk, A [NC, H, C, C];
-    norm_q, norm_k [NC, H, C] fp32: 1 / length of q and k, None where they are used as they are.
+    norm_q, norm_k [NC, H, C] fp32: 1 / length of q and k, None where they are used as they are. A_qk and A are None
+    where they are known; b, E and A where nothing is erased.
 
     BK: K padded to a power of two, worked on BS channels at a time."""
     i_c, h = program(H)
@@ -49,9 +53,11 @@ def prepare_kernel(
     q += offset
     k += offset
     g += offset
-    b += offset
+    if b is not None:
+        b += offset
     if GATE:
-        A_log += h
+        if A_log is not None:
+            A_log += h
         if dt_bias is not None:
             dt_bias += h * K
     block = i_c.to(tl.int64) * H + h
@@ -73,38 +79,51 @@ def prepare_kernel(
     for first in tl.range(0, BK, BS, disable_licm=True):
         cols = first + tl.arange(0, BS)
         place = block * C * BK + rows[:, None] * BK + cols[None, :]
-        decay, _ = load_log_decay(g, stride, cols, K, count, A_log, dt_bias, resets, GATE, C)
-        qs = load_rows(q, stride, cols, K, count, C) * scale
-        ks = load_rows(k, stride, cols, K, count, C)
+        g_stored = load_stored(g, stride, cols, K, count, C)
+        q_stored = load_stored(q, stride, cols, K, count, C)
+        k_stored = load_stored(k, stride, cols, K, count, C)
+        if b is not None:
+            b_stored = load_stored(b, stride, cols, K, count, C)
+        decay, _ = log_decay_of(g_stored, cols, K, count, A_log, dt_bias, resets, lower_bound, GATE, C)
+        qs = q_stored.to(tl.float32) * scale
+        ks = k_stored.to(tl.float32)
         if norm_q is not None:
             qs *= unit_q[:, None]
             ks *= unit_k[:, None]
-        es = ks * load_erase(b, stride, cols, K, count, SIGMOID, ERASE_SCALE, C)
-        G, rest, log_whole, weak = sums_of(decay, LIMIT, SPLIT, PRECISION)
+        if b is not None:
+            es = ks * erase_of(b_stored, SIGMOID, ERASE_SCALE)
+        G, rest, log_whole, weak = sums_of(decay, matrices, LIMIT, SPLIT, PRECISION)
         before, after, whole = factors_of(G, rest, log_whole, resets, document, newest)
         tl.store(Q + place, cast(qs * before, dtype))
-        tl.store(E + place, cast(es * before, dtype))
+        if b is not None:
+            tl.store(E + place, cast(es * before, dtype))
         tl.store(Kt + place, cast(ks * after, dtype))
         tl.store(total + block * BK + cols, whole)
-        depth, steps = steps_of(decay, weak, LIMIT)
-        for step in tl.range(steps, disable_licm=True):
-            x = 0.5 * (G - rest)
-            if not weak:
-                i, j = row_and_column()
-                x = sum_over(step_weights(i, j, depth, step), decay, SPLIT, PRECISION)
-            factor = exp2(x)
-            columns = tl.trans(cast(ks * exp2(tl.where(step == 0, -x, x)), dtype))
-            more = dot(cast(qs * factor, dtype), columns, PRECISION)
-            more_triangle = dot(cast(es * factor, dtype), columns, PRECISION)
-            if not weak:
-                inside = step_mask(i, j, depth, step)
-                more = tl.where(inside, more, 0.0)
-                more_triangle = tl.where(inside, more_triangle, 0.0)
-            products += more
-            triangle += more_triangle
-    lower = i >= j
-    if resets is not None:
-        lower = lower & (document[:, None] == document[None, :])
-    square = block * C * C + i * C + j
-    tl.store(A_qk + square, cast(tl.where(lower, products, 0.0), dtype))
-    tl.store(A + square, cast(_inverse(tl.where(lower & (i > j), triangle, 0.0), PRECISION), dtype))
+        if A_qk is not None:
+            depth, steps = steps_of(decay, weak, LIMIT)
+            for step in tl.range(steps, disable_licm=True):
+                number = step_number(depth, step)
+                x = 0.5 * (G - rest)
+                if not weak:
+                    x = sum_over(matrix_of(matrices, WEIGHTS + number), decay, SPLIT, PRECISION)
+                factor = exp2(x)
+                columns = tl.trans(cast(ks * exp2(tl.where(step == 0, -x, x)), dtype))
+                more = dot(cast(qs * factor, dtype), columns, PRECISION)
+                if b is not None:
+                    more_triangle = dot(cast(es * factor, dtype), columns, PRECISION)
+                if not weak:
+                    inside = matrix_of(matrices, MASKS + number) > 0.0
+                    more = tl.where(inside, more, 0.0)
+                    if b is not None:
+                        more_triangle = tl.where(inside, more_triangle, 0.0)
+                products += more
+                if b is not None:
+                    triangle += more_triangle
+    if A_qk is not None:
+        lower = i >= j
+        if resets is not None:
+            lower = lower & (j >= document[:, None])
+        square = block * C * C + i * C + j
+        tl.store(A_qk + square, cast(tl.where(lower, products, 0.0), dtype))
+        if b is not None:
+            tl.store(A + square, cast(_inverse(tl.where(lower & (i > j), triangle, 0.0), PRECISION), dtype))

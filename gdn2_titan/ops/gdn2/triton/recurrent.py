@@ -16,7 +16,7 @@ from ...triton.products import LOG2E, cast, exp2, sigmoid
 from ..arguments import GDN2Inputs, GDN2Options
 from ..gates import NORM_EPS
 from .configurations import padded
-from .rows import load_gate, softplus
+from .rows import bounded_argument, load_bounded_gate, load_gate, softplus
 
 __all__ = ["recurrent_forward"]
 
@@ -29,14 +29,14 @@ def l2_normalized(x, EPS: tl.constexpr):
 @triton.jit(do_not_specialize=["T", "block_stride"])
 def recurrent_kernel(
     q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets, state_indices, o, final_state, T, scale,
-    block_stride,
+    lower_bound, block_stride,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     L2NORM: tl.constexpr, GATE: tl.constexpr, SIGMOID: tl.constexpr, ERASE_SCALE: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     """One sequence, one value head, BV columns of its state; the slices of a head are neighbours in the grid.
 
-    q, k, g, b [B, T, H, K]; v, w, o [B, T, HV, V]; states [N, HV, K, V], or with state_indices [N] a pool of blocks
-    [HV, K, V] that lie block_stride apart; all contiguous, T any number when packed.
+    q, k, g, b [B, T, H, K], b None where nothing is erased; v, w, o [B, T, HV, V]; states [N, HV, K, V], or with
+    state_indices [N] a pool of blocks [HV, K, V] that lie block_stride apart; all contiguous, T any number when packed.
     """
     SLICES: tl.constexpr = (V + BV - 1) // BV
     program = tl.program_id(0)
@@ -67,9 +67,16 @@ def recurrent_kernel(
         S = tl.load(initial_state + state + cell, mask=in_cell, other=0).to(tl.float32)
 
     if GATE:
-        rate, stretch, shift, rest = load_gate(A_log + h)
+        if A_log is not None:
+            A_log += h
+        bias = 0.0
         if dt_bias is not None:
-            rest += stretch * tl.load(dt_bias + h * K + kk, mask=in_k, other=0).to(tl.float32)
+            bias = tl.load(dt_bias + h * K + kk, mask=in_k, other=0).to(tl.float32)
+        if lower_bound is None:
+            rate, stretch, shift, rest = load_gate(A_log)
+            rest += stretch * bias
+        else:
+            rate, stretch = load_bounded_gate(A_log)
 
     for t in range(length):
         token = first + t
@@ -78,24 +85,31 @@ def recurrent_kernel(
         q_t = tl.load(q + at_key + kk, mask=in_k, other=0).to(tl.float32)
         k_t = tl.load(k + at_key + kk, mask=in_k, other=0).to(tl.float32)
         g_t = tl.load(g + at_key + kk, mask=in_k, other=0).to(tl.float32)
-        b_t = tl.load(b + at_key + kk, mask=in_k, other=0).to(tl.float32)
+        if b is not None:
+            b_t = tl.load(b + at_key + kk, mask=in_k, other=0).to(tl.float32)
         v_t = tl.load(v + at_value + vv, mask=in_v, other=0).to(tl.float32)
         w_t = tl.load(w + at_value + vv, mask=in_v, other=0).to(tl.float32)
         if L2NORM:
             q_t, k_t = l2_normalized(q_t, EPS), l2_normalized(k_t, EPS)
         if GATE:
-            g_t = -rate * softplus(g_t * stretch + shift + rest)
+            if lower_bound is None:
+                g_t = -rate * softplus(g_t * stretch + shift + rest)
+            else:
+                g_t = lower_bound * sigmoid(bounded_argument(g_t + bias, rate, stretch))
         if SIGMOID:
-            b_t, w_t = ERASE_SCALE * sigmoid(b_t), sigmoid(w_t)
+            w_t = sigmoid(w_t)
+            if b is not None:
+                b_t = ERASE_SCALE * sigmoid(b_t)
         decay = exp2(g_t * LOG2E)
         if resets is not None:
             decay = tl.where(tl.load(resets + token) != 0, 0.0, decay)
 
         S = decay[:, None] * S
+        write = w_t * v_t
         # Both sums are over the decayed state, so that neither waits for the other.
-        read = tl.sum((b_t * k_t)[:, None] * S, 0)
+        if b is not None:
+            write -= tl.sum((b_t * k_t)[:, None] * S, 0)
         kept = tl.sum(q_t[:, None] * S, 0)
-        write = w_t * v_t - read
         S += k_t[:, None] * write[None, :]
         o_t = scale * (kept + tl.sum(q_t * k_t, 0) * write)
         tl.store(o + at_value + vv, cast(o_t, o.dtype.element_ty), mask=in_v)
@@ -131,7 +145,8 @@ def recurrent_forward(
         tensors["initial_state"] = inputs.initial_state.contiguous()
     launching.launch(
         recurrent_kernel, lambda meta: (N * HV * triton.cdiv(V, meta["BV"]),), (configuration(BK, V),),
-        tensors | dict(o=o, final_state=final_state, T=T, scale=options.scale, block_stride=final_state.stride(0)),
+        tensors | dict(o=o, final_state=final_state, T=T, scale=options.scale, lower_bound=options.lower_bound,
+                       block_stride=final_state.stride(0)),
         dict(H=H, HV=HV, K=K, V=V, BK=BK, L2NORM=options.l2norm, GATE=options.gate, SIGMOID=options.sigmoid,
              ERASE_SCALE=options.erase_scale, EPS=NORM_EPS),
     )  # fmt: skip

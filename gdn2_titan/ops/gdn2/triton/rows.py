@@ -8,11 +8,11 @@ import triton.language as tl
 
 from ...triton.products import LOG2E, cast, exp2, reciprocal, sigmoid
 from ..flops import CHUNK
-from ..gates import NORM_EPS, STRONG
+from ..gates import NORM_EPS, SATURATED, STRONG
 
 __all__ = [
-    "C", "chunk_of", "inverse_norms", "load_erase", "load_gate", "load_log_decay", "load_reset", "load_rows", "program",
-    "softplus", "store_rows",
+    "C", "among", "bounded_argument", "chunk_of", "inverse_norms", "erase_of", "load_bounded_gate",
+    "load_gate", "load_reset", "load_rows", "load_stored", "log_decay_of", "program", "softplus", "store_rows",
 ]  # fmt: skip
 
 C = tl.constexpr(CHUNK)
@@ -22,6 +22,8 @@ EPS = tl.constexpr(NORM_EPS)
 LEAST_DECAY = tl.constexpr(-160.0)
 MOST = tl.constexpr(STRONG)
 LEAST = tl.constexpr(math.log(torch.finfo(torch.float32).tiny))
+FLAT = tl.constexpr(SATURATED)
+LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 
 
 @triton.jit
@@ -60,23 +62,38 @@ def chunk_of(i_c, ends, cu_seqlens, T, NT, N, PACKED: tl.constexpr):
 
 
 @triton.jit
-def load_rows(x, stride, cols, D, count, ROWS: tl.constexpr):
-    """ROWS rows in fp32, zeros from row count on: [ROWS, BLOCK]. x: at the first row and head; cols [BLOCK] of D."""
-    rows = tl.arange(0, ROWS)
-    inside = (rows < count)[:, None] & (cols < D)[None, :]
-    return tl.load(x + rows[:, None] * stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+def among(cols, D: tl.constexpr):
+    """Whether cols are less than D, the size of a head: known to the compiler if it is a power of two, never padded."""
+    if D >= 16 and (D & (D - 1)) == 0:
+        return tl.full(cols.shape, 1, tl.int1)
+    else:
+        return cols < D
 
 
 @triton.jit
-def store_rows(x, value, stride, cols, D, count, ROWS: tl.constexpr):
+def load_stored(x, stride, cols, D: tl.constexpr, count, ROWS: tl.constexpr):
+    """``load_rows`` in x's dtype: half the registers until they are wanted."""
+    rows = tl.arange(0, ROWS)
+    inside = (rows < count)[:, None] & among(cols, D)[None, :]
+    return tl.load(x + rows[:, None] * stride + cols[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def load_rows(x, stride, cols, D: tl.constexpr, count, ROWS: tl.constexpr):
+    """ROWS rows in fp32, zeros from row count on: [ROWS, BLOCK]. x: at the first row and head; cols [BLOCK] of D."""
+    return load_stored(x, stride, cols, D, count, ROWS).to(tl.float32)
+
+
+@triton.jit
+def store_rows(x, value, stride, cols, D: tl.constexpr, count, ROWS: tl.constexpr):
     """The inverse of ``load_rows``."""
     rows = tl.arange(0, ROWS)
-    inside = (rows < count)[:, None] & (cols < D)[None, :]
+    inside = (rows < count)[:, None] & among(cols, D)[None, :]
     tl.store(x + rows[:, None] * stride + cols[None, :], cast(value, x.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def inverse_norms(x, stride, D, BD: tl.constexpr, BS: tl.constexpr, count, ROWS: tl.constexpr):
+def inverse_norms(x, stride, D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, count, ROWS: tl.constexpr):
     """1 / sqrt(sum of squares + eps) of each of ROWS rows [ROWS], BS columns at a time."""
     squares = tl.zeros([ROWS], tl.float32)
     for first in range(0, BD, BS):
@@ -86,9 +103,9 @@ def inverse_norms(x, stride, D, BD: tl.constexpr, BS: tl.constexpr, count, ROWS:
 
 
 @triton.jit
-def load_erase(b, stride, cols, K, count, SIGMOID: tl.constexpr, ERASE_SCALE: tl.constexpr, ROWS: tl.constexpr):
-    """Erase gates of ROWS rows [ROWS, BLOCK]. b: at the first row and head."""
-    erase = load_rows(b, stride, cols, K, count, ROWS)
+def erase_of(b, SIGMOID: tl.constexpr, ERASE_SCALE: tl.constexpr):
+    """Erase gates of b as stored."""
+    erase = b.to(tl.float32)
     if SIGMOID:
         erase = ERASE_SCALE * sigmoid(erase)
     return erase
@@ -123,19 +140,53 @@ def load_gate(A_log):
 
 
 @triton.jit
-def load_log_decay(g, stride, cols, K, count, A_log, dt_bias, resets, GATE: tl.constexpr, ROWS: tl.constexpr):
-    """Log-decays, to the base 2, of ROWS rows [ROWS, BLOCK], no less than LEAST_DECAY and 0 at resets, whose tokens see
-    none before them; and the argument of softplus, which the gate's gradient needs.
+def load_bounded_gate(A_log):
+    """rate and stretch, whose product is exp(A_log), 1 for None: one of them is 1 unless that is too large or too small
+    a number, see ``gates._bounded_gate``. A_log: at the head."""
+    rate = 1.0
+    stretch = 1.0
+    if A_log is not None:
+        A = tl.load(A_log).to(tl.float32)
+        held = tl.where(A > MOST, MOST, tl.where(A < LEAST, LEAST, A))  # a NaN stays one
+        rate = tl.exp(held)
+        stretch = tl.exp(tl.minimum(tl.maximum(A - held, LEAST), -LEAST))
+    return rate, stretch
 
-    g, resets: at the first row; A_log, dt_bias: at the head."""
-    x = load_rows(g, stride, cols, K, count, ROWS)
+
+@triton.jit
+def _within(x, most: tl.constexpr):
+    """x between -most and most; a NaN stays one."""
+    return tl.where(x > most, most, tl.where(x < -most, -most, x))
+
+
+@triton.jit
+def bounded_argument(x, rate, stretch):
+    """The argument of the sigmoid of a bounded gate, x = g + dt_bias, as far as the sigmoid can tell."""
+    return _within(_within(_within(x, LARGEST) * rate, FLAT) * stretch, FLAT)
+
+
+@triton.jit
+def log_decay_of(
+    g, cols, K: tl.constexpr, count, A_log, dt_bias, resets, lower_bound, GATE: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """Log-decays, to the base 2, of ROWS rows of g as stored [ROWS, BLOCK], no less than LEAST_DECAY and 0 at resets,
+    whose tokens see none before them; and the argument of softplus or sigmoid, which the gate's gradient needs.
+
+    resets: at the first row; A_log, dt_bias: at the head."""
+    x = g.to(tl.float32)
     if GATE:
-        rate, stretch, shift, rest = load_gate(A_log)
+        bias = 0.0
         if dt_bias is not None:
-            rest += tl.load(dt_bias + cols, mask=cols < K, other=0.0).to(tl.float32)[None, :] * stretch
-        x = x * stretch + shift + rest
-        decay = -(rate * LOG2E) * softplus(x)
-        decay = tl.where((tl.arange(0, ROWS) < count)[:, None] & (cols < K)[None, :], decay, 0.0)
+            bias = tl.load(dt_bias + cols, mask=among(cols, K), other=0.0).to(tl.float32)[None, :]
+        if lower_bound is None:
+            rate, stretch, shift, rest = load_gate(A_log)
+            x = x * stretch + shift + (rest + bias * stretch)
+            decay = -(rate * LOG2E) * softplus(x)
+        else:
+            rate, stretch = load_bounded_gate(A_log)
+            x = bounded_argument(x + bias, rate, stretch)
+            decay = lower_bound * (LOG2E * sigmoid(x))
+        decay = tl.where((tl.arange(0, ROWS) < count)[:, None] & among(cols, K)[None, :], decay, 0.0)
     else:
         decay = x * LOG2E
     decay = tl.where(decay < LEAST_DECAY, LEAST_DECAY, decay)  # a NaN stays one

