@@ -43,6 +43,7 @@ from gdn2_titan.study.results import (
     csv_text,
     difference_table,
     rule_rows,
+    write_report,
 )
 from gdn2_titan.study.training import LARGEST, LOG, RESULT, batches, forget_half_compiled, member, train_all
 from gdn2_titan.titan.tasks import TASKS, score_rules
@@ -368,6 +369,26 @@ def test_a_study_leaves_a_row_for_every_model_and_condition_and_tables_and_plots
         assert (finished / name).read_bytes().startswith(b"\x89PNG")
     tables = (finished / "results.md").read_text()
     assert "## parity" in tables and "| last mention | 0.0% (0% to 0%) | 0.0% (0% to 0%) |" in tables
+
+
+def test_the_report_of_the_long_study_has_a_line_for_every_mixer_of_every_task(tmp_path):
+    whole = plan("long", 2)
+    cells = whole.final({(what.task, mixer): 1e-3 for what in whole.experiments for mixer in what.mixers})
+    rows = [
+        Row(what.task, cell.mixer, 1e-3, cell.seed, pairs, length, 0.5, 0.5, 1.0, 114_916, 6_400)
+        for cell in cells for what in [cell.experiment]
+        for pairs in what.task_fields.get("validation_pairs", [None])
+        for length in what.task_fields["validation_lengths"]
+    ]  # fmt: skip
+    tables = write_report(tmp_path, cells, rows, rows, hours=2.5)
+    sections = {section.split("\n")[0]: section for section in tables.split("\n## ")[1:]}
+    assert sections.keys() == {what.task for what in whole.experiments}
+    for what in whole.experiments:
+        assert all(f"\n| {mixer} |" in sections[what.task] for mixer in what.mixers)
+    assert tables.endswith("All trainings took 2.50 hours of CPU time of one core, compilation included.\n")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "results.csv", "sweep.csv", "results.md", "pairs.png", "lengths.png"
+    }  # fmt: skip
 
 
 def _results(out):

@@ -27,7 +27,8 @@ __all__ = ["Row", "accuracy_table", "best_rates", "capacity", "capacity_table", 
            "difference_table", "read_rows", "rule_rows", "write_report"]  # fmt: skip
 
 CSV, SWEEP, TABLES, PAIRS_PLOT, LENGTH_PLOT = "results.csv", "sweep.csv", "results.md", "pairs.png", "lengths.png"
-STYLES = ("-", "--", "-.", ":")
+# Ten colours and three strokes: no two of thirty lines look alike.
+COLOURS, STYLES = matplotlib.colormaps["tab10"].colors, ("-", "--", ":")
 ENOUGH = 0.9
 
 
@@ -204,15 +205,14 @@ def _plot_accuracy(path: Path, panels: dict[str, list[Row]], axis: str, label: s
     figure = Figure((5.2 * len(panels), 4.2))
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     mixers = _mixers([row for rows in panels.values() for row in rows])
-    colours = matplotlib.colormaps["tab10"].colors
     for ax, (title, rows) in zip(axes, panels.items(), strict=True):
         for mixer, found in _spreads(rows, attrgetter(axis)).items():
             i, at = mixers.index(mixer), sorted(found)
             mean, low, high = np.transpose([found[x] for x in at])
             beside = [x * 2 ** (0.012 * (i - len(mixers) / 2)) for x in at]  # or the ranges would hide each other
             ax.errorbar(
-                beside, mean, (mean - low, high - mean), fmt=STYLES[i % len(STYLES)], color=colours[i], label=mixer,
-                marker="o", markersize=3.5, linewidth=1.2, elinewidth=0.8, capsize=2,
+                beside, mean, (mean - low, high - mean), fmt=STYLES[i % len(STYLES)], color=COLOURS[i % len(COLOURS)],
+                label=mixer, marker="o", markersize=3.5, linewidth=1.2, elinewidth=0.8, capsize=2,
             )  # fmt: skip
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter(ScalarFormatter())
