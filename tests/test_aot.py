@@ -14,6 +14,7 @@ import pytest
 from tests.gdn2_cases import slowly
 
 AOT = Path(__file__).parents[1] / "benchmarks" / "aot.py"
+KERNELS = AOT.parents[1] / "docs" / "kernels.md"
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 CHUNK_KERNELS = {"prepare_kernel", "scan_kernel", "reverse_kernel", "gradient_kernel"}
 SCANS = {"scan_kernel", "reverse_kernel", "segment_kernel"}
@@ -47,6 +48,32 @@ def assert_hopper_uses_wgmma_and_little_code(reports):
             assert report["code"] <= 1024 * MOST_CODE, report
 
 
+def documented():
+    """{(GPU, kernel, inputs, configuration): KB of code, sorted} of the table in docs/kernels.md, to which its times by
+    a model belong."""
+    found = {}
+    for line in KERNELS.read_text().split("<!-- kernels -->")[1].split("<!-- end of kernels -->")[0].splitlines():
+        cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
+        if len(cells) > 6 and cells[6].isdigit():
+            found.setdefault(tuple(cells[:4]), []).append(int(cells[6]))
+    return {key: sorted(code) for key, code in found.items()}
+
+
+def assert_the_code_is_that_of_the_docs(reports):
+    """To a tenth: with more, or in another configuration, the kernels are slower than the page says, or unknown."""
+    found = {}
+    for report in reports:
+        if report["op"] in ("chunk", "segment", "recurrent", "decode") and report["options"] == "plain":
+            config = ", ".join(f"{name} {value}" for name, value in report["config"].items())
+            inputs = f"{report['op']}, {report['kind']}, {report['size']}"
+            found.setdefault((report["target"], report["kernel"], inputs, config), []).append(report["code"] / 1024)
+    table = documented()
+    known = {key: sorted(code) for key, code in found.items() if key[2].endswith(", bf16 raw, 128")}
+    assert known and known.keys() == {key for key in table if key[0] in {target for target, *_ in known}}
+    for key, code in known.items():
+        assert code == pytest.approx(table[key], rel=0.1, abs=1), f"{key}: aot.py --write, and the model's times again"
+
+
 @pytest.mark.parametrize(
     "op, kernels", [("segment", {"prepare_kernel", "segment_kernel"}), *slowly(("chunk", CHUNK_KERNELS))]
 )
@@ -77,6 +104,7 @@ def test_no_kernel_outgrows_the_target_or_multiplies_without_tensor_cores(target
         reports += compiled("--target", target, "--kind", "bf16", "--op", "conv", "conv_decode")
     assert_faultless(reports)
     assert_hopper_uses_wgmma_and_little_code(reports)
+    assert_the_code_is_that_of_the_docs(reports)
     assert {report["size"] for report in reports if report["op"] == "chunk"} == {64, 128, 256}
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,9 +90,16 @@ def test_auto_cuts_long_sequences_of_few_heads_and_nothing_on_a_cpu(monkeypatch)
     assert number_of_segments(B=1, T=4096, **sizes | dict(H=2, HV=2), processors=132) == 4
     assert number_of_segments(B=1, T=1024, **sizes | dict(H=2, HV=2), processors=132) == 1
     assert number_of_segments(B=8, T=131072, **sizes, processors=132) == 1
-    monkeypatch.setattr("gdn2_titan.ops.gdn2.api.split_gdn2", None)  # not called
     inputs = make(B=1, T=20000, H=1, K=2, V=2, dtype=torch.float32)
-    chunk_gdn2(**inputs, num_segments="auto")
+    monkeypatch.setattr("gdn2_titan.ops.gdn2.api.split_gdn2", None)  # not called
+    chunk_gdn2(**inputs)
+    asked = []
+    monkeypatch.setattr("gdn2_titan.ops.gdn2.api.split_gdn2", lambda op, count, *args: (asked.append(count), None))
+    monkeypatch.setattr("gdn2_titan.ops.gdn2.segmented.triton_can_serve", lambda *args: True)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    chunk_gdn2(**inputs)
+    chunk_gdn2(**inputs, num_segments=1)
+    assert asked == [16]
 
 
 @pytest.mark.parametrize("count", [0, -1, 2.0, True, "many"])

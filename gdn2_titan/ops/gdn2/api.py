@@ -38,7 +38,8 @@ def chunk_gdn2(
     initial_state: Tensor | None = None, output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False,
     use_gate_in_kernel: bool = False, A_log: Tensor | None = None, dt_bias: Tensor | None = None,
     use_sigmoid_in_kernel: bool = False, erase_scale: float = 1.0, cu_seqlens: Tensor | None = None,
-    resets: Tensor | None = None, backend: str = "auto", num_segments: int | str = 1, lower_bound: float | None = None,
+    resets: Tensor | None = None, backend: str = "auto", num_segments: int | str = "auto",
+    lower_bound: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Gated DeltaNet-2 over whole sequences, chunk by chunk: for training and prefill.
 
@@ -71,10 +72,10 @@ def chunk_gdn2(
             once: no Triton, older than sm_80, float64, heads above 256), "triton", "torch", "reference" (token by
             token, autograd), or "batch_invariant" (token by token on the CPU: bit for bit the same for a sequence
             whatever else is in the batch, and however it is cut in calls; the backward is chunked).
-        num_segments: cut the sequence in so many segments that run side by side, for long sequences of few heads on a
-            GPU that they do not fill; "auto" does so where it should pay, never on a CPU. For any T: what is left over
-            when T is cut evenly follows the segments. Costs K more value columns, and more is saved for backward (see
-            below). Has no effect with cu_seqlens.
+        num_segments: "auto" cuts a long sequence of few heads in segments that run side by side, on a GPU that the
+            heads do not fill, and never on a CPU; a number says into how many. For any T: what is left over when T is
+            cut evenly follows the segments. Costs K more value columns, and more is saved for backward (see below).
+            Has no effect with cu_seqlens.
         lower_bound: a number less than 0, with use_gate_in_kernel: the decay is then bounded, lower_bound *
             sigmoid(exp(A_log[h]) * (g + dt_bias[h, :])).
 
