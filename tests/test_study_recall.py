@@ -104,10 +104,10 @@ def test_every_mixer_has_the_same_rates_and_seeds_and_no_two_cells_share_a_folde
     swept, rates = whole.sweep(), {}
     for what in whole.experiments:
         for mixer in what.mixers:
-            of = [cell for cell in swept if cell.mixer == mixer and cell.experiment.task in what.chosen_on]
+            of = [cell for cell in swept if cell.mixer == mixer and cell.experiment.name in what.chosen_on]
             assert {cell.learning_rate for cell in of} == set(LEARNING_RATES) and len(LEARNING_RATES) >= 3
             assert len(of) == len(LEARNING_RATES) * whole.sweep_seeds * len(what.chosen_on)
-            rates[what.task, mixer] = LEARNING_RATES[0]
+            rates[what.name, mixer] = LEARNING_RATES[0]
     final = whole.final(rates)
     assert {cell.seed for cell in final}.isdisjoint(cell.seed for cell in swept)  # or the best would be lucky
     names = [cell.name for cell in swept + final]
@@ -116,15 +116,15 @@ def test_every_mixer_has_the_same_rates_and_seeds_and_no_two_cells_share_a_folde
 
 
 def all_batches(whole):
-    rates = {(what.task, mixer): 1e-3 for what in whole.experiments for mixer in what.mixers}
+    rates = {(what.name, mixer): 1e-3 for what in whole.experiments for mixer in what.mixers}
     swept = batches(whole.sweep(), attrgetter("chosen_on"))
-    return swept + batches(whole.final(rates), attrgetter("task"))
+    return swept + batches(whole.final(rates), attrgetter("name"))
 
 
 def test_batches_have_every_cell_once_and_models_of_one_shape():
     found = all_batches(plan("long"))
     names = [cell.name for batch in found for cell in batch]
-    assert len(names) == len(set(names)) == 11 * (3 * 3 + 7 * 5) + 2 * 2 * (3 + 5)
+    assert len(names) == len(set(names)) == 11 * (3 * 3 + 5 * 5) + 2 * 2 * (3 + 5)
     for batch in found:
         assert len(batch) <= LARGEST
         assert len({(cell.mixer, cell.experiment.seq_len, cell.experiment.batch) for cell in batch}) == 1
@@ -371,20 +371,20 @@ def test_a_study_leaves_a_row_for_every_model_and_condition_and_tables_and_plots
     assert "## parity" in tables and "| last mention | 0.0% (0% to 0%) | 0.0% (0% to 0%) |" in tables
 
 
-def test_the_report_of_the_long_study_has_a_line_for_every_mixer_of_every_task(tmp_path):
+def test_the_report_of_the_long_study_has_a_line_for_every_mixer_of_every_experiment(tmp_path):
     whole = plan("long", 2)
-    cells = whole.final({(what.task, mixer): 1e-3 for what in whole.experiments for mixer in what.mixers})
+    cells = whole.final({(what.name, mixer): 1e-3 for what in whole.experiments for mixer in what.mixers})
     rows = [
-        Row(what.task, cell.mixer, 1e-3, cell.seed, pairs, length, 0.5, 0.5, 1.0, 114_916, 6_400)
+        Row(what.name, cell.mixer, 1e-3, cell.seed, pairs, length, 0.5, 0.5, 1.0, 114_916, 6_400)
         for cell in cells for what in [cell.experiment]
         for pairs in what.task_fields.get("validation_pairs", [None])
         for length in what.task_fields["validation_lengths"]
     ]  # fmt: skip
     tables = write_report(tmp_path, cells, rows, rows, hours=2.5)
     sections = {section.split("\n")[0]: section for section in tables.split("\n## ")[1:]}
-    assert sections.keys() == {what.task for what in whole.experiments}
+    assert sections.keys() == {what.name for what in whole.experiments}
     for what in whole.experiments:
-        assert all(f"\n| {mixer} |" in sections[what.task] for mixer in what.mixers)
+        assert all(f"\n| {mixer} |" in sections[what.name] for mixer in what.mixers)
     assert tables.endswith("All trainings took 2.50 hours of CPU time of one core, compilation included.\n")
     assert {path.name for path in tmp_path.iterdir()} == {
         "results.csv", "sweep.csv", "results.md", "pairs.png", "lengths.png"

@@ -19,7 +19,7 @@ from gdn2_titan.convert.atomic import write_text
 from gdn2_titan.models.flops import state_bytes
 from gdn2_titan.titan.tasks import TASKS, score_rules
 
-from .cells import RECALL_TASKS, TRACKING_TASKS, Cell, Experiment, model_args
+from .cells import TRACKING_TASKS, Cell, Experiment, model_args
 from .intervals import paired_difference
 from .training import RESULT
 
@@ -57,7 +57,7 @@ def read_rows(cells: list[Cell], runs: Path) -> list[Row]:
         args = model_args(cell.model_fields)
         rows += [
             Row(
-                cell.experiment.task, cell.mixer, cell.learning_rate, cell.seed, result.get("pairs"), result["length"],
+                cell.experiment.name, cell.mixer, cell.learning_rate, cell.seed, result.get("pairs"), result["length"],
                 result["accuracy"], result["exact"], result["loss"], found["parameters"],
                 state_bytes(args, result["length"]),
             )
@@ -75,21 +75,22 @@ def cpu_hours(cells: list[Cell], runs: Path) -> float:
 def rule_rows(rows: list[Row], cells: list[Cell]) -> list[Row]:
     """What the rules "first mention" and "last mention" score under each condition and seed of these rows, where the
     task has mentions. cells: those that the rows are of."""
-    of_task = {cell.experiment.task: cell.experiment for cell in cells}
+    trained = {cell.experiment.name: cell.experiment for cell in cells}
     asked = dict.fromkeys((row.task, row.seed, row.pairs, row.length) for row in rows if row.pairs is not None)
     found = []
-    for task, seed, pairs, length in asked:
-        own = {name: x for name, x in of_task[task].task_fields.items() if not name.startswith("validation_")}
-        scores = score_rules(TASKS[task](**own | {"pairs": [pairs]}), length, seed, of_task[task].validated)
+    for name, seed, pairs, length in asked:
+        what = trained[name]
+        own = {field: x for field, x in what.task_fields.items() if not field.startswith("validation_")}
+        scores = score_rules(TASKS[what.task](**own | {"pairs": [pairs]}), length, seed, what.validated)
         for rule, score in scores.items():
-            found.append(Row(task, rule, None, seed, pairs, length, *score.values(), None, None, None))
+            found.append(Row(name, rule, None, seed, pairs, length, *score.values(), None, None, None))
     return found
 
 
 def best_rates(rows: list[Row], experiments: Sequence[Experiment]) -> dict[tuple[str, str], float]:
-    """{(task, mixer): its learning rate}: the one of the best mean accuracy at the length trained at, over the tasks
+    """{(experiment, mixer): its learning rate}: the one of the best mean accuracy at the length trained at, over those
     that the experiment's rates are chosen on, each the mean over seeds and sizes; of equal ones the smallest."""
-    lengths, found = {what.task: what.seq_len for what in experiments}, {}
+    lengths, found = {what.name: what.seq_len for what in experiments}, {}
     for what in experiments:
         for mixer in what.mixers:
             by_rate: dict[float, dict[str, list[float]]] = {}
@@ -97,7 +98,7 @@ def best_rates(rows: list[Row], experiments: Sequence[Experiment]) -> dict[tuple
                 if row.mixer == mixer and row.task in what.chosen_on and row.length == lengths[row.task]:
                     by_rate.setdefault(row.learning_rate, {}).setdefault(row.task, []).append(row.accuracy)
             means = {rate: fmean(map(fmean, of_task.values())) for rate, of_task in by_rate.items()}
-            found[what.task, mixer] = max(sorted(means), key=means.get)
+            found[what.name, mixer] = max(sorted(means), key=means.get)
     return found
 
 
@@ -234,9 +235,9 @@ def write_report(out: Path, cells: list[Cell], swept: list[Row], rows: list[Row]
     rules = rule_rows(rows, cells)
     write_text(out / SWEEP, csv_text(swept))
     write_text(out / CSV, csv_text(rows + rules))
-    trained = {cell.experiment.task: cell.experiment for cell in cells}
+    trained = {cell.experiment.name: cell.experiment for cell in cells}
     parts, by_pairs, by_length = [f"Learning rates, the best of the sweep:\n\n{rate_table(rows)}"], {}, {}
-    for task in (task for task in RECALL_TASKS if task in trained):
+    for task in (name for name, what in trained.items() if what.task not in TRACKING_TASKS):
         mine, length = [row for row in rows if row.task == task], trained[task].seq_len
         asked = max(row.pairs for row in mine if row.length == max(r.length for r in mine))
         at_length = [row for row in mine if row.length == length]
@@ -255,7 +256,7 @@ def write_report(out: Path, cells: list[Cell], swept: list[Row], rows: list[Row]
         ]
         by_pairs[f"{task}, {length} tokens"] = at_length
         by_length[f"{task}, {asked} pairs"] = at_pairs
-    for task in (task for task in TRACKING_TASKS if task in trained):
+    for task in (name for name, what in trained.items() if what.task in TRACKING_TASKS):
         parts.append(
             f"## {task}\n\nAccuracy of every answer, after training on sequences of {trained[task].seq_len} tokens:\n\n"
             + accuracy_table([row for row in rows if row.task == task], "length")
