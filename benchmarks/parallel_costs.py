@@ -13,6 +13,7 @@ import math
 import torch
 
 from gdn2_titan.models import GDN2Model, GDN2ModelArgs
+from gdn2_titan.ops.gdn2.flops import CHUNK
 
 __all__ = ["CHECKPOINTING", "Costs", "Layout"]
 
@@ -155,9 +156,9 @@ class Costs:
 
     # Memory.
 
-    def saved(self, unit, layout, fused_norm=True):
-        """Bytes that a block keeps from forward for backward, for one microbatch in bf16. fused_norm: the RMS norm of a
-        GPU keeps its input, PyTorch's on a CPU two fp32 copies."""
+    def saved(self, unit, layout, on_gpu=True):
+        """Bytes that a block keeps from forward for backward, for one microbatch in bf16. on_gpu: the RMS norm there
+        keeps its input, PyTorch's on a CPU two fp32 copies; and Triton's kernels keep A and A_qk of each chunk."""
         tp, args = layout.tp, self.args
         tokens = layout.sequences * self.T
         between = 2 * tokens * self.D // tp  # hidden states between blocks and halves of blocks
@@ -172,11 +173,12 @@ class Costs:
         queries, values, hidden = (products[x] for x in ("mixer.q_proj", "mixer.v_proj", "mlp.gate_proj"))
         mixed = values if gdn2 else queries  # channels that come out of the mixer's op
         sums = 0 if gdn2 else 4 * tokens * args.attn_heads // tp  # logarithms of attention's sums, in fp32
+        squares = 2 * 2 * CHUNK * tokens * args.num_heads // tp * (gdn2 and on_gpu)
         if layout.checkpointing == "selective":
             total = between + 2 * tokens * (sum(products[x] for x in KEPT["gdn2" if gdn2 else "attention"]) + mixed)
             total += 2 * between * (tp > 1)  # what was scattered along the sequence
             # The final state [sequences, HV, K, V] is fp32.
-            return total + sums + 4 * layout.sequences * args.head_dim * values * gdn2
+            return total + sums + squares + 4 * layout.sequences * args.head_dim * values * gdn2
         del products["mixer.o_proj"], products["mlp.down_proj"]  # these go into the residual sum
         channels = sum(products.values()) + mixed + 2 * hidden  # silu(gate), silu(gate) * up
         if gdn2:
@@ -184,8 +186,8 @@ class Costs:
         # Two norms over D, on parts of the sequence, whose results tensor parallelism gathers; o_norm over V.
         value_dim = int(args.head_dim * args.expand_v)
         norms = [(tokens * self.D // tp, tokens // tp)] * 2 + [(tokens * values, tokens * values // value_dim)] * gdn2
-        total = 2 * tokens * channels + sum((2 if fused_norm else 8) * n + 4 * rows for n, rows in norms)
-        return total + 2 * tokens * (2 * self.D + values * gdn2) + sums
+        total = 2 * tokens * channels + sum((2 if on_gpu else 8) * n + 4 * rows for n, rows in norms)
+        return total + 2 * tokens * (2 * self.D + values * gdn2) + sums + squares
 
     def memory(self, layout, stage):
         """{what: bytes} of rank 0 of a stage, under FSDP. "gathered" and "logits" are estimates."""

@@ -181,7 +181,7 @@ def _blocks(layout):
                 x = leaf + 0
                 y = model.layers[unit](x, None, angles, None)
                 del x
-            formula = costs.saved(unit, dataclasses.replace(layout, checkpointing=checkpointing), fused_norm=False)
+            formula = costs.saved(unit, dataclasses.replace(layout, checkpointing=checkpointing), on_gpu=False)
             kept = made.alive([_local(t) for t in (y, angles, *model.parameters())])
             rows.append((f"saved by {SMALL.mixer(int(unit))}, checkpointing {checkpointing}", formula, kept))
     return rows

@@ -25,6 +25,7 @@ BELOW = {
     "parallel": {"models", "ops"},
     "convert": {"models", "ops"},
     "titan": {"parallel", "convert", "models", "ops", "needle_text"},
+    "serve": {"convert", "models", "ops"},
 }
 # The same within ops; its own files, and those of ops/triton, are shared by all.
 BELOW_OPS = {

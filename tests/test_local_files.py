@@ -124,6 +124,12 @@ def test_a_folder_stands_for_the_files_in_its_subfolders_but_not_for_hidden_ones
     (folder / "top.txt").write_text("0")
     refused(lambda: load(folder), "has .txt files and subfolders with .txt files", "*.txt")
     assert load(folder / "*.txt") == ["0"]
+    (folder / "top.txt").rename(folder / "top.md")
+    assert load(folder) == ["1", "2"]  # notes beside documents
+    with gzip.open(folder / "top.txt.gz", "wb") as stream:
+        stream.write(b"0")
+    refused(lambda: load(folder), "has .txt.gz files and subfolders with .txt files", "*.txt.gz", "**'")
+    assert load(folder / "**") == ["1", "2", "0"]
 
 
 def test_of_a_folder_packed_copies_are_left_out_and_notes_beside_documents_too(folder):

@@ -65,7 +65,7 @@ def _tokenizer(info: CheckpointInfo) -> Path | None:
 
 def open_checkpoint(
     path: str | os.PathLike[str], config: str | os.PathLike[str] | None = None, flavor: str | None = None,
-    tokenizer: str | os.PathLike[str] | None = None,
+    tokenizer: str | os.PathLike[str] | None = None, with_tokenizer: bool = True,
 ) -> Checkpoint:  # fmt: skip
     """A Checkpoint of a TorchTitan checkpoint (a step, or a run's folder or its folder of steps: the latest) or of a
     Hugging Face folder of this model.
@@ -73,6 +73,7 @@ def open_checkpoint(
     Args:
         config: TOML file, and flavor: name, of the model for checkpoints that do not say it.
         tokenizer: folder to take instead of the one that the model was trained with.
+        with_tokenizer: whether it is asked for; if not, it is None.
 
     Raises:
         ConvertError: there is no such checkpoint, it is damaged, or does not fit its model.
@@ -92,4 +93,5 @@ def open_checkpoint(
             "with --config or --flavor"
         )
     check_fits(source, info.model_args)
-    return Checkpoint(source, info, Path(tokenizer) if tokenizer else _tokenizer(info), step_of(path))
+    found = Path(tokenizer) if tokenizer else _tokenizer(info) if with_tokenizer else None
+    return Checkpoint(source, info, found, step_of(path))

@@ -110,7 +110,7 @@ def to_torch(
 ) -> None:  # fmt: skip
     """Checkpoint -> one file of torch.save with {name: tensor}. Holds the model in memory, as its readers do."""
     check_free(out)
-    opened = open_checkpoint(checkpoint, config, flavor)
+    opened = open_checkpoint(checkpoint, config, flavor, with_tokenizer=False)
     source = Renamed(opened.source, {name: Part(name) for name in opened.source.tensors}, dtype)
     with _bar(source, f"reading {checkpoint}") as read:
         tensors = {name: read(name) for name in source.tensors}
@@ -211,7 +211,7 @@ def to_nvlabs(
     training step, or 0 where it is not known. Holds the model in memory, as its readers do.
     """
     check_free(out)
-    opened = open_checkpoint(checkpoint, config, flavor)
+    opened = open_checkpoint(checkpoint, config, flavor, with_tokenizer=False)
     source, step = nvlabs_tensors(opened.source, opened.info.model_args, dtype), opened.step or 0
     with _bar(source, f"reading {checkpoint}") as read:
         content = {

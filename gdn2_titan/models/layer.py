@@ -191,7 +191,7 @@ class GatedDeltaNet2(nn.Module):
         self.init_weights()  # so that the layer alone, in anybody's model, starts as it should
 
     def forward(
-        self, x: Tensor, resets: Tensor | None = None, *, state: GDN2State | None = None,
+        self, x: Tensor, resets: Tensor | None = None, *, state: GDN2State | GDN2ContentState | None = None,
         return_state: bool = False, rows: Rows | None = None, in_place: bool = False,
         record: list[Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, GDN2State | GDN2ContentState]:  # fmt: skip
@@ -376,7 +376,8 @@ class GatedDeltaNet2(nn.Module):
     def init_weights(
         self, output_scale: float = 1.0, gain: float = 2**-2.5, dt_min: float = 1e-3, dt_max: float = 1e-1
     ) -> None:
-        """Xavier-uniform with ``gain`` for every projection, the output projection scaled by depth on top."""
+        """Xavier-uniform with ``gain`` for every projection, times ``output_scale`` for the output projection; biases
+        of linear layers 0; softplus(dt_bias) log-uniform from ``dt_min`` to ``dt_max``."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 scaled = gain * (output_scale if module is self.o_proj else 1.0)

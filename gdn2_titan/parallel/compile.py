@@ -19,6 +19,7 @@ def apply_compile(model: nn.Module, backend: str = "inductor", whole: bool = Fal
     graphs for any size of what has changed since follow when something changes.
 
     Args:
+        backend: of ``torch.compile``.
         whole: the model as one graph instead of a graph per block: longer to compile, more to optimise. Not for a model
             that is sharded by ``apply_fsdp``, whose hooks between blocks are no part of a graph.
         dynamic: mark batch and length, so that the first compilation serves all sizes of at least 2; a batch or a

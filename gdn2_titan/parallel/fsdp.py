@@ -18,8 +18,14 @@ def apply_fsdp(
 ) -> None:  # fmt: skip
     """Shard a ``GDN2Model`` in place over ``mesh`` (1-D, or 2-D replicate x shard for HSDP).
 
-    The decays are sharded by ``shard_decays``. reshard_last: free the head's parameters after forward too; they are
-    needed next anyway.
+    The decays are sharded by ``shard_decays``.
+
+    Args:
+        param_dtype: that units compute in, but for the decays.
+        reduce_dtype: that gradients are added up in.
+        reshard_after_forward: free a block's gathered parameters after its forward.
+        reshard_last: the head's too; they stay by default, as the backward needs them first.
+        cpu_offload: keep shards, gradients and states of the optimizer on the CPU.
     """
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
     shard = functools.partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=_offload(mesh, cpu_offload))
@@ -42,7 +48,7 @@ def shard_decays(model: nn.Module, mesh: DeviceMesh, reduce_dtype: torch.dtype, 
     ``fully_shard`` takes the modules around them and the model itself.
 
     They form one unit that stays in fp32 whatever the others compute in: a decay that is rounded to bf16 is another
-    decay. It is gathered once, before the first block.
+    decay. It is gathered once, before the first block. reduce_dtype, cpu_offload: as in ``apply_fsdp``.
     """
     decays = [module for module in model.modules() if isinstance(module, DecayParameters)]
     if not decays:

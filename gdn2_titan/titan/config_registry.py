@@ -1,7 +1,7 @@
 """The config functions of TorchTitan 0.3.x: ``-m torchtitan.train --module gdn2_titan.titan --config gdn2_debug``.
 
-Each says what a TOML file in train_configs/ says. ``from_toml`` says what any TOML file does, whose path is in the
-environment variable GDN2_TOML.
+Each says what a TOML file in train_configs/ says; 370M, 370M_hybrid and 400M are the 150M's with another flavor.
+``from_toml`` says what any TOML file does, whose path is in the environment variable GDN2_TOML.
 """
 
 import functools

@@ -63,9 +63,12 @@ def _find(field: str, path: Path) -> tuple[str, list[str]]:
     elif path.is_file() or path.is_symlink():
         files = [path]
     else:
-        files = [file for file in map(Path, glob.glob(str(path), recursive=True)) if not file.is_dir()]
+        named = sorted(map(Path, glob.glob(str(path), recursive=True)), key=lambda file: (len(file.parts), file))
+        # Two stars follow links to folders, also to one that they are in.
+        once = {(os.path.realpath(file.parent), file.name): file for file in reversed(named)}
+        files = [file for file in once.values() if not file.is_dir()]
         if path.name == "**":  # as a folder
-            files = [file for file in files if _format(file)]
+            files = _documents([file for file in files if _format(file)])
     # Not resolved: a link may point to a file whose name has no extension.
     files = sorted(file.absolute() for file in files)
     if not files:
@@ -113,20 +116,26 @@ def _files_below(field: str, folder: Path) -> list[Path]:
         if real not in seen:
             (directly if Path(place) == folder else deeper).extend(files)
         seen.add(real)
-    found = [*directly, *deeper]
-    others = any(_unpacked(file).suffix.lower() != ".md" for file in found)
-    left_out = {file for file in found if _unpacked(file) != file and _unpacked(file) in found}
-    left_out |= {file for file in found if others and _unpacked(file).suffix.lower() == ".md"}
-    directly, deeper = ([file for file in files if file not in left_out] for files in (directly, deeper))
-    if directly and (
-        same := {_extension(file).lower() for file in directly} & {_extension(file).lower() for file in deeper}
-    ):
-        suffix = min(same)
+    kept = set(_documents([*directly, *deeper]))
+    directly, deeper = ([file for file in files if file in kept] for files in (directly, deeper))
+    if directly and deeper:
+        here, there = ({_extension(file).lower() for file in files} for files in (directly, deeper))
+        above, below = min(here & there or here), min(here & there or there)
+        everything = folder / "**" / ("*" + above) if here == there == {above} else folder / "**"
         raise ConfigError(
-            f"{field} has {suffix} files and subfolders with {suffix} files; name those meant, by "
-            f"{str(folder / ('*' + suffix))!r} or, with all subfolders, {str(folder / '**' / ('*' + suffix))!r}."
+            f"{field} has {above} files and subfolders with {below} files; name those meant, by "
+            f"{str(folder / ('*' + above))!r} or, with all subfolders, {str(everything)!r}."
         )
     return directly or deeper
+
+
+def _documents(found: list[Path]) -> list[Path]:
+    """Without packed copies of files that are there, and without notes beside documents."""
+    files = set(found)
+    notes = {file for file in files if _unpacked(file).suffix.lower() == ".md"}
+    left_out = {file for file in files if _unpacked(file) != file and _unpacked(file) in files}
+    left_out |= notes if notes != files else set()
+    return [file for file in found if file not in left_out]
 
 
 def _raise(error: OSError) -> NoReturn:

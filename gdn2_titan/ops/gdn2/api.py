@@ -53,7 +53,7 @@ def chunk_gdn2(
         v: value [B, T, HV, V], q's dtype. HV is a multiple of H: value head j reads key head j // (HV // H).
         g: natural-log decay per key channel [B, T, H, K], <= 0, -inf allowed; float32 recommended.
         b: erase gate [B, T, H, K] in [0, 1], or [0, 2] for negative eigenvalues; None: nothing is erased (gated linear
-            attention), whatever else is said, and nothing is solved for.
+            attention) and nothing is solved for; erase_scale must then be 1.0.
         w: write gate [B, T, HV, V] in [0, 1].
         scale: of the output; None means K ** -0.5.
         initial_state: [N, HV, K, V]; None means zeros. N is B, or the number of packed sequences.
@@ -75,16 +75,16 @@ def chunk_gdn2(
         num_segments: "auto" cuts a long sequence of few heads in segments that run side by side, on a GPU that the
             heads do not fill, and never on a CPU; a number says into how many. For any T: what is left over when T is
             cut evenly follows the segments. Costs K more value columns, and more is saved for backward (see below).
-            Has no effect with cu_seqlens.
+            Has no effect with cu_seqlens or backend "reference"; with "batch_invariant" it must be 1 or "auto".
         lower_bound: a number less than 0, with use_gate_in_kernel: the decay is then bounded, lower_bound *
             sigmoid(exp(A_log[h]) * (g + dt_bias[h, :])).
 
     Returns:
         o [B, T, HV, V] in v's dtype, and the final state [N, HV, K, V] (float64 for float64 inputs, float32 otherwise)
         or None. Both carry gradients to every tensor input. State, decay and sums are kept in that same precision.
-        Saved for the backward pass are the inputs, and by the Triton kernels two [H, 64, 64] of q's dtype for each 64
-        tokens; with more than one segment also a tensor like q, and for each segment the state it is entered with
-        [HV, K, V] and its transition [H, K, K].
+        Saved for the backward pass are the inputs, and by the Triton kernels two [H, 64, 64] of q's dtype (one if b is
+        None) for each 64 tokens; with more than one segment also a tensor like q, and for each segment the state it is
+        entered with [HV, K, V] and its transition [H, K, K].
 
     The tensors may be DTensors, all of them: sharded on B (N, for the states), or on H and HV where the mesh divides H,
     the op communicates nothing and returns the same sharding.

@@ -104,7 +104,8 @@ def naive_recurrent_gdn2(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Gated DeltaNet-2 one token at a time, differentiated by autograd: slow, readable, the definition.
 
-    Arguments, shapes, returns and errors are those of :func:`gdn2_titan.ops.chunk_gdn2` (less ``backend``).
+    Arguments, shapes, returns and errors are those of :func:`gdn2_titan.ops.chunk_gdn2` (less ``backend`` and
+    ``num_segments``).
     Computes in fp64 for fp64 inputs, in fp32 for all others.
     """
     inputs = GDN2Inputs(q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, resets)

@@ -38,7 +38,8 @@ def causal_conv1d(
         resets: [B, T] bool, True where a token begins a new document: no tap reaches a token before it, nor the
             initial state, and the final state holds zeros for tokens of earlier documents than the last token's.
         backend: "auto" (Triton on a GPU that it serves, otherwise PyTorch; on a GPU that is said in the log once: no
-            Triton, older than sm_80, x, weight or bias in float64), "triton" or "torch".
+            Triton, older than sm_80, x, weight or bias in float64), "triton", "torch", or "batch_invariant" (on the
+            CPU: a row's bits do not depend on what else is in the batch).
 
     Returns:
         y [B, T, D] in x's dtype, and final_state [N, D, W - 1] in x's dtype or None. Computed in float32, or float64
