@@ -107,6 +107,15 @@ def test_a_hugging_face_folder_goes_out_again_with_its_step_and_the_tokenizer_th
     assert_equal(load_safetensors(tmp_path / "hf"), load_safetensors(tmp_path / "step-7"))
 
 
+def test_a_tokenizer_that_is_gone_is_missed_by_the_command_that_writes_one_only(tmp_path, capsys):
+    tensors = weights(HYBRID)
+    step = save_step(tmp_path / "run" / "step-7", tensors, HYBRID, {"model": {"hf_assets_path": "/gone/tokenizer"}})
+    status, error = convert(capsys, "to-hf", step, tmp_path / "hf")
+    assert status == 1 and "'/gone/tokenizer', which is not there; name the tokenizer with --tokenizer" in error
+    assert convert(capsys, "to-torch", step, tmp_path / "model.pt") == (0, "")
+    assert_equal(torch.load(tmp_path / "model.pt"), tensors)
+
+
 def test_of_a_runs_folder_the_latest_complete_step_is_taken(tmp_path):
     for step in (9, 10):
         save_step(tmp_path / "run" / f"step-{step}", weights(HYBRID, seed=step), HYBRID)
