@@ -27,7 +27,7 @@ FIRST_SWEEP_SEED = 100
 CHOSEN_ON = ("mqar", "overwrite", "stale")  # all recall tasks have the rates that are best for these
 STEPS = 800  # softmax with convolutions solves mqar in some 450, at a rate of 3e-3
 # Of the long study, on the tasks that some but not all mixers learn in 800: what they remember, not how soon.
-MORE_STEPS, LEARNED = 2000, ("mqar", "overwrite")
+MORE_STEPS, LEARNED = 1600, ("mqar", "overwrite")
 
 # Fields of [gdn2] that make the mixer, by the name it has in tables and plots.
 MIXERS = {
