@@ -101,7 +101,7 @@ def _train(cells: list[Cell], folders: list[Path], compile: bool) -> None:
     for i, (folder, results) in enumerate(zip(folders, batch.validate(len(cells)), strict=True)):
         found = {
             "parameters": sum(p.numel() for p in batch.parameters(i).values()),
-            "cpu_seconds": round(batch.cpu_seconds() / len(cells), 1),
+            "cpu_seconds": round(batch.cpu_seconds() / len(cells), 3),
             "results": results,
         }
         write_text(folder / RESULT, json.dumps(found, indent=1) + "\n")
