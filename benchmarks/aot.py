@@ -18,7 +18,6 @@ import multiprocessing
 import re
 import subprocess
 import tempfile
-from types import SimpleNamespace
 
 import torch
 import triton
@@ -117,11 +116,24 @@ def _wanted(op, kind, size, options):
 CASES = [case for case in itertools.product(OPS, KINDS, SIZES, OPTIONS) if _wanted(*case)]
 
 
+class _Driver:
+    """All that Triton asks of a driver in order to compile; a kernel's compiled forms are kept by the device."""
+
+    def __init__(self, target):
+        self._target = target
+
+    def get_current_target(self):
+        return self._target
+
+    def get_current_device(self):
+        return self._target.arch
+
+    def get_current_stream(self, device):
+        return 0
+
+
 def _compile(launch, config, target):
-    """By all that Triton asks of a driver in order to compile: a kernel's compiled forms are kept by the device."""
-    triton.runtime.driver.set_active(SimpleNamespace(
-        get_current_target=lambda: target, get_current_device=lambda: target.arch, get_current_stream=lambda device: 0
-    ))  # fmt: skip
+    triton.runtime.driver.set_active(_Driver(target))
     return launch.kernel.warmup(grid=(1,), **launch.args, **launch.constants, **config)
 
 
