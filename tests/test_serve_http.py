@@ -22,14 +22,14 @@ START = 300
 CLIENTS, ANSWERS = 16, int(os.environ.get("SERVE_ANSWERS", "4"))
 # Bytes of vLLM's blocks, small enough to be all touched at once, as the system counts no memory before that.
 POOL = 48 << 20
-# Kilobytes by which a round may grow when nothing leaks (a state is 149), and the rounds within which one must not.
+# Kilobytes by which a round may grow when nothing leaks (a state is 65), and the rounds within which one must not.
 GROWTH, ROUNDS = 2_000, 5
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """(folder, port, process) of a server."""
-    path = folder(tmp_path_factory.mktemp("http"), layer_pattern=WINDOWED)
+    path = folder(tmp_path_factory.mktemp("http"), layer_pattern=WINDOWED, num_heads=4, head_dim=64)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
