@@ -130,6 +130,9 @@ def test_a_folder_stands_for_the_files_in_its_subfolders_but_not_for_hidden_ones
         stream.write(b"0")
     refused(lambda: load(folder), "has .txt.gz files and subfolders with .txt files", "*.txt.gz", "**'")
     assert load(folder / "**") == ["1", "2", "0"]
+    (folder / "tokens").mkdir()
+    (folder / "tokens" / "gdn2_tokens.json").write_text("[]")  # tokens of the same texts are no documents
+    assert load(folder / "**") == ["1", "2", "0"]
 
 
 def test_of_a_folder_packed_copies_are_left_out_and_notes_beside_documents_too(folder):

@@ -63,12 +63,14 @@ def _find(field: str, path: Path) -> tuple[str, list[str]]:
     elif path.is_file() or path.is_symlink():
         files = [path]
     else:
-        named = sorted(map(Path, glob.glob(str(path), recursive=True)), key=lambda file: (len(file.parts), file))
+        whole = path.name == "**"  # the folders before it, whose documents lie at any depth
+        named = [Path(name) for name in glob.glob(str(path.parent if whole else path), recursive=True)]
+        if whole:
+            named = [file for folder in named if folder.is_dir() for files in _walk(folder) for file in files]
         # Two stars follow links to folders, also to one that they are in.
+        named.sort(key=lambda file: (len(file.parts), file))
         once = {(os.path.realpath(file.parent), file.name): file for file in reversed(named)}
         files = [file for file in once.values() if not file.is_dir()]
-        if path.name == "**":  # as a folder
-            files = _documents([file for file in files if _format(file)])
     # Not resolved: a link may point to a file whose name has no extension.
     files = sorted(file.absolute() for file in files)
     if not files:
@@ -103,7 +105,8 @@ def _format(file: Path) -> str | None:
     return None if kind == "parquet" and _unpacked(file) != file else kind
 
 
-def _files_below(field: str, folder: Path) -> list[Path]:
+def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The documents in a folder, and those in its subfolders."""
     directly, deeper, seen = [], [], set()
     for place, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
         # A folder that links lead to again and again is read once, one of tokens never.
@@ -117,7 +120,11 @@ def _files_below(field: str, folder: Path) -> list[Path]:
             (directly if Path(place) == folder else deeper).extend(files)
         seen.add(real)
     kept = set(_documents([*directly, *deeper]))
-    directly, deeper = ([file for file in files if file in kept] for files in (directly, deeper))
+    return [file for file in directly if file in kept], [file for file in deeper if file in kept]
+
+
+def _files_below(field: str, folder: Path) -> list[Path]:
+    directly, deeper = _walk(folder)
     if directly and deeper:
         here, there = ({_extension(file).lower() for file in files} for files in (directly, deeper))
         above, below = min(here & there or here), min(here & there or there)
