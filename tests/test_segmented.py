@@ -66,7 +66,7 @@ def test_a_sequence_cut_in_segments_is_the_sequence_in_values_and_all_gradients(
 
 
 def test_a_cut_sequence_takes_every_option_and_needs_no_state():
-    inputs = make(B=1, T=300, H=2, K=16, V=16, state=False, **RAW)
+    inputs = make(B=1, T=300, H=4, groups=2, K=16, V=16, state=False, **RAW)
     grads = cotangents(inputs)
     got = run(in_segments(4), cast(inputs, torch.float32), grads, through=("o",))
     assert_close(got, golden(inputs, grads, through=("o",)), 1e-5, 1e-6)
@@ -85,8 +85,9 @@ def test_a_cut_sequence_compiles_as_one_graph(T):
 
 def test_auto_cuts_long_sequences_of_few_heads_and_nothing_on_a_cpu(monkeypatch):
     sizes = dict(H=16, HV=16, K=128, V=128)
-    assert number_of_segments(B=1, T=131072, **sizes, processors=132) == 2
-    assert number_of_segments(B=1, T=131072, **sizes | dict(H=2, HV=2), processors=132) == 16
+    assert number_of_segments(B=1, T=131072, **sizes, processors=132) == 4
+    assert number_of_segments(B=2, T=131072, **sizes, processors=132) == 1
+    assert number_of_segments(B=1, T=131072, **sizes | dict(H=2, HV=2), processors=132) == 32
     assert number_of_segments(B=1, T=4096, **sizes | dict(H=2, HV=2), processors=132) == 4
     assert number_of_segments(B=1, T=1024, **sizes | dict(H=2, HV=2), processors=132) == 1
     assert number_of_segments(B=8, T=131072, **sizes, processors=132) == 1

@@ -20,7 +20,7 @@ from ..dispatch import triton_can_serve
 from .arguments import GDN2Inputs, GDN2Options
 from .flops import CHUNK, backward_flops, segment_flops
 from .library import ARGUMENTS, GATED, GRADIENTS, OPTIONS, SQUARES, given, kernels, known, new_squares, or_empty
-from .segments import apply, apply_transposed, read, read_transposed
+from .segments import add_read_, apart, read_transposed, side_by_side
 
 __all__ = ["check_num_segments", "number_of_segments", "segments_of", "split_gdn2"]
 
@@ -41,6 +41,22 @@ def _rows(x, count):
     return x.unflatten(1, (count, -1)).flatten(0, 1)
 
 
+def _folded(maps, state):
+    """maps: pairs of M [B, H, K, K] and D [B, HV, K, V], applied one after the other to a state [B, HV, K, V]: the
+    states before each, as a list, and the last."""
+    states = [state]
+    for M, D in maps:
+        heads, V = M.shape[1], D.shape[-1]
+        S, D = side_by_side(states[-1], heads), side_by_side(D, heads)
+        states.append(apart(torch.baddbmm(*(x.flatten(0, 1) for x in (D, M, S))).view(D.shape), V))
+    return states[:-1], states[-1]
+
+
+def _owing(initial_state):
+    """The segments, as rows of the batch, that may be entered with a state: without one the very first is not."""
+    return slice(initial_state is None, None)
+
+
 def _segmented_forward(*args):
     """``chunk_gdn2`` of T tokens that the ``count`` of segments divides: o and the final state. Then, for backward,
     P [B, T, H, K] in q's dtype, entering states [B, count, HV, K, V], transitions [B, count, H, K, K], and A and A_qk
@@ -53,12 +69,11 @@ def _segmented_forward(*args):
         o, P, M, D = kernels(rows, options.backend).segment_forward(rows, options, *given(squares))
         M, D = M.unflatten(0, (-1, count)), D.unflatten(0, (-1, count))
         state = torch.zeros_like(D[:, 0]) if initial_state is None else initial_state.to(D.dtype)
-        entering = torch.empty_like(D, memory_format=torch.contiguous_format)
-        for i in range(count):
-            entering[:, i] = state
-            state = D[:, i] + apply(M[:, i], state)
-        o = (o + read(P, entering.flatten(0, 1))).to(v.dtype).view(v.shape)
-    return o.contiguous(), state.contiguous(), P.reshape(q.shape).contiguous(), entering, M.contiguous(), *squares
+        states, state = _folded(zip(M.unbind(1), D.unbind(1), strict=True), state)
+        entering = torch.stack(states, 1)
+        o, P, owing = o.contiguous(), P.contiguous(), _owing(initial_state)
+        add_read_(o[owing], P[owing], entering.flatten(0, 1)[owing])
+    return o.view(v.shape), state.contiguous(), P.view(q.shape), entering, M.contiguous(), *squares
 
 
 def _fake_segmented_forward(*args):
@@ -73,15 +88,15 @@ def _fake_segmented_forward(*args):
 def _segmented_backward(do, dfinal_state, read_rows, entering, transitions, *args):
     inputs, count, options = _records(*args)
     with no_autocast(inputs.q):
-        leaving = torch.empty_like(entering)  # gradients of the states that segments leave
         dstate = torch.zeros_like(entering[:, 0]) if dfinal_state is None else dfinal_state.to(entering.dtype)
-        dD = torch.zeros_like(entering)
+        dentering = torch.zeros_like(entering)  # what outputs give
         if do is not None:
-            do = _rows(do, count)
-            dD = read_transposed(_rows(read_rows, count), do, entering.dtype).view(entering.shape)
-        for i in reversed(range(count)):
-            leaving[:, i] = dstate
-            dstate = dD[:, i] + apply_transposed(transitions[:, i], dstate)
+            do, owing = _rows(do, count), _owing(inputs.initial_state)
+            dread = read_transposed(_rows(read_rows, count)[owing], do[owing], entering.dtype)
+            dentering.flatten(0, 1)[owing] = dread
+        maps = zip(transitions.mT.unbind(1), dentering.unbind(1), strict=True)
+        states, dstate = _folded(reversed(list(maps)), dstate)
+        leaving = torch.stack(states[::-1], 1)  # gradients of the states that segments leave
         rows = inputs.map_tokens(lambda x: _rows(x, count), initial_state=entering.flatten(0, 1))
         squares = given(args[ARGUMENTS:])
         grads = kernels(rows, options.backend).chunk_backward(do, leaving.flatten(0, 1), rows, options, *squares)
@@ -151,9 +166,9 @@ def _(do, dfinal, P, entering, transitions, q_shape, k_shape, v_shape, g, b, *ar
     return backward + _map_products(q_shape, v_shape, entering[1])
 
 
-COUNTS = (64, 32, 16, 8, 4, 2)
+COUNTS = (64, 32, 16, 8, 4)  # two save less than their maps cost
 SHORTEST = 16 * CHUNK  # tokens of a segment: the products that join two segments cost about as much as two chunks
-COLUMNS = 64  # of the state, to a program of the kernel that goes from chunk to chunk
+COLUMNS = 128  # of the state, to a program of the kernel that goes from chunk to chunk
 
 
 def number_of_segments(B: int, T: int, H: int, HV: int, K: int, V: int, processors: int) -> int:

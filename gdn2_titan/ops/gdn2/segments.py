@@ -21,7 +21,10 @@ from .arguments import GDN2Inputs, GDN2Options, check_arguments
 from .flops import segment_flops
 from .library import GATED, OPTIONS, differentiable_chunk_gdn2_backward, kernels
 
-__all__ = ["apply", "apply_transposed", "read", "read_transposed", "segment_gdn2", "segment_summary"]
+__all__ = [
+    "add_read_", "apart", "apply", "apply_transposed", "read", "read_transposed", "segment_gdn2", "segment_summary",
+    "side_by_side",
+]  # fmt: skip
 
 
 def apply(M: Tensor, S: Tensor) -> Tensor:
@@ -35,22 +38,44 @@ def apply_transposed(M: Tensor, dS: Tensor) -> Tensor:
     return apply(M.mT, dS)
 
 
+def side_by_side(S: Tensor, heads: int) -> Tensor:
+    """States [..., HV, K, V] -> [..., heads, K, HV / heads * V]: what belongs to one key head is one matrix."""
+    return S.unflatten(-3, (heads, -1)).transpose(-3, -2).flatten(-2)
+
+
+def apart(S: Tensor, V: int) -> Tensor:
+    """The inverse of ``side_by_side``."""
+    return S.unflatten(-1, (-1, V)).transpose(-3, -2).flatten(-4, -3)
+
+
 def read(P: Tensor, S: Tensor) -> Tensor:
     """P S for every token [B, T, HV, V], of P [B, T, H, K]: what outputs owe to the entering state [B, HV, K, V].
 
     Multiplied in P's dtype, as the kernels multiply a state: tensor cores take it."""
-    heads = P.shape[2]
-    side_by_side = S.to(P.dtype).unflatten(1, (heads, -1)).transpose(2, 3).flatten(3)  # [B, H, K, HV / H * V]
-    o = P.transpose(1, 2) @ side_by_side
+    o = P.transpose(1, 2) @ side_by_side(S.to(P.dtype), P.shape[2])
     return o.unflatten(-1, (-1, S.shape[-1])).permute(0, 2, 1, 3, 4).flatten(2, 3)
+
+
+def _by_rows_or_heads(*tensors):
+    """Tensors [B, H, ...] -> as few tuples of [B, ...] or [H, ...] as can be: batches of matrices with one stride,
+    which a library multiplies where they lie; those with two it would copy."""
+    axis = 0 if 0 < tensors[0].shape[0] <= tensors[0].shape[1] else 1
+    return axis, zip(*(x.unbind(axis) for x in tensors), strict=True)
+
+
+def add_read_(o: Tensor, P: Tensor, S: Tensor) -> None:
+    """o += P S, see ``read``; o [B, T, HV, V] in P's dtype, each token of it contiguous."""
+    heads = P.shape[2]
+    o = o.unflatten(2, (heads, -1)).flatten(3).transpose(1, 2)  # [B, H, T, HV / H * V]
+    for o_, P_, S_ in _by_rows_or_heads(o, P.transpose(1, 2), side_by_side(S.to(P.dtype), heads))[1]:
+        o_.baddbmm_(P_, S_)
 
 
 def read_transposed(P: Tensor, do: Tensor, dtype: torch.dtype) -> Tensor:
     """P^T dO summed over tokens, in ``dtype``: the gradient that outputs give to the entering state."""
-    heads = P.shape[2]
-    side_by_side = do.to(P.dtype).unflatten(2, (heads, -1)).flatten(3).transpose(1, 2)  # [B, H, T, HV / H * V]
-    dS = (P.permute(0, 2, 3, 1) @ side_by_side).to(dtype)
-    return dS.unflatten(-1, (-1, do.shape[-1])).transpose(2, 3).flatten(1, 2)
+    do_by_heads = do.to(P.dtype).unflatten(2, (P.shape[2], -1)).flatten(3).transpose(1, 2)  # [B, H, T, HV / H * V]
+    axis, pairs = _by_rows_or_heads(P.permute(0, 2, 3, 1), do_by_heads)
+    return apart(torch.stack([P_ @ do_ for P_, do_ in pairs], axis).to(dtype), do.shape[-1])
 
 
 def _records(*args):

@@ -101,9 +101,10 @@ def _parameters(call, inputs, options):
     )  # fmt: skip
 
 
-def _scan_configurations(call, width, v):
-    """For a walk over ``width`` columns of the state of every sequence and value head."""
-    fills = call.sequences * v.shape[2] * triton.cdiv(width, 128) > 0.75 * target.processors(v)
+def _scan_configurations(call, width, v, maps=0):
+    """For a walk over ``width`` columns of the state of every sequence and value head, and of as many ``maps``."""
+    programs = call.sequences * (v.shape[2] + maps) * triton.cdiv(width, 128)
+    fills = programs > 0.75 * target.processors(v)
     return configurations.scan(call.arch, call.sizes["BK"], width, v.element_size(), fills)
 
 
@@ -146,7 +147,7 @@ def segment_forward(
     transition, contribution = (q.new_empty(shape, dtype=torch.float32) for shape in ((B, H, K, K), (B, HV, K, V)))
     launching.launch(
         segment_kernel, lambda meta: ((triton.cdiv(V, meta["BV"]) + triton.cdiv(K, meta["BV"])) * B * HV,),
-        _scan_configurations(call, max(K, V), v),
+        _scan_configurations(call, max(K, V), v, maps=H),
         dict(v=v, w=inputs.w, resets=inputs.resets, o=o, contribution=contribution, read=read, transition=transition)
         | call.spans | prepared,
         call.sizes | dict(HV=HV, V=V, SIGMOID=options.sigmoid),
