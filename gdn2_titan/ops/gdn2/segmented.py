@@ -42,14 +42,22 @@ def _rows(x, count):
 
 
 def _folded(maps, state):
-    """maps: pairs of M [B, H, K, K] and D [B, HV, K, V], applied one after the other to a state [B, HV, K, V]: the
-    states before each, as a list, and the last."""
+    """maps: n pairs of M [B, H, K, K] and D [B, HV, K, V]. The n + 1 states before, between and after them; ``state``
+    enters the first one, None for zeros."""
     states = [state]
     for M, D in maps:
-        heads, V = M.shape[1], D.shape[-1]
-        S, D = side_by_side(states[-1], heads), side_by_side(D, heads)
-        states.append(apart(torch.baddbmm(*(x.flatten(0, 1) for x in (D, M, S))).view(D.shape), V))
-    return states[:-1], states[-1]
+        after = D
+        if states[-1] is not None:
+            heads, V = M.shape[1], D.shape[-1]
+            S, D = side_by_side(states[-1], heads), side_by_side(D, heads)
+            after = apart(torch.baddbmm(*(x.flatten(0, 1) for x in (D, M, S))).view(D.shape), V)
+        states.append(after)
+    return states
+
+
+def _stacked(states, like):
+    """States [B, HV, K, V], None for zeros like ``like``, as [B, n, HV, K, V]."""
+    return torch.stack([torch.zeros_like(like) if x is None else x for x in states], 1)
 
 
 def _owing(initial_state):
@@ -68,9 +76,9 @@ def _segmented_forward(*args):
         squares = new_squares(rows, options.backend)
         o, P, M, D = kernels(rows, options.backend).segment_forward(rows, options, *given(squares))
         M, D = M.unflatten(0, (-1, count)), D.unflatten(0, (-1, count))
-        state = torch.zeros_like(D[:, 0]) if initial_state is None else initial_state.to(D.dtype)
-        states, state = _folded(zip(M.unbind(1), D.unbind(1), strict=True), state)
-        entering = torch.stack(states, 1)
+        state = None if initial_state is None else initial_state.to(D.dtype)
+        *states, state = _folded(zip(M.unbind(1), D.unbind(1), strict=True), state)
+        entering = _stacked(states, state)
         o, P, owing = o.contiguous(), P.contiguous(), _owing(initial_state)
         add_read_(o[owing], P[owing], entering.flatten(0, 1)[owing])
     return o.view(v.shape), state.contiguous(), P.view(q.shape), entering, M.contiguous(), *squares
@@ -88,21 +96,22 @@ def _fake_segmented_forward(*args):
 def _segmented_backward(do, dfinal_state, read_rows, entering, transitions, *args):
     inputs, count, options = _records(*args)
     with no_autocast(inputs.q):
-        dstate = torch.zeros_like(entering[:, 0]) if dfinal_state is None else dfinal_state.to(entering.dtype)
-        dentering = torch.zeros_like(entering)  # what outputs give
+        initial_state = inputs.initial_state
+        dentering = entering.new_zeros(entering.shape)  # what outputs give
         if do is not None:
-            do, owing = _rows(do, count), _owing(inputs.initial_state)
+            do, owing = _rows(do, count), _owing(initial_state)
             dread = read_transposed(_rows(read_rows, count)[owing], do[owing], entering.dtype)
             dentering.flatten(0, 1)[owing] = dread
-        maps = zip(transitions.mT.unbind(1), dentering.unbind(1), strict=True)
-        states, dstate = _folded(reversed(list(maps)), dstate)
-        leaving = torch.stack(states[::-1], 1)  # gradients of the states that segments leave
+        maps = list(zip(transitions.mT.unbind(1), dentering.unbind(1), strict=True))[::-1]
+        dstate = None if dfinal_state is None else dfinal_state.to(entering.dtype)
+        states = _folded(maps if initial_state is not None else maps[:-1], dstate)
+        leaving = _stacked(states[:count][::-1], entering[:, 0])  # gradients of the states that segments leave
         rows = inputs.map_tokens(lambda x: _rows(x, count), initial_state=entering.flatten(0, 1))
         squares = given(args[ARGUMENTS:])
         grads = kernels(rows, options.backend).chunk_backward(do, leaving.flatten(0, 1), rows, options, *squares)
         pairs = zip(grads.tokens, inputs.tokens, strict=True)
         tokens = [None if x is None else grad.view(x.shape) for grad, x in pairs]
-        dinitial_state = None if inputs.initial_state is None else dstate.to(inputs.initial_state.dtype)
+        dinitial_state = None if initial_state is None else states[-1].to(initial_state.dtype)
         return or_empty(GDN2Inputs(*tokens, grads.A_log, grads.dt_bias, dinitial_state))
 
 
