@@ -86,6 +86,7 @@ def test_a_cut_sequence_compiles_as_one_graph(T):
 def test_auto_cuts_long_sequences_of_few_heads_and_nothing_on_a_cpu(monkeypatch):
     sizes = dict(H=16, HV=16, K=128, V=128)
     assert number_of_segments(B=1, T=131072, **sizes, processors=132) == 4
+    assert number_of_segments(B=1, T=131072, H=32, HV=32, K=64, V=64, processors=132) == 4
     assert number_of_segments(B=2, T=131072, **sizes, processors=132) == 1
     assert number_of_segments(B=1, T=131072, **sizes | dict(H=2, HV=2), processors=132) == 32
     assert number_of_segments(B=1, T=4096, **sizes | dict(H=2, HV=2), processors=132) == 4

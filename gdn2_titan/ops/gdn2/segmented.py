@@ -177,16 +177,17 @@ def _(do, dfinal, P, entering, transitions, q_shape, k_shape, v_shape, g, b, *ar
 
 COUNTS = (64, 32, 16, 8, 4)  # two save less than their maps cost
 SHORTEST = 16 * CHUNK  # tokens of a segment: the products that join two segments cost about as much as two chunks
-COLUMNS = 128  # of the state, to a program of the kernel that goes from chunk to chunk
+COLUMNS = 64  # of the state, to a program of the kernel that goes from chunk to chunk
 
 
 def number_of_segments(B: int, T: int, H: int, HV: int, K: int, V: int, processors: int) -> int:
-    """As many as ``processors`` run side by side. Sizes that a compiler leaves open count as too small or too large."""
+    """As many as ``processors`` run side by side, two programs each: then the kernel takes twice as many columns to a
+    program, or two rounds. Sizes that a compiler leaves open count as too small or too large."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy, which takes a second
 
     programs = B * (HV * -(-V // COLUMNS) + H * -(-K // COLUMNS))  # of one segment: for its values and for its map
     for count in COUNTS:
-        if statically_known_true(count * programs <= processors) and statically_known_true(count * SHORTEST <= T):
+        if statically_known_true(count * programs <= 2 * processors) and statically_known_true(count * SHORTEST <= T):
             return count
     return 1
 
