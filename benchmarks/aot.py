@@ -12,6 +12,7 @@ Without TRITON_INTERPRET: Triton decides when it decorates a kernel whether it w
 import argparse
 import collections
 import concurrent.futures
+import functools
 import itertools
 import json
 import multiprocessing
@@ -64,7 +65,8 @@ def _train(function, inputs):
 
 
 def _chunk(kind, size, options):
-    _train(ops.chunk_gdn2, gdn2_inputs(kind, B, T, H, size, size, **options, requires_grad=True))
+    inputs = gdn2_inputs(kind, B, T, H, size, size, **options, requires_grad=True)
+    _train(functools.partial(ops.chunk_gdn2, num_segments=1), inputs)
 
 
 def _segment(kind, size, options):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from unittest import mock
 
 from gdn2_titan.ops import triton as kernels
+from gdn2_titan.ops.gdn2 import segmented
 from gdn2_titan.ops.triton import launching, target
 
 __all__ = ["Launch", "recorded"]
@@ -54,5 +55,6 @@ def recorded(architecture, start=lambda launch: None, processors=132):
         mock.patch.object(target, "arch", lambda x: architecture),
         mock.patch.object(target, "processors", lambda x: processors),
         mock.patch.object(target, "interpreted", lambda: True),  # CPU tensors are not refused
+        mock.patch.object(segmented, "triton_can_serve", lambda x, backend, head_sizes: backend == "triton"),
     ):
         yield launches

@@ -127,10 +127,11 @@ from launches import recorded
 from aot import TARGETS, _compile
 from gdn2_titan import ops
 found = set()
+segments = 1 if sys.argv[3] == "1" else sys.argv[3]
 for B, T in ((1, 1), (1, 16), (1, 17), (1, 64), (1, 100), (1, 2048), (2, 4096), (1, 8192), (3, 333), (1, 4095)):
     inputs = gdn2_inputs("bf16 raw", B, T, 2, 64, 64, erases=sys.argv[2] == "gated", requires_grad=True)
     with recorded(90) as launches:
-        o = ops.chunk_gdn2(**inputs, backend="triton")[0]
+        o = ops.chunk_gdn2(**inputs, backend="triton", num_segments=segments)[0]
         torch.autograd.grad(o, [x for x in inputs.values() if torch.is_tensor(x)], torch.empty_like(o))
     for launch in launches:
         found.add((launch.name, _compile(launch, launch.candidates[0], TARGETS["sm_90"][1]).hash))
@@ -138,13 +139,19 @@ print(sorted(name for name, _ in found))
 """
 
 
+# Of prepare and scan, one forward and one in backward.
+SIX = ["gradient_kernel", "prepare_kernel", "prepare_kernel", "reverse_kernel", "scan_kernel", "scan_kernel"]
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("segments, want", [("1", SIX), ("auto", sorted([*SIX, "segment_kernel", "scan_kernel",
+                                                                        "reverse_kernel"]))])  # fmt: skip
 @pytest.mark.parametrize("erase", ["gated", "none"])
-def test_batches_and_lengths_of_any_size_are_served_by_six_compiled_kernels(erase):
+def test_batches_and_lengths_of_any_size_are_served_by_six_compiled_kernels_and_three_of_segments(
+    erase, segments, want
+):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", VARIANTS, AOT.parent, erase]
+    command = [sys.executable, "-c", VARIANTS, AOT.parent, erase, segments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    # Of prepare and scan, one forward and one in backward.
-    want = ["gradient_kernel", "prepare_kernel", "prepare_kernel", "reverse_kernel", "scan_kernel", "scan_kernel"]
     assert done.stdout.splitlines()[-1] == str(want)

@@ -2,7 +2,6 @@
 
 import functools
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,7 +97,6 @@ def test_auto_cuts_long_sequences_of_few_heads_and_nothing_on_a_cpu(monkeypatch)
     asked = []
     monkeypatch.setattr("gdn2_titan.ops.gdn2.api.split_gdn2", lambda op, count, *args: (asked.append(count), None))
     monkeypatch.setattr("gdn2_titan.ops.gdn2.segmented.triton_can_serve", lambda *args: True)
-    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
     chunk_gdn2(**inputs)
     chunk_gdn2(**inputs, num_segments=1)
     assert asked == [16]

@@ -205,8 +205,9 @@ def segments_of(q: Tensor, v: Tensor, num_segments: int | str, backend: str = "a
         return int(num_segments)
     if not triton_can_serve(q, backend, (q.shape[-1], v.shape[-1])):
         return 1
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    return number_of_segments(*q.shape[:3], v.shape[2], *q.shape[3:], *v.shape[3:], processors)
+    from ..triton import target  # a copy without the Triton kernels has none
+
+    return number_of_segments(*q.shape[:3], v.shape[2], *q.shape[3:], *v.shape[3:], target.processors(q))
 
 
 def split_gdn2(op: Callable, count: int, inputs: GDN2Inputs, options: GDN2Options) -> tuple[Tensor, Tensor]:
