@@ -20,7 +20,7 @@ from ..dispatch import triton_can_serve
 from .arguments import GDN2Inputs, GDN2Options
 from .flops import CHUNK, backward_flops, segment_flops
 from .library import ARGUMENTS, GATED, GRADIENTS, OPTIONS, SQUARES, given, kernels, known, new_squares, or_empty
-from .segments import add_read_, apart, read_transposed, side_by_side
+from .segments import add_read_, advance, read_transposed
 
 __all__ = ["check_num_segments", "number_of_segments", "segments_of", "split_gdn2"]
 
@@ -46,12 +46,7 @@ def _folded(maps, state):
     enters the first one, None for zeros."""
     states = [state]
     for M, D in maps:
-        after = D
-        if states[-1] is not None:
-            heads, V = M.shape[1], D.shape[-1]
-            S, D = side_by_side(states[-1], heads), side_by_side(D, heads)
-            after = apart(torch.baddbmm(*(x.flatten(0, 1) for x in (D, M, S))).view(D.shape), V)
-        states.append(after)
+        states.append(D if states[-1] is None else advance(M, states[-1], D))
     return states
 
 
