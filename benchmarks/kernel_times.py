@@ -129,14 +129,11 @@ def _segments(case, shape):
     )
 
 
-def _arguments(launch, compiled, code, warps):
+def _arguments(launch, config, compiled, code):
     """As the emulator takes them: of tensors of integers the contents."""
     values = [launch.args[name] for name, kind in compiled.src.signature.items() if kind != "constexpr"]
-    return Arguments(
-        code.parameters,
-        [x.numpy() if isinstance(x, torch.Tensor) and not x.is_floating_point() else x for x in values],
-        32 * warps,
-    )
+    values = [x.numpy() if isinstance(x, torch.Tensor) and not x.is_floating_point() else x for x in values]
+    return Arguments(code.parameters, values, 32 * compiled.metadata.num_warps, *launch.grid(launch.constants | config))
 
 
 def _row(launch, short, length, changes, floats):
@@ -153,7 +150,7 @@ def _row(launch, short, length, changes, floats):
     # Programs that are as many on shorter sequences go from chunk to chunk.
     walks = all(one.grid(one.constants | config) == (count,) for one in short.values())
     same = short if walks else {length: launch}
-    arguments = {n: _arguments(one, compiled, code, kernel.warps) for n, one in same.items()}
+    arguments = {n: _arguments(one, config, compiled, code) for n, one in same.items()}
     found = time_of(kernel, count, length, arguments, floats)
     times = {"low": MS * found.low, "high": MS * found.high}
     return row | times | {"bounds": {name: MS * x for name, x in found.bounds.items()}, "waits": found.waits}
@@ -221,8 +218,8 @@ def _print(rows, waits):
             print("    warps: " + ", ".join(f"{name} {100 * part:.0f}%" for name, part in most if part > 0.02))
 
 
-# Of flash-linear-attention 0.6.0, forward + backward in ms, modelled in the same way on 2026-11-28 with Triton 3.9.0, each
-# kernel in the fastest of its configurations. It has one time for activated gates in a mode that is wrong below g = -5.
+# Of flash-linear-attention 0.6.0, forward + backward in ms, modelled in the same way on 2026-11-28 with Triton 3.9.0,
+# each kernel in the fastest of its configurations; "safe": activated gates in a mode that is wrong below g = -5.
 FLA = {
     ("raw", "B8T4096"): (10.02, 10.58), ("raw", "B1T16384"): (5.68, 5.98),
     ("activated", "B8T4096"): (8.82, 9.39), ("activated", "B1T16384"): (5.08, 5.38),

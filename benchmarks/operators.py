@@ -10,6 +10,7 @@ __all__ = ["Operators", "bytes_of"]
 
 # Start nothing, though PyTorch does not call them views.
 FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")
+FILLS = ("new_zeros", "zeros_like")  # read nothing of the tensor that they are given
 
 
 class Operators(TorchDispatchMode):
@@ -34,7 +35,7 @@ class Operators(TorchDispatchMode):
         result = func(*args, **kwargs)
         name = func.overloadpacket.__name__
         if not func.is_view and name not in FREE:
-            read, written = bytes_of((args, kwargs)), bytes_of(result)
+            read, written = 0 if name in FILLS else bytes_of((args, kwargs)), bytes_of(result)
             both = read + written
             self.rows[f"aten.{name}"].update(launches=1, loaded=read, stored=written, issued=both, distinct=both)
         return result

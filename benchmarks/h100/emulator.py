@@ -5,9 +5,9 @@ from typing import NamedTuple
 import numpy as np
 
 from .integers import execute
-from .machine_code import Instruction, MachineCode
+from .machine_code import MachineCode
 from .memory import GLOBAL, SHARED, Access, Arguments, Memory
-from .threads import PREDICATE, Threads, Unknown
+from .threads import Threads, Unknown
 
 __all__ = ["Step", "emulate"]
 
@@ -45,25 +45,12 @@ def _guarded(threads, x, mask):
         return None
 
 
-def _target(threads, x, mask):
-    """Threads that a branch takes, and the address it leads to."""
-    conditions = [token for token in x.operands[:-1] if PREDICATE.fullmatch(token.lstrip("!"))]
-    if "DIV" in x.modifiers:  # taken by warps whose threads have parted, which Triton's code joins again before
-        return np.zeros_like(mask), 0
-    for token in conditions:
-        mask = mask & _known(threads, x, threads.predicate, token)
-    return mask, int(x.operands[-1].strip("`()"), 16)
-
-
 def _run(threads, memory, x, mask):
     """What an instruction leaves in registers and local memory. mask: None where it is not known who runs it."""
     if mask is None:
         threads.lose(x)
     elif x.base in LOCAL:
-        try:
-            memory.spill(threads, x, mask)
-        except Unknown:
-            threads.lose(x)
+        _known(threads, x, lambda token: memory.spill(threads, x, mask), None)
     elif x.base in GLOBAL or x.base in SHARED:
         if mask.any():
             memory.transfer(threads, x, mask)
@@ -98,10 +85,9 @@ def emulate(code: MachineCode, arguments: Arguments, program: int, warps: int, f
         at[mask] = here + 1
         if x.base == "EXIT":
             alive = alive & ~running
-        elif x.base == "BRA":
-            taken, address = _target(threads, x, running)
-            at[taken] = numbers.get(address, here + 1)
-        elif x.base in ("CALL", "RET", "BRX", "JMP"):
+        elif x.base == "BRA" and len(x.operands) == 1 and not x.modifiers:
+            at[running] = numbers[int(x.operands[0], 16)]
+        elif x.base in ("BRA", "BRX", "CALL", "JMP", "RET"):
             raise ValueError(f"cannot follow {x}")
         else:
             _run(threads, memory, x, running)

@@ -69,8 +69,6 @@ def _s2r(threads, x, mask):
     dest, name = x.operands
     if name == "SR_TID.X":
         value = threads.number
-    elif name == "SR_LANEID":
-        value = threads.number & np.uint64(31)
     elif name == "SR_CTAID.X":
         value = threads.full(threads.program)
     elif name in ("SR_TID.Y", "SR_TID.Z", "SR_CTAID.Y", "SR_CTAID.Z", "SR_CgaCtaId"):  # the grid has one dimension
@@ -92,13 +90,11 @@ def _ldc(threads, x, mask):
 
 @_operation("IMAD", "UIMAD")
 def _imad(threads, x, mask):
-    carry, (a, b, c, *extra) = _carries(x.operands[1:])
+    a, b, c, *extra = x.operands[1:]
     a, b = threads.read(a), threads.read(b)
     if "WIDE" in x.modifiers or "HI" in x.modifiers:
         product = a * b if "U32" in x.modifiers else (signed(a) * signed(b)).astype(np.uint64)
         total = product + threads.pair(c)
-        for name in carry:
-            threads.write_predicate(name, mask, total < product)
         threads.write(x.operands[0], mask, *([total, total >> HALF] if "WIDE" in x.modifiers else [total >> HALF]))
         return
     total = a * b + threads.read(c)
@@ -180,22 +176,19 @@ def _plop3(threads, x, mask):
 
 @_operation("SHF", "USHF")
 def _shf(threads, x, mask):
-    """A shift of b above a: L by its upper half, R by its lower one, unless HI says which half is wanted."""
+    """To the left a, or with U64.HI the upper half of b above a; to the right b."""
     a, shift, b = (threads.read(token) for token in x.operands[1:4])
-    direction, *kind = x.modifiers
-    shift = shift & np.uint64(31 if "W" in kind else 63)
-    high = "HI" in kind
-    if direction == "L":
-        wide = a | b << HALF if high else a
-        out = (wide << shift) >> HALF if high else np.where(shift < HALF, wide << shift, np.uint64(0))
-    elif high and "S32" in kind:
-        out = signed(b) >> np.minimum(shift, np.uint64(31)).astype(np.int64)
-    elif high and "U32" in kind:
+    shift = np.minimum(shift, np.uint64(63))
+    if x.modifiers == ("L", "U32"):
+        out = a << shift
+    elif x.modifiers == ("L", "U64", "HI"):
+        out = (a | b << HALF) << shift >> HALF
+    elif x.modifiers == ("R", "S32", "HI"):
+        out = signed(b) >> shift.astype(np.int64)
+    elif x.modifiers == ("R", "U32", "HI"):
         out = b >> shift
     else:
-        wide = a | b << HALF
-        out = wide.view(np.int64) >> shift.astype(np.int64) if "S64" in kind else wide >> shift
-        out = out.astype(np.uint64) >> HALF if high else out
+        raise Unknown
     threads.write(x.operands[0], mask, out.astype(np.uint64))
 
 
@@ -251,15 +244,18 @@ def _iabs(threads, x, mask):
     threads.write(x.operands[0], mask, np.abs(signed(threads.read(x.operands[1]))).astype(np.uint64))
 
 
-@_operation("IMNMX", "VIMNMX", "VIADDMNMX")
+@_operation("VIMNMX", "VIMNMX3", "VIADDMNMX")
 def _minimum_or_maximum(threads, x, mask):
-    """The smaller of a and b where the predicate holds, else the larger; of VIADDMNMX a is a sum."""
-    dest, *operands, smaller = x.operands
-    *sums, b = (threads.read(token) for token in operands)
-    a = sum(sums) & LOW
-    compared = (a, b) if "U32" in x.modifiers else (signed(a), signed(b))
-    first = np.less(*compared) == threads.predicate(smaller)
-    threads.write(dest, mask, np.where(first, a, b))
+    """The least of the operands where the predicate holds, else the greatest; of VIADDMNMX the first is a sum of two."""
+    dest, *operands, least = x.operands
+    out, *others = (threads.read(token) for token in operands)
+    if x.base == "VIADDMNMX":
+        out = out + others.pop(0) & LOW
+    least = threads.predicate(least)
+    for other in others:
+        compared = (out, other) if "U32" in x.modifiers else (signed(out), signed(other))
+        out = np.where(np.less(*compared) == least, out, other)
+    threads.write(dest, mask, out)
 
 
 @_operation("SGXT", "USGXT")
@@ -272,7 +268,7 @@ def _sgxt(threads, x, mask):
     threads.write(x.operands[0], mask, out)
 
 
-@_operation("PRMT", "UPRMT")
+@_operation("PRMT")
 def _prmt(threads, x, mask):
     """Four of the eight bytes of b above a, each named by four bits, of which the highest asks for its sign."""
     a, select, b = (threads.read(token) for token in x.operands[1:4])
@@ -311,20 +307,20 @@ def _r2ur(threads, x, mask):
     threads.write(dest, mask, np.take_along_axis(value, first[:, None], 1).repeat(32))
 
 
-@_operation("SHFL")
-def _shfl(threads, x, mask):
-    found, dest, source, lane, clamp = x.operands
-    if x.modifiers[0] != "IDX" or clamp != "0x1f":
+@_operation("REDUX")
+def _redux(threads, x, mask):
+    """The least or greatest of a warp."""
+    if x.modifiers[1:] != ("S32",) or mask is not None:
         raise Unknown
-    lanes = (threads.read(lane) & np.uint64(31)).astype(int).reshape(-1, 32)
-    threads.write(dest, mask, np.take_along_axis(threads.read(source).reshape(-1, 32), lanes, 1).ravel())
-    threads.write_predicate(found, mask, np.ones(len(threads.zero), bool))
+    of_warps = signed(threads.read(x.operands[1])).reshape(-1, 32)
+    out = of_warps.min(1) if x.modifiers[0] == "MIN" else of_warps.max(1)
+    threads.write(x.operands[0], None, out.repeat(32).astype(np.uint64))
 
 
 # Divisions of integers go by the reciprocal of a float.
 
 
-@_operation("I2F", "I2FP")
+@_operation("I2F")
 def _i2f(threads, x, mask):
     value = threads.read(x.operands[1])
     value = (value if "U32" in x.modifiers else signed(value)).astype(np.float64)
@@ -350,16 +346,3 @@ def _f2i(threads, x, mask):
     if not np.isfinite(value).all():
         raise Unknown
     threads.write(x.operands[0], mask, np.trunc(value).astype(np.int64).astype(np.uint64))
-
-
-@_operation("HFMA2")
-def _hfma2(threads, x, mask):
-    """Only as a way to write a constant: two 16-bit floats, of zero times zero plus them."""
-    dest, a, b, *halves = x.operands
-    if a.strip("-") != "RZ" or b != "RZ" or len(halves) != 2:
-        raise Unknown
-    if "BF16_V2" in x.modifiers:
-        high, low = (int(np.float32(half).view(np.uint32)) >> 16 for half in halves)
-    else:
-        high, low = (int(np.float16(half).view(np.uint16)) for half in halves)
-    threads.write(dest, mask, threads.full(high << 16 | low))

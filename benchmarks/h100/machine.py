@@ -1,7 +1,8 @@
 """An H100 SXM (sm_90) in numbers: where each comes from, or that it is a guess."""
 
 __all__ = [
-    "CLOCK", "HBM", "HBM_OF_PROCESSOR", "L2", "L2_OF_PROCESSOR", "LATENCY", "MMA_SYNC", "PROCESSORS", "TENSOR", "resident",
+    "CLOCK", "HBM", "HBM_OF_PROCESSOR", "L2", "L2_OF_PROCESSOR", "LATENCY", "MMA_SYNC", "PROCESSORS", "TENSOR",
+    "resident",
 ]  # fmt: skip
 
 PROCESSORS = 132
@@ -17,9 +18,9 @@ MMA_SYNC = 0.629  # of it that mma.sync reaches: Luo et al., arXiv 2402.13499
 # In clocks. All are guesses between published measurements of Ampere and Hopper; moving all of them to their plausible
 # ends changes the time of prepare_kernel by -7 to 11%, that of gradient_kernel by -8 to 13%.
 LATENCY = {
-    "shared": 29, "matrix": 33, "store operand": 16, "shuffle": 24, "function": 22, "conversion": 24, "l1": 38, "l2": 262,
-    "hbm": 680, "special register": 25, "constant": 30, "barrier": 22, "fence": 20, "wgmma": 30, "operand": 20,
-    "store": 30, "early operand": 10, "shuffle operand": 12, "uniform": 12,
+    "shared": 29, "matrix": 33, "store operand": 16, "shuffle": 24, "shuffle operand": 12, "function": 22,
+    "conversion": 24, "early operand": 10, "l1": 38, "l2": 262, "hbm": 680, "store": 30, "operand": 20,
+    "special register": 25, "constant": 30, "uniform": 12, "barrier": 22, "fence": 20, "wgmma": 30,
 }  # fmt: skip
 
 REGISTERS, WARPS, PROGRAMS = 65536, 64, 32  # of a processor

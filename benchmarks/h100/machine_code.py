@@ -16,8 +16,8 @@ PARAMETER = re.compile(r"Ordinal : 0x([0-9a-f]+)\s+Offset\s+: 0x([0-9a-f]+)\s+Si
 
 @dataclass(frozen=True)
 class Instruction:
-    """stall: clocks until this warp's next. written, read: the scoreboard, 7 for none, that is let go when the result is
-    there or the operands are read; waits: bits of those waited for. guard: the predicate it runs under, or None."""
+    """stall: clocks until this warp's next. written, read: the scoreboard, 7 for none, that is let go when the result
+    is there or the operands are read; waits: bits of those waited for. guard: the predicate it runs under, or None."""
 
     text: str
     address: int = 0

@@ -1,7 +1,6 @@
-"""What loads and stores cost: sectors and lines of global memory, wavefronts of shared memory, and what is at an address."""
+"""What loads and stores cost, in sectors of global memory and wavefronts of shared memory, and what they move."""
 
 import functools
-import re
 from typing import NamedTuple
 
 import numpy as np
@@ -107,8 +106,9 @@ class Arguments:
 
     FIRST = 0x210  # of the constant bank on sm_90
 
-    def __init__(self, parameters: list[tuple[int, int]], values: list, threads: int):
-        self.constants = {0x0: threads, 0x4: 1, 0x8: 1, 0xC: 1 << 16, 0x10: 1, 0x14: 1, 0x28: 0}
+    def __init__(self, parameters: list[tuple[int, int]], values: list, threads: int, programs: int):
+        # Sizes of a program and of the grid in three dimensions, and where the stack begins.
+        self.constants = {0x0: threads, 0x4: 1, 0x8: 1, 0xC: programs, 0x10: 1, 0x14: 1, 0x28: 0}
         self.contents = {}
         # Behind those of the signature Triton has pointers of its own to memory that our kernels do not use.
         values = values + [None] * (len(parameters) - len(values))

@@ -1,7 +1,7 @@
-"""The time of a launch on an H100: one program emulated, as many of it simulated as a processor holds, the rest by counting.
+"""The time of a launch on an H100: one program emulated, as many simulated as a processor holds, the rest by counting.
 
-A kernel whose programs go from chunk to chunk is emulated on two short sequences, and each further chunk takes what those
-between the two took.
+A kernel whose programs go from chunk to chunk is emulated on two short sequences, and each further chunk takes what
+those between the two took.
 """
 
 import collections
@@ -18,6 +18,7 @@ from .simulator import WAITS, simulate
 __all__ = ["Kernel", "Time", "time_of"]
 
 MOST_NEIGHBOURS = 16
+FOLLOWERS = 16  # programs simulated one after the other in each place of a processor
 LEAST_SHARED = 0.05  # of what a program loads, for a neighbour to count as one that reads the same
 
 
@@ -92,15 +93,15 @@ def _sample(run, count):
 
 
 def _rates(processors):
-    """Bytes a clock of L2 and HBM for each of so many processors: its share of them, or as if the others left it them."""
+    """Bytes a clock of L2 and HBM for one of so many processors: its share, or what it wants if others leave that."""
     share = (machine.L2 / processors / machine.CLOCK, machine.HBM / processors / machine.CLOCK)
     most = (machine.L2_OF_PROCESSOR, machine.HBM_OF_PROCESSOR)
     return tuple(map(min, share, most)), most
 
 
 def _walk(kernel, found, lengths, length, count, alone):
-    """Clocks that ``count`` programs take, each of ``length`` chunks: rounds of as many as all processors hold, one after
-    the other. found: the streams of walks over ``lengths``."""
+    """Clocks that ``count`` programs take, each of ``length`` chunks: rounds of as many as all processors hold, one
+    after the other. found: the streams of walks over ``lengths``."""
     slots = machine.PROCESSORS * kernel.resident
     total = 0.0
     for programs, rounds in ((slots, count // slots), (count % slots, 1)):
@@ -120,7 +121,7 @@ def _extended(short, long, lengths, length):
 def _stream(kernel, stream, count, alone):
     """Clocks that ``count`` programs of these records take: by what one more takes where many follow each other."""
     resident = kernel.resident
-    programs = max(3 * resident, 12)
+    programs = max(FOLLOWERS * resident, 3 * FOLLOWERS)
     l2, hbm = _rates(machine.PROCESSORS)[alone]
     _, ends, _ = simulate(stream, resident, programs, l2, hbm)
     one_more = (ends[-1] - ends[resident - 1]) / (programs - resident)
@@ -137,8 +138,8 @@ def time_of(kernel: Kernel, count: int, length: int, arguments: dict[int, Argume
     """Of a launch of ``count`` programs on sequences of ``length`` chunks. arguments: chunks of a sequence -> those of
     such a launch with as many programs; {length: ...} alone for a kernel whose programs each have a chunk of their own.
 
-    floats: see ``emulate``, whose ValueError is passed on. Simulated times lie between a processor having its share of L2
-    and HBM at any time, and having as much as it can take, as while others compute. No time is below a bound."""
+    floats: see ``emulate``, whose ValueError is passed on. Simulated times lie between a processor having its share of
+    L2 and HBM at any time, and having as much as it can take, as while others compute. No time is below a bound."""
     lengths = sorted(arguments)
     runs = {n: functools.cache(functools.partial(_run, kernel, arguments[n], floats)) for n in lengths}
     chosen, shares = _sample(runs[lengths[0]], count)

@@ -18,16 +18,17 @@ NAMES = {
     "fma": {"FFMA", "FADD", "FMUL", "HFMA2", "HADD2", "HMUL2"},
     "heavy": {"IMAD"},
     "alu": {
-        "BMSK", "CS2R", "F2FP", "FCHK", "FMNMX", "FSEL", "FSETP", "HMNMX2", "HSETP2", "I2FP", "IABS", "IADD3", "IMNMX", "ISETP",
-        "LEA", "LOP3", "MOV", "P2R", "PLOP3", "PRMT", "R2P", "SEL", "SGXT", "SHF", "VIADD", "VIADDMNMX", "VIMNMX",
+        "BMSK", "CS2R", "F2FP", "FCHK", "FMNMX", "FSEL", "FSETP", "HMNMX2", "HSETP2", "I2FP", "IABS", "IADD3", "IMNMX",
+        "ISETP", "LEA", "LOP3", "MOV", "P2R", "PLOP3", "PRMT", "R2P", "SEL", "SGXT", "SHF", "VIADD", "VIADDMNMX",
+        "VIMNMX", "VIMNMX3",
     },
-    "xu": {"F2F", "F2I", "FLO", "FRND", "I2F", "MUFU", "POPC"},
+    "xu": {"F2F", "F2I", "FLO", "FRND", "I2F", "MUFU", "POPC", "REDUX"},
     "memory": {*GLOBAL, *SHARED, "LDL", "RED", "SHFL", "STL"},
     "tensor": {"HGMMA", "HMMA"},
     "uniform": {"R2UR", "S2UR"},
     "none": {
-        "BAR", "BRA", "BSSY", "BSYNC", "DEPBAR", "EXIT", "FENCE", "LDC", "LDGDEPBAR", "MEMBAR", "NOP", "S2R", "VOTE",
-        "WARPGROUP", "WARPSYNC",
+        "BAR", "BRA", "BREAK", "BSSY", "BSYNC", "DEPBAR", "EXIT", "FENCE", "LDC", "LDGDEPBAR", "MEMBAR", "NOP", "S2R",
+        "VOTE", "WARPGROUP", "WARPSYNC",
     },
 }  # fmt: skip
 PIPE = {base: pipe for pipe, bases in NAMES.items() for base in bases}
@@ -57,8 +58,9 @@ def _product(x):
 def _record(x: Instruction):
     """Of an instruction without what differs each time that it runs."""
     pipe = _pipe(x)
-    record = dict(pipe=PIPES[pipe], stall=x.stall, written=x.written, read=x.read, waits=x.waits, kind=0, argument=0, last=0,
-                  pipe4=4, memory4=0, latency=LATENCY["constant"], operand_latency=LATENCY["operand"], l2=0, hbm=0)  # fmt: skip
+    record = dict.fromkeys(RECORD.names, 0)
+    record |= dict(pipe=PIPES[pipe], stall=x.stall, written=x.written, read=x.read, waits=x.waits)
+    record |= dict(pipe4=4, latency=LATENCY["constant"], operand_latency=LATENCY["operand"])
     if pipe in ("alu", "heavy"):
         record["pipe4"] = 8
     elif pipe == "uniform":

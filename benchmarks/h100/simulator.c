@@ -81,7 +81,7 @@ static void open_barrier(Warp *program, int warps, double when)
         }
 }
 
-// Clocks until ``programs`` have ended, ``resident`` at a time; -1: too many warps, -2: all wait forever.
+// Clocks until ``programs`` have ended, ``resident`` at a time; -1: too many warps.
 // records: those of warp 0, then of warp 1, ...; lengths [warps]. l2_rate, hbm_rate: bytes a clock.
 // ends [programs]: when each ended. waits: sums of clocks over warps, see FOR_...
 double simulate(const Record *records, const int *lengths, int warps, int resident, int programs, double l2_rate,
@@ -210,10 +210,7 @@ double simulate(const Record *records, const int *lengths, int warps, int reside
             }
         }
         now += 1;
-        if (!any) {
-            if (isinf(soonest)) return -2;
-            now = later(now, ceil(soonest));
-        }
+        if (!any) now = later(now, ceil(soonest));
     }
     return now;
 }

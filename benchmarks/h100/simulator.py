@@ -22,8 +22,8 @@ RECORD = np.dtype(
 # Where the time of warps goes, in the order of simulator.c.
 WAITS = (
     "stall counts", "barriers", "loads from L2 or HBM", "loads from L1", "stores' operands", "copies' operands",
-    "shared memory", "shuffles", "MUFU and conversions", "uniform registers", "other results", "shared stores' operands",
-    "other operands", "copies to shared memory", "wgmma", "pipes and other warps",
+    "shared memory", "shuffles", "MUFU and conversions", "uniform registers", "other results",
+    "shared stores' operands", "other operands", "copies to shared memory", "wgmma", "pipes and other warps",
 )  # fmt: skip
 
 
@@ -47,15 +47,15 @@ def simulate(
     the clocks that warps spent on each of ``WAITS``.
 
     streams: of each warp of a program what it issues, as RECORD. l2, hbm: bytes a clock for this processor, by default
-    its share. Raises ValueError where so many warps are too many, or wait for each other forever."""
+    its share. Raises ValueError for more than 64 warps at once."""
     records = np.ascontiguousarray(np.concatenate(streams))
     lengths = np.array([len(stream) for stream in streams], np.int32)
     ends, waits = np.zeros(programs), np.zeros(len(WAITS))
     clocks = _library().simulate(
-        records.ctypes.data_as(ctypes.c_void_p), lengths.ctypes.data_as(ctypes.c_void_p), len(streams), resident, programs,
-        ctypes.c_double(l2), ctypes.c_double(hbm), ctypes.c_double(machine.LATENCY["wgmma"]),
+        records.ctypes.data_as(ctypes.c_void_p), lengths.ctypes.data_as(ctypes.c_void_p), len(streams), resident,
+        programs, ctypes.c_double(l2), ctypes.c_double(hbm), ctypes.c_double(machine.LATENCY["wgmma"]),
         ends.ctypes.data_as(ctypes.c_void_p), waits.ctypes.data_as(ctypes.c_void_p),
     )  # fmt: skip
     if clocks < 0:
-        raise ValueError("more than 64 warps" if clocks == -1 else "the warps wait for each other forever")
+        raise ValueError(f"{resident} programs of {len(streams)} warps at once are more than 64 warps")
     return clocks, np.sort(ends), waits

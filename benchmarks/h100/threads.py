@@ -1,4 +1,4 @@
-"""The registers, predicates and constants of a program's threads, side by side in arrays, and what an operand names in them.
+"""The registers, predicates and constants of a program's threads, side by side in arrays, and what operands name.
 
 Values are 32 bits in uint64 [threads]. What is not known, as floats are not, is not there.
 """
@@ -15,13 +15,12 @@ __all__ = ["BITS", "Threads", "Unknown", "signed"]
 BITS = 0xFFFFFFFF
 REGISTER = re.compile(r"([~-]?)(U?R)(Z|\d+)(?:\.reuse|\.64)*")
 NUMBER = re.compile(r"-?0x[0-9a-f]+|-?\d+")
-CONSTANT = re.compile(r"c\[0x0\]\[0x([0-9a-f]+)\]")
 PREDICATE = re.compile(r"U?P[T\d]")
 COMPARISONS = ("FSETP", "HSETP2", "ISETP", "UISETP", "PLOP3", "UPLOP3")  # write predicates alone
 # Write neither registers nor predicates.
 SILENT = {
-    "ATOM", "BAR", "BRA", "BSSY", "BSYNC", "DEPBAR", "EXIT", "FENCE", "LDGDEPBAR", "LDGSTS", "MEMBAR", "NOP", "STG", "STL",
-    "STS", "STSM", "WARPGROUP", "WARPSYNC",
+    "BAR", "BRA", "BREAK", "BSSY", "BSYNC", "DEPBAR", "EXIT", "FENCE", "LDGDEPBAR", "LDGSTS", "MEMBAR", "NOP", "STG",
+    "STL", "STS", "STSM", "WARPGROUP", "WARPSYNC",
 }  # fmt: skip
 
 
@@ -75,11 +74,6 @@ class Threads:
     def full(self, number):
         return np.full(len(self.zero), number & BITS, np.uint64)
 
-    def _word(self, offset):
-        if offset not in self.constants:
-            raise Unknown
-        return self.full(self.constants[offset])
-
     def _named(self, name):
         x = self.registers.get(name)
         if x is None:
@@ -96,26 +90,19 @@ class Threads:
             return (x ^ np.uint64(BITS)) + np.uint64(1) if sign else x
         if NUMBER.fullmatch(token):
             return self.full(int(token, 0))
-        if match := CONSTANT.fullmatch(token):
-            return self._word(int(match[1], 16))
         raise Unknown(token)
 
     def read(self, token):
         return self.wide(token) & np.uint64(BITS)
 
     def pair(self, token):
-        """An operand of 64 bits."""
-        if match := CONSTANT.fullmatch(token):
-            offset = int(match[1], 16)
-            return self._word(offset) | self._word(offset + 4) << np.uint64(32)
-        register = _register(token)
-        if register is None:
-            return self.full(int(token, 0)) if NUMBER.fullmatch(token) else self.read(token)
-        sign, kind, number = register
+        """A pair of registers, 64 bits."""
+        sign, kind, number = _register(token) or (token, "", None)
+        if sign:
+            raise Unknown(token)
         if number is None:
             return self.zero
-        x = self._named(f"{kind}{number}") | self._named(f"{kind}{number + 1}") << np.uint64(32)
-        return ~x + np.uint64(1) if sign else x
+        return self._named(f"{kind}{number}") | self._named(f"{kind}{number + 1}") << np.uint64(32)
 
     def nth(self, token, k):
         """The k-th register from one on, None where it is unknown."""
