@@ -17,7 +17,6 @@ import argparse
 import collections
 import contextlib
 import json
-import math
 import os
 from unittest import mock
 
@@ -28,8 +27,8 @@ import torch
 import triton.runtime.interpreter as interpreter
 from calls import KINDS, gdn2_inputs, segment
 from launches import recorded
+from operators import Operators, bytes_of
 from tables import table
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gdn2_titan.ops import chunk_gdn2
 
@@ -37,7 +36,6 @@ LENGTHS = (128, 256)
 SIZE = 128  # K and V
 # Of the launches of one kernel, bytes but for the first.
 FIELDS = ("launches", "loaded", "stored", "issued", "distinct")
-ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 
 
 class Memory:
@@ -77,42 +75,6 @@ class Memory:
         distinct = sum(size * np.unique(np.concatenate(x)).size for (_, size), x in everywhere.items())
         row.update(launches=1, distinct=distinct)
         self.forget()
-
-
-class Operators(TorchDispatchMode):
-    """Adds to ``rows`` the PyTorch operators that would start a kernel on a GPU, also inside this package's ops."""
-
-    def __init__(self):
-        super().__init__()
-        self.rows = collections.defaultdict(collections.Counter)
-        self.paused = False
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if self.paused:
-            return func(*args, **kwargs)
-        with self:
-            if func.namespace == "gdn2_titan":  # into its body
-                return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
-            result = func.decompose(*args, **kwargs)
-        if result is not NotImplemented:
-            return result
-        result = func(*args, **kwargs)
-        name = func.overloadpacket.__name__
-        if not func.is_view and name not in ALLOCATIONS:
-            read, written = _bytes((args, kwargs)), _bytes(result)
-            both = read + written
-            self.rows[f"aten.{name}"].update(launches=1, loaded=read, stored=written, issued=both, distinct=both)
-        return result
-
-
-def _bytes(tree):
-    """Of the tensors in an operator's arguments or results; what is expanded is there once."""
-    total = 0
-    for x in torch.utils._pytree.tree_leaves(tree):
-        if isinstance(x, torch.Tensor):
-            total += x.itemsize * math.prod(n for n, stride in zip(x.shape, x.stride(), strict=True) if stride)
-    return total
 
 
 @contextlib.contextmanager
@@ -157,7 +119,7 @@ def _count(kind, erases, T, architecture):
         with torch.no_grad():
             results = segment(**inputs)
     floors = {"forward": (leaves, o), "backward": (leaves, do, grads), "segment": (leaves, results)}
-    return phases, {phase: _bytes(x) for phase, x in floors.items()}, sum(saved.values())
+    return phases, {phase: bytes_of(x) for phase, x in floors.items()}, sum(saved.values())
 
 
 def measure(kind, erases, architecture):
