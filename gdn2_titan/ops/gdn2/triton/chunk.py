@@ -103,9 +103,8 @@ def _parameters(call, inputs, options):
 
 def _scan_configurations(call, width, v, maps=0):
     """For a walk over ``width`` columns of the state of every sequence and value head, and of as many ``maps``."""
-    programs = call.sequences * (v.shape[2] + maps) * triton.cdiv(width, 128)
-    fills = programs > 0.75 * target.processors(v)
-    return configurations.scan(call.arch, call.sizes["BK"], width, v.element_size(), fills)
+    states = call.sequences * (v.shape[2] + maps)
+    return configurations.scan(call.arch, call.sizes["BK"], width, v.element_size(), states, target.processors(v))
 
 
 def _scan(call, prepared, inputs, options, o=None, final_state=None, R=None, states=None):

@@ -33,19 +33,21 @@ def _amd(arch):
     return isinstance(arch, str)
 
 
-def scan(arch: int | str, BK: int, V: int, itemsize: int, fills: bool) -> tuple[dict, ...]:
-    """For the scan, its reverse and the segment: BV value channels of the state [BV, BK] to a program.
+def scan(arch: int | str, BK: int, V: int, itemsize: int, states: int, processors: int) -> tuple[dict, ...]:
+    """For the scan, its reverse and the segment: BV value channels of the state [BV, BK] to a program. states: of all
+    sequences and heads.
 
-    On sm_90 128 fit at a head of 128, which then reads Q, E, Kt, A_qk and A once, where slices of 128 give every
-    processor one (``fills``); else two slices side by side are done sooner. 64 is the least that wgmma and tcgen05
-    take. At a head of 256 two programs of 64 fill the registers of a processor of sm_90, no chunk loaded ahead: each
-    computes while the other waits, which a single one would not hide; there, and where not even wgmma reads registers,
-    32. fp32 leaves them for 16, and from 128 on none for loading a chunk ahead; nor does a head of 256 leave shared
-    memory for that on a small GPU."""
+    On sm_90 128 fit at a head of 128, which then reads Q, E, Kt, A_qk and A once; two slices are done sooner where all
+    have a processor of their own. 64 is the least that wgmma and tcgen05 take. At a head of 256 two programs of 64 fill
+    the registers of a processor of sm_90, no chunk loaded ahead: each computes while the other waits, which a single
+    one would not hide; where slices of 32 have processors of their own, and where not even wgmma reads registers, 32.
+    fp32 leaves them for 16, and from 128 on none for loading a chunk ahead; nor does a head of 256 leave shared memory
+    for that on a small GPU."""
     if _amd(arch):
         return (dict(BV=min(padded(V), 64 if BK <= 128 else 32), num_warps=4, num_stages=1),)
     if itemsize == 4 or (arch in SMALL and BK > 128):
         return (dict(BV=16, num_warps=8, num_stages=2 if BK <= 64 else 1),)
+    fills = states * triton.cdiv(V, 64 if BK <= 128 else 32) > processors
     if arch == 90 and fills and BK > 128 and padded(V) >= 64:
         return (dict(BV=64, num_warps=4, num_stages=1),)
     if not 90 <= arch < 120 or BK > 128:
