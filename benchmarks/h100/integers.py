@@ -246,7 +246,7 @@ def _iabs(threads, x, mask):
 
 @_operation("VIMNMX", "VIMNMX3", "VIADDMNMX")
 def _minimum_or_maximum(threads, x, mask):
-    """The least of the operands where the predicate holds, else the greatest; of VIADDMNMX the first is a sum of two."""
+    """The least operand where the predicate holds, else the greatest; of VIADDMNMX the first is a sum of two."""
     dest, *operands, least = x.operands
     out, *others = (threads.read(token) for token in operands)
     if x.base == "VIADDMNMX":
