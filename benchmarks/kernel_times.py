@@ -110,13 +110,12 @@ def _launches(case, B, T, sequences, segments):
     """The launches of forward and backward, how many of them are forward, and of PyTorch's operators in each phase the
     number and bytes."""
     inputs, leaves = _inputs(case, B, T, sequences)
-    phases = []
     with recorded(ARCHITECTURE) as launches, Operators() as operators:
+        phases = [operators.begin()]
         o = ops.chunk_gdn2(**inputs, backend="triton", num_segments=segments)[0]
-        phases.append(operators.rows)
-        forward, operators.rows = len(launches), type(operators.rows)(operators.rows.default_factory)
+        forward = len(launches)
+        phases.append(operators.begin())
         torch.autograd.grad([o], leaves, [torch.empty_like(o)])
-        phases.append(operators.rows)
     counts = [{name: sum(row[name] for row in rows.values()) for name in ("launches", "distinct")} for rows in phases]
     return launches, forward, counts
 
@@ -166,6 +165,10 @@ def rows_of(shape: str, case: str, kernels: list[str], changes: dict[str, int]) 
     sum_matrices(torch.device("cpu"), torch.bfloat16)  # once for a device, and no part of a call
     launches, forward, operators = _launches(of_case, rows, tokens, sequences, segments)
     short = {n: _launches(of_case, rows, n * CHUNK * sequences // rows, sequences, segments)[0] for n in WALKS}
+    names = [launch.name for launch in launches]
+    assert all([launch.name for launch in others] == names for others in short.values()), (
+        "what is left over is not modelled"
+    )
     found = []
     for number, launch in enumerate(launches):
         if not kernels or launch.name in kernels:
