@@ -34,7 +34,7 @@ INSTRUCTION = 16  # bytes, on NVIDIA
 TENSOR_MEMORY = 512  # columns, of a program on sm_100; for a kernel that wants more Triton emits a trap
 SPILLED = 256  # bytes of a thread; a kernel that spills more is named here, with the reason
 SPILLS = {
-    "gradient_kernel": "three programs to a processor: slices that spill half as much take 1.3 times as long",
+    "gradient_kernel": "three programs to a processor: slices that spill half as much take 1.1 to 1.2 times as long",
     "prepare_kernel": "slices of 32 channels: those of 16 read the gates and the matrices of sums twice as often",
     "scan_kernel": "heads of 256: two programs to a processor, whose states are half of all registers",
     "segment_kernel": "it is scan_kernel twice",

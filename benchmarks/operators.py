@@ -14,13 +14,18 @@ FILLS = ("new_zeros", "zeros_like")  # read nothing of the tensor that they are 
 
 
 class Operators(TorchDispatchMode):
-    """Adds to ``rows`` the PyTorch operators that would start a kernel on a GPU, also inside this package's ops: each
-    reads and writes its tensors once."""
+    """Adds to ``rows`` the PyTorch operators that would start a kernel on a GPU, also inside this package's ops:
+    launches and bytes, each operator reading and writing its tensors once."""
 
     def __init__(self):
         super().__init__()
-        self.rows = collections.defaultdict(collections.Counter)
         self.paused = False
+        self.begin()
+
+    def begin(self) -> dict[str, collections.Counter]:
+        """New ``rows``, which are filled from here on."""
+        self.rows = collections.defaultdict(collections.Counter)
+        return self.rows
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

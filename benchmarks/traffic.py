@@ -89,12 +89,8 @@ def _counting(architecture):
         operators.paused = False
         memory.add_to(operators.rows[launch.name])
 
-    def begin():
-        operators.rows = collections.defaultdict(collections.Counter)
-        return operators.rows
-
     with mock.patch.object(interpreter, "_interpreter", memory), recorded(architecture, start, processors=1), operators:
-        yield begin
+        yield operators.begin
 
 
 def _count(kind, erases, T, architecture):

@@ -1,5 +1,6 @@
 """One program of a launch: all threads of it, in the order of the machine code, side by side where they agree."""
 
+import contextlib
 from typing import NamedTuple
 
 import numpy as np
@@ -25,12 +26,14 @@ class Step(NamedTuple):
     accesses: list[Access] | None
 
 
-def _known(threads, x, read, token):
+@contextlib.contextmanager
+def _following(threads, x):
+    """Where an instruction cannot be followed unless all that it reads is known."""
     try:
-        return read(token)
+        yield
     except Unknown as unknown:
-        names = [name for name in unknown.args if name]
-        raise ValueError(f"cannot follow {x}: {', '.join(map(threads.why, names)) or token}") from None
+        why = ", ".join(map(threads.why, unknown.args)) or "the model knows no such form of it"
+        raise ValueError(f"cannot follow {x}: {why}") from None
 
 
 def _guarded(threads, x, mask):
@@ -38,7 +41,8 @@ def _guarded(threads, x, mask):
     if x.guard is None:
         return mask
     if x.base in (*GLOBAL, *SHARED, "BRA", "EXIT"):
-        return mask & _known(threads, x, threads.predicate, x.guard)
+        with _following(threads, x):
+            return mask & threads.predicate(x.guard)
     try:
         return mask & threads.predicate(x.guard)
     except Unknown:  # a choice between floats: what it writes becomes unknown, what it takes is the same
@@ -50,7 +54,8 @@ def _run(threads, memory, x, mask):
     if mask is None:
         threads.lose(x)
     elif x.base in LOCAL:
-        _known(threads, x, lambda token: memory.spill(threads, x, mask), None)
+        with _following(threads, x):
+            memory.spill(threads, x, mask)
     elif x.base in GLOBAL or x.base in SHARED:
         if mask.any():
             memory.transfer(threads, x, mask)
@@ -79,7 +84,8 @@ def emulate(code: MachineCode, arguments: Arguments, program: int, warps: int, f
         running = _guarded(threads, x, mask)
         accesses = None
         if x.base in GLOBAL or x.base in SHARED:
-            accesses = _known(threads, x, lambda token: memory.access(threads, x, running), None)
+            with _following(threads, x):
+                accesses = memory.access(threads, x, running)
         coming, active = (each.reshape(warps, 32).any(1) for each in (mask, mask if running is None else running))
         trace.append(Step(here, coming, active, accesses))
         at[mask] = here + 1

@@ -53,9 +53,9 @@ class MachineCode:
     stack: int
 
 
-def _instructions(sass):
+def _instructions(text):
     found, first = [], None
-    for line in sass.splitlines():
+    for line in text.splitlines():
         if match := FIRST.match(line):
             first = match
         elif first and (match := SECOND.match(line)):
@@ -68,17 +68,12 @@ def _instructions(sass):
 
 def disassemble(cubin: bytes) -> MachineCode:
     """The one kernel of a cubin of sm_90."""
-
-    def cuobjdump(option):
-        command = [triton.knobs.nvidia.cuobjdump.path, option, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        instructions = _instructions(cuobjdump("-sass"))
-        usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", cuobjdump("--dump-resource-usage")))
-        places = {int(number, 16): (int(offset, 16), int(size, 16))
-                  for number, offset, size in PARAMETER.findall(cuobjdump("-elf"))}  # fmt: skip
+        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", "-elf", "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
+    places = {int(number, 16): (int(offset, 16), int(size, 16)) for number, offset, size in PARAMETER.findall(text)}
     parameters = [places[number] for number in range(len(places))]
-    return MachineCode(instructions, parameters, int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"]))
+    return MachineCode(_instructions(text), parameters, int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"]))
