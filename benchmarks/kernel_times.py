@@ -256,6 +256,14 @@ OTHERS = {
 }
 ERASE = {"gated": "raw", "`b=None`": "no erase"}
 MAMBAS = {"gated": "mamba", "`b=None`": "mamba, no erase"}
+CUT = {"in segments": "B1T16384", "in one": "B1T16384-whole"}
+CUT_CASES = {
+    "raw, documents": "documents",
+    "raw, grouped": "grouped",
+    "raw, 64": "heads of 64",
+    "raw, 256": "heads of 256",
+    "raw, `b=None`": "no erase",
+}
 
 
 def _cells(rows):
@@ -289,7 +297,8 @@ def _tables(found):
             rows = [[row[0], CASES[case].value_heads, *row[1:], _fla(case, "B8T4096")]
                     for row, case in zip(rows, names.values(), strict=True)]  # fmt: skip
         tables[mark] = table(head, rows)
-    return tables
+    cut = [[name, *(_sum(found[shape, case]) for shape in CUT.values())] for name, case in CUT_CASES.items()]
+    return tables | {"segments": table(["", *CUT], cut)}
 
 
 def main():
@@ -306,7 +315,7 @@ def main():
     calls = list(itertools.product(chosen.shape, chosen.case))
     if chosen.write:
         others = [("B8T4096", case) for case in (*OTHERS.values(), *ERASE.values(), *MAMBAS.values())]
-        calls = list(dict.fromkeys([*CALLS.values(), *others]))
+        calls = list(dict.fromkeys([*CALLS.values(), *others, *itertools.product(CUT.values(), CUT_CASES.values())]))
     found = _all_rows([(*call, chosen.kernels, changes) for call in calls])
     for (shape, case), rows in found.items():
         if chosen.json:
