@@ -241,7 +241,7 @@ CALLS = {
     "B = 8, T = 4,096": ("B8T4096", "raw"),
     "B = 1, T = 16,384": ("B1T16384", "raw"),
     "the same in one segment": ("B1T16384-whole", "raw"),
-    "the same with activated gates": ("B1T16384", "activated"),
+    "B = 1, T = 16,384, activated gates": ("B1T16384", "activated"),
 }
 OTHERS = {
     "raw gates, 128": "raw",
