@@ -5,6 +5,7 @@ Read from the source: imports within functions count as those at the top of a fi
 
 import ast
 import functools
+import graphlib
 import importlib.metadata
 from pathlib import Path
 
@@ -103,6 +104,20 @@ def test_within_ops_context_parallelism_is_on_top_and_the_shared_files_at_the_bo
         if other not in {room} | BELOW_OPS[room]:
             wrong.append(f"{_place(path, line)}: {room} imports {'.'.join(imported)}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_file_comes_back_to_itself_by_way_of_what_it_imports():
+    files = {_module(path) for path in FILES}
+    # A name that is imported from a file is of that file. A package's own file is its face, and not followed.
+    below = {module: set() for module in files}
+    for path, _, importing, imported in _ours():
+        found = next((imported[:n] for n in (len(imported), len(imported) - 1) if imported[:n] in files), None)
+        if path.name != "__init__.py" and found and found != importing:
+            below[importing].add(found)
+    try:
+        graphlib.TopologicalSorter(below).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" -> ".join(".".join(module) for module in error.args[1]))
 
 
 @pytest.mark.parametrize("package", OTHERS)

@@ -27,8 +27,8 @@ from gdn2_titan.models import GDN2Model
 from gdn2_titan.ops import naive_recurrent_gdn2
 from gdn2_titan.study import gates, gates_figures
 from gdn2_titan.study.__main__ import main
-from gdn2_titan.study.gates import Token, tokens_of
 from gdn2_titan.study.gates_page import write_page
+from gdn2_titan.study.gates_tokens import Token, tokens_of
 from gdn2_titan.study.gates_trace import follow_memory, trace_gates
 from tests.convert_cases import HYBRID, TOKENIZER, assert_one_sentence, hashes, save_step
 from tests.hf_cases import pair, tokens

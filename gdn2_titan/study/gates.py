@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from gdn2_titan.convert.atomic import check_free, new_path
 from gdn2_titan.convert.errors import ConvertError
@@ -10,11 +10,12 @@ from gdn2_titan.convert.run_folders import checkpoint_folder
 from gdn2_titan.convert.tokenizer import document_ids, encode
 from gdn2_titan.model_options import add_model_options, dtype_of, number, open_model
 
-__all__ = ["Token", "add_parser", "run", "tokens_of"]
+from .gates_tokens import tokens_of
+
+__all__ = ["add_parser", "run"]
 
 # Pictures of more would be beyond what PNG readers take, and a page of more beyond what a person reads.
 MOST_TOKENS = 4096
-_SIGNS = {" ": "·", "\n": "⏎", "\t": "⇥"}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -60,38 +61,6 @@ def _layer(args: Any, options: argparse.Namespace) -> tuple[int, int]:
     if options.head >= heads:
         raise ConvertError(f"--head is {options.head}; it must be a value head of the model, from 0 to {heads - 1}")
     return layer, len(layers)
-
-
-class Token(NamedTuple):
-    id: int
-    text: str  # of all tokens together it is the text; empty for bos and for the rest of a character's bytes
-    label: str  # what to show in its place, never empty
-
-
-def _label(text: str) -> str:
-    """The text with everything to be seen: signs for white space, and \\x00 for what no font has a glyph for."""
-    return "".join(_SIGNS.get(c) or (c if c.isprintable() else repr(c)[1:-1]) for c in text)
-
-
-def tokens_of(tokenizer: Any, text: str, encoding: Any, ids: list[int]) -> list[Token]:
-    """[Token] of the document's beginning ``ids``, the first of which may be bos.
-
-    encoding: of text, with ``offset_mapping`` where the tokenizer can say it.
-    """
-    tokens, end = [], 0
-    if tokenizer.bos_token_id is not None:
-        tokens.append(Token(ids[0], "", tokenizer.bos_token))
-    for place, token in enumerate(encoding["input_ids"][: len(ids) - len(tokens)]):
-        if "offset_mapping" in encoding:
-            start, stop = encoding["offset_mapping"][place]
-            # From where the last one ended: some tokenizers leave the space before a word out of it.
-            piece, end = text[end:stop], max(end, stop)
-            label = _label(piece) or f"…{_label(text[start:stop])}"
-        else:
-            piece = tokenizer.decode([token])
-            label = _label(piece) or "…"
-        tokens.append(Token(token, piece, label))
-    return tokens
 
 
 def run(options: argparse.Namespace) -> None:

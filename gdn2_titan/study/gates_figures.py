@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from .gates import Token
+from .gates_tokens import Token
 from .gates_trace import QUANTITIES, Channels, LayerTrace, colours_of
 
 __all__ = ["draw_figures"]

@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.colors import to_hex
 
-from .gates import Token
+from .gates_tokens import Token
 from .gates_trace import QUANTITIES, LayerTrace, colours_of
 
 __all__ = ["write_page"]
