@@ -20,7 +20,7 @@ from ..dispatch import triton_can_serve
 from .arguments import GDN2Inputs, GDN2Options
 from .flops import CHUNK, backward_flops, segment_flops
 from .library import ARGUMENTS, GATED, GRADIENTS, OPTIONS, SQUARES, given, kernels, known, new_squares, or_empty
-from .segments import add_read_, advance, read_transposed
+from .segments import advance, apart, side_by_side
 
 __all__ = ["check_num_segments", "number_of_segments", "segments_of", "split_gdn2"]
 
@@ -60,6 +60,29 @@ def _owing(initial_state):
     return slice(initial_state is None, None)
 
 
+def _by_rows_or_heads(*tensors):
+    """Tensors [R, H, ...] -> tuples of [R, ...] or of [H, ...], whichever are fewer, and along which axis: batches of
+    matrices with one stride, which a library multiplies where they lie; those with two it would copy."""
+    axis = 0 if 0 < tensors[0].shape[0] <= tensors[0].shape[1] else 1
+    return zip(*(x.unbind(axis) for x in tensors), strict=True), axis
+
+
+def _add_read_(o, P, S):
+    """``o += read(P, S)`` of ``segments``; o [R, L, HV, V] and P [R, L, H, K] in one dtype."""
+    heads = P.shape[2]
+    o = o.unflatten(2, (heads, -1)).flatten(3).transpose(1, 2)  # [R, H, L, HV / H * V]
+    batches, _ = _by_rows_or_heads(o, P.transpose(1, 2), side_by_side(S.to(P.dtype), heads))
+    for o, P, S in batches:
+        o.baddbmm_(P, S)
+
+
+def _read_transposed(P, do, dtype):
+    """``read_transposed`` of ``segments``, which cannot loop over rows: a compiler traces it for any number of them."""
+    do_by_heads = do.to(P.dtype).unflatten(2, (P.shape[2], -1)).flatten(3).transpose(1, 2)  # [R, H, L, HV / H * V]
+    batches, axis = _by_rows_or_heads(P.permute(0, 2, 3, 1), do_by_heads)
+    return apart(torch.stack([P @ do_ for P, do_ in batches], axis).to(dtype), do.shape[-1])
+
+
 def _segmented_forward(*args):
     """``chunk_gdn2`` of T tokens that the ``count`` of segments divides: o and the final state. Then, for backward,
     P [B, T, H, K] in q's dtype, entering states [B, count, HV, K, V], transitions [B, count, H, K, K], and A and A_qk
@@ -75,7 +98,7 @@ def _segmented_forward(*args):
         *states, state = _folded(zip(M.unbind(1), D.unbind(1), strict=True), state)
         entering = _stacked(states, state)
         o, P, owing = o.contiguous(), P.contiguous(), _owing(initial_state)
-        add_read_(o[owing], P[owing], entering.flatten(0, 1)[owing])
+        _add_read_(o[owing], P[owing], entering.flatten(0, 1)[owing])
     return o.view(v.shape), state.contiguous(), P.view(q.shape), entering, M.contiguous(), *squares
 
 
@@ -95,7 +118,7 @@ def _segmented_backward(do, dfinal_state, read_rows, entering, transitions, *arg
         dentering = entering.new_zeros(entering.shape)  # what outputs give
         if do is not None:
             do, owing = _rows(do, count), _owing(initial_state)
-            dread = read_transposed(_rows(read_rows, count)[owing], do[owing], entering.dtype)
+            dread = _read_transposed(_rows(read_rows, count)[owing], do[owing], entering.dtype)
             dentering.flatten(0, 1)[owing] = dread
         maps = list(zip(transitions.mT.unbind(1), dentering.unbind(1), strict=True))[::-1]
         dstate = None if dfinal_state is None else dfinal_state.to(entering.dtype)

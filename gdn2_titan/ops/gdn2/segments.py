@@ -22,23 +22,24 @@ from .flops import segment_flops
 from .library import GATED, OPTIONS, differentiable_chunk_gdn2_backward, kernels
 
 __all__ = [
-    "add_read_", "advance", "apply", "apply_transposed", "read", "read_transposed", "segment_gdn2", "segment_summary",
+    "advance", "apart", "apply", "apply_transposed", "read", "read_transposed", "segment_gdn2", "segment_summary",
+    "side_by_side",
 ]  # fmt: skip
 
 
-def _side_by_side(S, heads):
+def side_by_side(S: Tensor, heads: int) -> Tensor:
     """States [..., HV, K, V] -> [..., heads, K, HV / heads * V]: what belongs to one key head is one matrix."""
     return S.unflatten(-3, (heads, -1)).transpose(-3, -2).flatten(-2)
 
 
-def _apart(S, V):
-    """The inverse of ``_side_by_side``."""
+def apart(S: Tensor, V: int) -> Tensor:
+    """The inverse of ``side_by_side``."""
     return S.unflatten(-1, (-1, V)).transpose(-3, -2).flatten(-4, -3)
 
 
 def apply(M: Tensor, S: Tensor) -> Tensor:
     """M S of M [..., H, K, K] and a state [..., HV, K, V], where value head j has key head j // (HV // H)."""
-    return _apart(M @ _side_by_side(S, M.shape[-3]), S.shape[-1])
+    return apart(M @ side_by_side(S, M.shape[-3]), S.shape[-1])
 
 
 def apply_transposed(M: Tensor, dS: Tensor) -> Tensor:
@@ -49,38 +50,22 @@ def apply_transposed(M: Tensor, dS: Tensor) -> Tensor:
 def advance(M: Tensor, S: Tensor, D: Tensor) -> Tensor:
     """M S + D in one launch; M [B, H, K, K], S and D [B, HV, K, V]."""
     heads, V = M.shape[1], S.shape[-1]
-    S, D = _side_by_side(S, heads), _side_by_side(D, heads)
-    return _apart(torch.baddbmm(*(x.flatten(0, 1) for x in (D, M, S))).view(D.shape), V)
+    S, D = side_by_side(S, heads), side_by_side(D, heads)
+    return apart(torch.baddbmm(*(x.flatten(0, 1) for x in (D, M, S))).view(D.shape), V)
 
 
 def read(P: Tensor, S: Tensor) -> Tensor:
     """P S for every token [B, T, HV, V], of P [B, T, H, K]: what outputs owe to the entering state [B, HV, K, V].
 
     Multiplied in P's dtype, as the kernels multiply a state: tensor cores take it."""
-    o = P.transpose(1, 2) @ _side_by_side(S.to(P.dtype), P.shape[2])
+    o = P.transpose(1, 2) @ side_by_side(S.to(P.dtype), P.shape[2])
     return o.unflatten(-1, (-1, S.shape[-1])).permute(0, 2, 1, 3, 4).flatten(2, 3)
-
-
-def _by_rows_or_heads(*tensors):
-    """Tensors [B, H, ...] -> as few tuples of [B, ...] or [H, ...] as can be: batches of matrices with one stride,
-    which a library multiplies where they lie; those with two it would copy."""
-    axis = 0 if 0 < tensors[0].shape[0] <= tensors[0].shape[1] else 1
-    return axis, zip(*(x.unbind(axis) for x in tensors), strict=True)
-
-
-def add_read_(o: Tensor, P: Tensor, S: Tensor) -> None:
-    """o += P S, see ``read``; o [B, T, HV, V] in P's dtype, each token of it contiguous."""
-    heads = P.shape[2]
-    o = o.unflatten(2, (heads, -1)).flatten(3).transpose(1, 2)  # [B, H, T, HV / H * V]
-    for o_, P_, S_ in _by_rows_or_heads(o, P.transpose(1, 2), _side_by_side(S.to(P.dtype), heads))[1]:
-        o_.baddbmm_(P_, S_)
 
 
 def read_transposed(P: Tensor, do: Tensor, dtype: torch.dtype) -> Tensor:
     """P^T dO summed over tokens, in ``dtype``: the gradient that outputs give to the entering state."""
     do_by_heads = do.to(P.dtype).unflatten(2, (P.shape[2], -1)).flatten(3).transpose(1, 2)  # [B, H, T, HV / H * V]
-    axis, pairs = _by_rows_or_heads(P.permute(0, 2, 3, 1), do_by_heads)
-    return _apart(torch.stack([P_ @ do_ for P_, do_ in pairs], axis).to(dtype), do.shape[-1])
+    return apart((P.permute(0, 2, 3, 1) @ do_by_heads).to(dtype), do.shape[-1])
 
 
 def _records(*args):
