@@ -184,15 +184,11 @@ def rows_of(shape: str, case: str, kernels: list[str], changes: dict[str, int]) 
     return [{"shape": shape, "case": case} | row for row in found]
 
 
-def _job(job):
-    return rows_of(*job)
-
-
 def _all_rows(jobs):
     """{(shape, case): rows}, by two processes."""
     context = multiprocessing.get_context("spawn")  # a fork would inherit the threads of torch
     with concurrent.futures.ProcessPoolExecutor(2, context) as pool:
-        return {job[:2]: rows for job, rows in zip(jobs, pool.map(_job, jobs), strict=True)}
+        return {job[:2]: rows for job, rows in zip(jobs, pool.map(rows_of, *zip(*jobs, strict=True)), strict=True)}
 
 
 def _range(low, high, digits=2):

@@ -155,9 +155,8 @@ class Memory:
         waves = [0] * (len(mask) // 32)
         if x.base == "LDGSTS":
             waves = wavefronts(addresses_of(threads, places[0]), mask, width).tolist()
-            if PREDICATE.fullmatch(
-                x.operands[-1].lstrip("!")
-            ):  # where it is false zeros are written and nothing is read
+            # Where the last operand is a predicate and false, zeros are written and nothing is read.
+            if PREDICATE.fullmatch(x.operands[-1].lstrip("!")):
                 mask = mask & threads.predicate(x.operands[-1])
         return [
             self._global(x, sectors, waves)

@@ -20,7 +20,7 @@ from ..dispatch import triton_can_serve
 from .arguments import GDN2Inputs, GDN2Options
 from .flops import CHUNK, backward_flops, segment_flops
 from .library import ARGUMENTS, GATED, GRADIENTS, OPTIONS, SQUARES, given, kernels, known, new_squares, or_empty
-from .segments import advance, apart, side_by_side
+from .segments import advance, apart, by_heads, side_by_side
 
 __all__ = ["check_num_segments", "number_of_segments", "segments_of", "split_gdn2"]
 
@@ -70,17 +70,16 @@ def _by_rows_or_heads(*tensors):
 def _add_read_(o, P, S):
     """``o += read(P, S)`` of ``segments``; o [R, L, HV, V] and P [R, L, H, K] in one dtype."""
     heads = P.shape[2]
-    o = o.unflatten(2, (heads, -1)).flatten(3).transpose(1, 2)  # [R, H, L, HV / H * V]
-    batches, _ = _by_rows_or_heads(o, P.transpose(1, 2), side_by_side(S.to(P.dtype), heads))
+    batches, _ = _by_rows_or_heads(by_heads(o, heads), P.transpose(1, 2), side_by_side(S.to(P.dtype), heads))
     for o, P, S in batches:
         o.baddbmm_(P, S)
 
 
 def _read_transposed(P, do, dtype):
     """``read_transposed`` of ``segments``, which cannot loop over rows: a compiler traces it for any number of them."""
-    do_by_heads = do.to(P.dtype).unflatten(2, (P.shape[2], -1)).flatten(3).transpose(1, 2)  # [R, H, L, HV / H * V]
-    batches, axis = _by_rows_or_heads(P.permute(0, 2, 3, 1), do_by_heads)
-    return apart(torch.stack([P @ do_ for P, do_ in batches], axis).to(dtype), do.shape[-1])
+    V = do.shape[-1]
+    batches, axis = _by_rows_or_heads(P.permute(0, 2, 3, 1), by_heads(do.to(P.dtype), P.shape[2]))
+    return apart(torch.stack([P @ do for P, do in batches], axis).to(dtype), V)
 
 
 def _segmented_forward(*args):

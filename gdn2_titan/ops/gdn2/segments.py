@@ -22,8 +22,8 @@ from .flops import segment_flops
 from .library import GATED, OPTIONS, differentiable_chunk_gdn2_backward, kernels
 
 __all__ = [
-    "advance", "apart", "apply", "apply_transposed", "read", "read_transposed", "segment_gdn2", "segment_summary",
-    "side_by_side",
+    "advance", "apart", "apply", "apply_transposed", "by_heads", "read", "read_transposed", "segment_gdn2",
+    "segment_summary", "side_by_side",
 ]  # fmt: skip
 
 
@@ -35,6 +35,11 @@ def side_by_side(S: Tensor, heads: int) -> Tensor:
 def apart(S: Tensor, V: int) -> Tensor:
     """The inverse of ``side_by_side``."""
     return S.unflatten(-1, (-1, V)).transpose(-3, -2).flatten(-4, -3)
+
+
+def by_heads(x: Tensor, heads: int) -> Tensor:
+    """Tokens [B, T, HV, V] -> [B, heads, T, HV / heads * V]."""
+    return x.unflatten(2, (heads, -1)).flatten(3).transpose(1, 2)
 
 
 def apply(M: Tensor, S: Tensor) -> Tensor:
@@ -64,8 +69,8 @@ def read(P: Tensor, S: Tensor) -> Tensor:
 
 def read_transposed(P: Tensor, do: Tensor, dtype: torch.dtype) -> Tensor:
     """P^T dO summed over tokens, in ``dtype``: the gradient that outputs give to the entering state."""
-    do_by_heads = do.to(P.dtype).unflatten(2, (P.shape[2], -1)).flatten(3).transpose(1, 2)  # [B, H, T, HV / H * V]
-    return apart((P.permute(0, 2, 3, 1) @ do_by_heads).to(dtype), do.shape[-1])
+    dS = P.permute(0, 2, 3, 1) @ by_heads(do.to(P.dtype), P.shape[2])
+    return apart(dS.to(dtype), do.shape[-1])
 
 
 def _records(*args):
