@@ -263,7 +263,9 @@ def test_every_kernel_takes_what_the_docs_say(times, monkeypatch):
         if case != "raw":
             continue
         for name, (phase, *kernels) in command.COLUMNS.items():
-            [found] = [(row["low"], row["high"]) for row in times
-                       if (row["shape"], row["case"], row["phase"]) == (shape, case, phase) and row["kernel"] in kernels]  # fmt: skip
+            [found] = [
+                (row["low"], row["high"]) for row in times
+                if (row["shape"], row["case"], row["phase"]) == (shape, case, phase) and row["kernel"] in kernels
+            ]  # fmt: skip
             low, *high = map(float, documented[name, call].split(" to "))
             assert found == pytest.approx((low, (high or [low])[0]), rel=0.1, abs=0.01), f"{name}, {call}"
