@@ -28,6 +28,7 @@ from tables import DOCS, fill, table
 from triton.backends.compiler import GPUTarget
 
 from gdn2_titan import ops
+from gdn2_titan.ops.gdn2.triton.fold import fold
 
 KB = 1024
 INSTRUCTION = 16  # bytes, on NVIDIA
@@ -74,6 +75,13 @@ def _segment(kind, size, options):
         segment(**gdn2_inputs(kind, B, T, H, size, size, **options))
 
 
+def _fold(kind, size, options):
+    """The states between segments, forward and backward."""
+    M, D = torch.empty(B, 4, H, size, size), torch.empty(B, 4, H, size, size)
+    for transposed in (False, True):
+        fold(M, D, None, transposed)
+
+
 def _recurrent(kind, size, options):
     with torch.no_grad():
         ops.recurrent_gdn2(**gdn2_inputs(kind, B, T, H, size, size, **options), backend="triton")
@@ -97,7 +105,7 @@ def _conv_decode(kind, size, options):
         ops.causal_conv1d_qkv_(**inputs, backend="triton")
 
 
-OPS = {"chunk": _chunk, "segment": _segment, "recurrent": _recurrent, "decode": _decode, "conv": _conv,
+OPS = {"chunk": _chunk, "segment": _segment, "fold": _fold, "recurrent": _recurrent, "decode": _decode, "conv": _conv,
        "conv_decode": _conv_decode}  # fmt: skip
 
 
@@ -106,6 +114,8 @@ def _wanted(op, kind, size, options):
     Without an erase gate, whose kernels are parts of the others: small heads, activated, and those of training."""
     if options == "no erase":
         return op in ("chunk", "segment", "decode") and (kind, size) in (("bf16", 64), ("bf16 raw", 128))
+    if op == "fold":  # in fp32 whatever the inputs
+        return options == "plain" and kind == "bf16 raw"
     if op == "conv_decode":
         return options == "plain" and size == 128 and kind != "bf16 raw"
     if op == "conv":

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from gdn2_titan.ops import chunk_gdn2, recurrent_gdn2
-from gdn2_titan.ops.gdn2.triton import scan
+from gdn2_titan.ops.gdn2.triton import scan, state
 from gdn2_titan.ops.triton import launching
 from tests.gdn2_cases import (
     DECAYS,
@@ -99,7 +99,8 @@ def test_a_state_of_so_many_channels_that_it_is_worked_on_in_parts_is_exact_to_r
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="compiled kernels are kept, whatever their functions are replaced by")
 def test_a_state_in_parts_is_exact_to_rounding(monkeypatch):
-    monkeypatch.setattr(scan, "_part_size", lambda BK: 16)
+    for module in (state, scan):
+        monkeypatch.setattr(module, "part_size", lambda BK: 16)
     assert_exact(small(T=66, K=24, V=3))
 
 

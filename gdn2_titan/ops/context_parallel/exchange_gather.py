@@ -9,7 +9,7 @@ Shapes: M [S, B, H, K, K], D [S, B, HV, K, V] of a rank's S segments, S first.
 import torch
 from torch import Tensor
 
-from ..gdn2.segments import apply, apply_transposed
+from ..gdn2.maps import apply, apply_transposed
 from .layout import SequenceShards
 
 __all__ = ["kept", "pending_back", "receive", "receive_back", "send", "send_back"]

@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..gdn2.segments import apply, apply_transposed
+from ..gdn2.maps import apply, apply_transposed
 from .layout import SequenceShards
 
 __all__ = ["kept", "ordered_after", "pending_back", "receive", "receive_back", "send", "send_back"]

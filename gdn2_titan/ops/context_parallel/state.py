@@ -26,7 +26,8 @@ from torch import Tensor
 from ..custom_op import no_autocast
 from ..gdn2.arguments import GDN2Inputs, GDN2Options
 from ..gdn2.library import differentiable_chunk_gdn2_backward
-from ..gdn2.segments import apply, apply_transposed, read, read_transposed, segment_gdn2
+from ..gdn2.maps import apply, apply_transposed, read, read_transposed
+from ..gdn2.segments import segment_gdn2
 from .exchange import FORMS
 from .exchange_scan import ordered_after
 from .layout import SequenceShards

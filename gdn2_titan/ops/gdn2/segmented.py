@@ -20,7 +20,7 @@ from ..dispatch import triton_can_serve
 from .arguments import GDN2Inputs, GDN2Options
 from .flops import CHUNK, backward_flops, segment_flops
 from .library import ARGUMENTS, GATED, GRADIENTS, OPTIONS, SQUARES, given, kernels, known, new_squares, or_empty
-from .segments import advance, apart, by_heads, side_by_side
+from .maps import apart, by_heads, side_by_side
 
 __all__ = ["check_num_segments", "number_of_segments", "segments_of", "split_gdn2"]
 
@@ -39,20 +39,6 @@ def _positions(inputs, count, options):
 def _rows(x, count):
     """x [B, T, ...] -> its segments as rows of the batch [B * count, T / count, ...]."""
     return x.unflatten(1, (count, -1)).flatten(0, 1)
-
-
-def _folded(maps, state):
-    """maps: n pairs of M [B, H, K, K] and D [B, HV, K, V]. The n + 1 states before, between and after them; ``state``
-    enters the first one, None for zeros."""
-    states = [state]
-    for M, D in maps:
-        states.append(D if states[-1] is None else advance(M, states[-1], D))
-    return states
-
-
-def _stacked(states, like):
-    """States [B, HV, K, V], None for zeros like ``like``, as [B, n, HV, K, V]."""
-    return torch.stack([torch.zeros_like(like) if x is None else x for x in states], 1)
 
 
 def _owing(initial_state):
@@ -91,11 +77,11 @@ def _segmented_forward(*args):
     with no_autocast(q):
         rows = inputs.map_tokens(lambda x: _rows(x, count))
         squares = new_squares(rows, options.backend)
-        o, P, M, D = kernels(rows, options.backend).segment_forward(rows, options, *given(squares))
+        served_by = kernels(rows, options.backend)
+        o, P, M, D = served_by.segment_forward(rows, options, *given(squares))
         M, D = M.unflatten(0, (-1, count)), D.unflatten(0, (-1, count))
         state = None if initial_state is None else initial_state.to(D.dtype)
-        *states, state = _folded(zip(M.unbind(1), D.unbind(1), strict=True), state)
-        entering = _stacked(states, state)
+        entering, state = served_by.fold(M, D, state)
         o, P, owing = o.contiguous(), P.contiguous(), _owing(initial_state)
         _add_read_(o[owing], P[owing], entering.flatten(0, 1)[owing])
     return o.view(v.shape), state.contiguous(), P.view(q.shape), entering, M.contiguous(), *squares
@@ -119,16 +105,14 @@ def _segmented_backward(do, dfinal_state, read_rows, entering, transitions, *arg
             do, owing = _rows(do, count), _owing(initial_state)
             dread = _read_transposed(_rows(read_rows, count)[owing], do[owing], entering.dtype)
             dentering.flatten(0, 1)[owing] = dread
-        maps = list(zip(transitions.mT.unbind(1), dentering.unbind(1), strict=True))[::-1]
-        dstate = None if dfinal_state is None else dfinal_state.to(entering.dtype)
-        states = _folded(maps if initial_state is not None else maps[:-1], dstate)
-        leaving = _stacked(states[:count][::-1], entering[:, 0])  # gradients of the states that segments leave
         rows = inputs.map_tokens(lambda x: _rows(x, count), initial_state=entering.flatten(0, 1))
-        squares = given(args[ARGUMENTS:])
-        grads = kernels(rows, options.backend).chunk_backward(do, leaving.flatten(0, 1), rows, options, *squares)
+        served_by, squares = kernels(rows, options.backend), given(args[ARGUMENTS:])
+        dstate = None if dfinal_state is None else dfinal_state.to(entering.dtype)
+        leaving, dstate = served_by.fold(transitions, dentering, dstate, transposed=True)
+        grads = served_by.chunk_backward(do, leaving.flatten(0, 1), rows, options, *squares)
         pairs = zip(grads.tokens, inputs.tokens, strict=True)
         tokens = [None if x is None else grad.view(x.shape) for grad, x in pairs]
-        dinitial_state = None if initial_state is None else states[-1].to(initial_state.dtype)
+        dinitial_state = None if initial_state is None else dstate.to(initial_state.dtype)
         return or_empty(GDN2Inputs(*tokens, grads.A_log, grads.dt_bias, dinitial_state))
 
 

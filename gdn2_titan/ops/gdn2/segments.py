@@ -21,56 +21,7 @@ from .arguments import GDN2Inputs, GDN2Options, check_arguments
 from .flops import segment_flops
 from .library import GATED, OPTIONS, differentiable_chunk_gdn2_backward, kernels
 
-__all__ = [
-    "advance", "apart", "apply", "apply_transposed", "by_heads", "read", "read_transposed", "segment_gdn2",
-    "segment_summary", "side_by_side",
-]  # fmt: skip
-
-
-def side_by_side(S: Tensor, heads: int) -> Tensor:
-    """States [..., HV, K, V] -> [..., heads, K, HV / heads * V]: what belongs to one key head is one matrix."""
-    return S.unflatten(-3, (heads, -1)).transpose(-3, -2).flatten(-2)
-
-
-def apart(S: Tensor, V: int) -> Tensor:
-    """The inverse of ``side_by_side``."""
-    return S.unflatten(-1, (-1, V)).transpose(-3, -2).flatten(-4, -3)
-
-
-def by_heads(x: Tensor, heads: int) -> Tensor:
-    """Tokens [B, T, HV, V] -> [B, heads, T, HV / heads * V]."""
-    return x.unflatten(2, (heads, -1)).flatten(3).transpose(1, 2)
-
-
-def apply(M: Tensor, S: Tensor) -> Tensor:
-    """M S of M [..., H, K, K] and a state [..., HV, K, V], where value head j has key head j // (HV // H)."""
-    return apart(M @ side_by_side(S, M.shape[-3]), S.shape[-1])
-
-
-def apply_transposed(M: Tensor, dS: Tensor) -> Tensor:
-    """M^T dS."""
-    return apply(M.mT, dS)
-
-
-def advance(M: Tensor, S: Tensor, D: Tensor) -> Tensor:
-    """M S + D in one launch; M [B, H, K, K], S and D [B, HV, K, V]."""
-    heads, V = M.shape[1], S.shape[-1]
-    S, D = side_by_side(S, heads), side_by_side(D, heads)
-    return apart(torch.baddbmm(*(x.flatten(0, 1) for x in (D, M, S))).view(D.shape), V)
-
-
-def read(P: Tensor, S: Tensor) -> Tensor:
-    """P S for every token [B, T, HV, V], of P [B, T, H, K]: what outputs owe to the entering state [B, HV, K, V].
-
-    Multiplied in P's dtype, as the kernels multiply a state: tensor cores take it."""
-    o = P.transpose(1, 2) @ side_by_side(S.to(P.dtype), P.shape[2])
-    return o.unflatten(-1, (-1, S.shape[-1])).permute(0, 2, 1, 3, 4).flatten(2, 3)
-
-
-def read_transposed(P: Tensor, do: Tensor, dtype: torch.dtype) -> Tensor:
-    """P^T dO summed over tokens, in ``dtype``: the gradient that outputs give to the entering state."""
-    dS = P.permute(0, 2, 3, 1) @ by_heads(do.to(P.dtype), P.shape[2])
-    return apart(dS.to(dtype), do.shape[-1])
+__all__ = ["segment_gdn2", "segment_summary"]
 
 
 def _records(*args):

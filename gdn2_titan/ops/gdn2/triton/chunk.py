@@ -19,12 +19,13 @@ from ...triton import launching, target
 from ..arguments import GDN2Inputs, GDN2Options
 from ..flops import CHUNK
 from . import configurations
+from .fold import fold
 from .gradient import gradient_kernel
 from .matrices import sum_matrices
 from .prepare import prepare_kernel
 from .scan import reverse_kernel, scan_kernel, segment_kernel
 
-__all__ = ["chunk_backward", "chunk_forward", "segment_forward"]
+__all__ = ["chunk_backward", "chunk_forward", "fold", "segment_forward"]
 
 
 # Of the decay of a block that is one product: exp of half of it, and of its negative, are factors of numbers in this
@@ -92,6 +93,12 @@ def _prepare(call, inputs, options, write=None, known=None):
     return out | squares, norms
 
 
+def _state(name, x, prepared):
+    """Arguments for a state, in fp32: given or not, one compiled kernel serves. What stands in for it is not read."""
+    given = x is not None
+    return {name: x.float() if given else prepared["total"], f"has_{name.removesuffix('_state')}": int(given)}
+
+
 def _parameters(call, inputs, options):
     """Arguments of the kernels that read raw inputs, beside those."""
     parameters = dict(A_log=inputs.A_log, dt_bias=inputs.dt_bias, resets=inputs.resets)
@@ -112,8 +119,8 @@ def _scan(call, prepared, inputs, options, o=None, final_state=None, R=None, sta
     launching.launch(
         scan_kernel, lambda meta: (triton.cdiv(V, meta["BV"]) * call.sequences * HV,),
         _scan_configurations(call, V, v),
-        dict(v=v, w=inputs.w, initial_state=inputs.initial_state, o=o, final_state=final_state, R=R, states=states)
-        | call.spans | prepared,
+        dict(v=v, w=inputs.w, o=o, final_state=final_state, R=R, states=states)
+        | _state("initial_state", inputs.initial_state, prepared) | call.spans | prepared,
         call.sizes | dict(HV=HV, V=V, SIGMOID=options.sigmoid),
     )  # fmt: skip
 
@@ -169,12 +176,13 @@ def chunk_backward(
     R, dZ = None if inputs.b is None else torch.empty_like(v), torch.empty_like(v)
     states, dstates = (q.new_empty(call.chunks, HV, V, K) for _ in range(2))
     _scan(call, prepared, inputs, options, R=R, states=states)
-    dinitial_state = None if inputs.initial_state is None else torch.empty_like(inputs.initial_state)
+    wanted = inputs.initial_state is not None
+    dinitial_state = torch.empty_like(inputs.initial_state, dtype=torch.float32) if wanted else prepared["total"]
     launching.launch(
         reverse_kernel, lambda meta: (triton.cdiv(V, meta["BV"]) * call.sequences * HV,),
         _scan_configurations(call, V, v),
-        dict(do=do, dfinal_state=dfinal_state, dZ=dZ, dstates=dstates, dinitial_state=dinitial_state)
-        | call.spans | prepared,
+        dict(do=do, dZ=dZ, dstates=dstates, dinitial_state=dinitial_state, wants_dinitial=int(wanted))
+        | _state("dfinal_state", dfinal_state, prepared) | call.spans | prepared,
         call.sizes | dict(HV=HV, V=V),
     )  # fmt: skip
     tokens = dict(zip(("q", "k", "v", "g", "b", "w"), inputs.tokens, strict=True))
@@ -196,4 +204,5 @@ def chunk_backward(
     ddt_bias = inputs.dt_bias
     if ddt_bias is not None:
         ddt_bias = parts["ddt_bias"].sum(0).to(ddt_bias.dtype).view(ddt_bias.shape)
+    dinitial_state = dinitial_state.to(inputs.initial_state.dtype) if wanted else None
     return GDN2Inputs(*grads.values(), dA_log, ddt_bias, dinitial_state)

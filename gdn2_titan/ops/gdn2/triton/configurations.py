@@ -10,7 +10,7 @@ narrower slices, which read their operands more often.
 
 import triton
 
-__all__ = ["gradient", "padded", "prepare", "scan"]
+__all__ = ["fold", "gradient", "padded", "prepare", "scan"]
 
 # Without wgmma and tcgen05, and with 99 KB of shared memory to a program.
 SMALL = (86, 89, 120, 121)
@@ -69,3 +69,10 @@ def gradient(arch: int | str, BK: int, V: int, itemsize: int) -> tuple[dict, ...
     if arch == 90:
         return (config | dict(BV=min(padded(V), 128), maxnreg=168),)
     return (config | dict(BV=min(padded(V), 64)),)
+
+
+def fold(arch: int | str, BK: int) -> tuple[dict, ...]:
+    """BV value channels to a program, the fewest: where sequences are cut there are few heads. The next segment's map
+    is loaded ahead where shared memory holds two."""
+    ahead = BK <= 128 and not _amd(arch)
+    return (dict(BV=16, num_warps=8, num_stages=2 if ahead else 1),)

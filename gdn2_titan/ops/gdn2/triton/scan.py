@@ -6,8 +6,7 @@
 Where nothing is erased E and A are None: R = Z, dZ = dR.
 
 Everything with an axis of V is held transposed, [BV, C] and [BV, K]: S, R and their like are then always the left
-operand of a product, which tensor cores take from the registers that the product before left it in. The state is a
-tuple of parts of the key channels: operands of 256 of them at once would leave no registers for the rest.
+operand of a product, which tensor cores take from the registers that the product before left it in.
 """
 
 import triton
@@ -15,14 +14,9 @@ import triton.language as tl
 
 from ...triton.products import cast, dot, sigmoid
 from .rows import C
+from .state import load_state, part_size, store_state, zero_state
 
 __all__ = ["reverse_kernel", "scan_kernel", "segment_kernel"]
-
-
-@triton.constexpr_function
-def _part_size(BK):
-    """Key channels of a part."""
-    return BK if BK <= 128 else 64
 
 
 @triton.jit
@@ -49,31 +43,6 @@ def _program(HV: tl.constexpr, SLICES: tl.constexpr):
 
 
 @triton.jit
-def _load_state(state, cols, V, K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
-    """A state [K, V], None for zeros, as parts [BV, PART] in fp32."""
-    PART: tl.constexpr = _part_size(BK)
-    S = ()
-    for i in tl.static_range(BK // PART):
-        part = tl.zeros([BV, PART], tl.float32)
-        if state is not None:
-            rows = i * PART + tl.arange(0, PART)
-            inside = (rows < K)[None, :] & (cols < V)[:, None]
-            part += tl.load(state + rows[None, :] * V + cols[:, None], mask=inside, other=0.0).to(tl.float32)
-        S += (part,)
-    return S
-
-
-@triton.jit
-def _store_state(state, S, cols, V, K: tl.constexpr, BK: tl.constexpr):
-    """The inverse of ``_load_state``."""
-    PART: tl.constexpr = _part_size(BK)
-    for i in tl.static_range(BK // PART):
-        rows = i * PART + tl.arange(0, PART)
-        inside = (rows < K)[None, :] & (cols < V)[:, None]
-        tl.store(state + rows[None, :] * V + cols[:, None], cast(S[i], state.dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def _store_part(state, S, i: tl.constexpr, cols, V: tl.constexpr, K: tl.constexpr, PART: tl.constexpr):
     """Part i of a state, S [BV, PART], to the state turned [V, K]."""
     channels = i * PART + tl.arange(0, PART)
@@ -83,28 +52,28 @@ def _store_part(state, S, i: tl.constexpr, cols, V: tl.constexpr, K: tl.constexp
 @triton.jit
 def _part(x, i: tl.constexpr, BK: tl.constexpr):
     """Part i of x [C, BK]: [C, PART]."""
-    channels = i * _part_size(BK) + tl.arange(0, _part_size(BK))
+    channels = i * part_size(BK) + tl.arange(0, part_size(BK))
     return tl.load(x + tl.arange(0, C)[:, None] * BK + channels[None, :])
 
 
 @triton.jit
 def _part_transposed(x, i: tl.constexpr, BK: tl.constexpr):
     """Part i of x [C, BK]: [PART, C]."""
-    channels = i * _part_size(BK) + tl.arange(0, _part_size(BK))
+    channels = i * part_size(BK) + tl.arange(0, part_size(BK))
     return tl.load(x + channels[:, None] + tl.arange(0, C)[None, :] * BK)
 
 
 @triton.jit
 def _decay_of_part(total, i: tl.constexpr, BK: tl.constexpr):
     """Part i of total [BK]."""
-    return tl.load(total + i * _part_size(BK) + tl.arange(0, _part_size(BK)))
+    return tl.load(total + i * part_size(BK) + tl.arange(0, part_size(BK)))
 
 
 @triton.jit
 def _updated(S, total, decay, r, x, part, BK: tl.constexpr, PRECISION: tl.constexpr):
     """total * S + r x of r [BV, C] and x [C, BK] or None for 0; total [BK] or None for 1. decay, part: the first parts
     of total and x, which have been asked for before they are needed, as the others are here."""
-    PARTS: tl.constexpr = BK // _part_size(BK)
+    PARTS: tl.constexpr = BK // part_size(BK)
     out = ()
     for i in tl.static_range(PARTS):
         kept = S[i]
@@ -145,7 +114,7 @@ def _run(
 ):  # fmt: skip
     """The state, as parts, that the chunks leave which S enters. v, w: None where no value is written."""
     dtype: tl.constexpr = Q.dtype.element_ty
-    PART: tl.constexpr = _part_size(BK)
+    PART: tl.constexpr = part_size(BK)
     rows = tl.arange(0, C)
     transposed = rows[:, None] + rows[None, :] * C
     if v is not None:
@@ -211,14 +180,15 @@ def _run(
     return S
 
 
-@triton.jit(do_not_specialize=["T", "NT"])
+@triton.jit(do_not_specialize=["has_initial", "T", "NT"])
 def scan_kernel(
-    Q, E, Kt, total, A_qk, A, v, w, initial_state, cu_seqlens, ends, T, NT,
+    Q, E, Kt, total, A_qk, A, v, w, initial_state, has_initial, cu_seqlens, ends, T, NT,
     o, final_state, R, states,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     PACKED: tl.constexpr, SIGMOID: tl.constexpr, PRECISION: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Q, E, Kt, total, A_qk, A: from ``prepare_kernel``; v, w [B * T, HV, V]; initial_state [N, HV, K, V] or None.
+    """Q, E, Kt, total, A_qk, A: from ``prepare_kernel``; v, w [B * T, HV, V]; initial_state [N, HV, K, V] in fp32,
+    read where has_initial is 1, else zeros.
 
     Writes o [B * T, HV, V] and final_state [N, HV, K, V], or for the backward R [B * T, HV, V], unless nothing is
     erased, and states [NC, HV, V, K], the state that each chunk enters with; whichever is given."""
@@ -226,15 +196,13 @@ def scan_kernel(
     cols = piece * BV + tl.arange(0, BV)
     chunk, chunks, start, length = _span(n, ends, cu_seqlens, T, NT, PACKED)
     state = (n.to(tl.int64) * HV + hv) * K * V
-    if initial_state is not None:
-        initial_state += state
-    S = _load_state(initial_state, cols, V, K, BK, BV)
+    S = load_state(initial_state + state, has_initial, cols, V, K, BK)
     S = _run(
         S, Q, E, Kt, total, A_qk, A, v, w, o, R, states, hv // (HV // H), hv, cols, chunk, chunks, start, length,
         H, HV, K, V, BK, BV, SIGMOID, PRECISION,
     )  # fmt: skip
     if final_state is not None:
-        _store_state(final_state + state, S, cols, V, K, BK)
+        store_state(final_state + state, S, cols, V, K, BK)
 
 
 SEARCH = tl.constexpr(1024)
@@ -295,7 +263,7 @@ def segment_kernel(
     width = K
     if values:
         S = _run(
-            _load_state(None, tile * BV, V, K, BK, BV), Q, E, Kt, total, A_qk, A, v, w, o, None, None,
+            zero_state(BV, BK), Q, E, Kt, total, A_qk, A, v, w, o, None, None,
             h, hv, tile * BV + tl.arange(0, BV), chunk, chunks, start, length, H, HV, K, V, BK, BV, SIGMOID, PRECISION,
         )  # fmt: skip
         # Not before _run: of two branches that end alike Triton (3.9) makes one end, and then gives the shared memory
@@ -311,7 +279,7 @@ def segment_kernel(
         kept = tl.full([BV], 1.0, tl.float32)
         if E is None:
             kept = _decay(Q, total, read, h, cols, chunk, alive, start, length, H, K, BK, BV)
-        PART: tl.constexpr = _part_size(BK)
+        PART: tl.constexpr = part_size(BK)
         S = ()
         for i in tl.static_range(BK // PART):
             S += (tl.where(cols[:, None] == i * PART + tl.arange(0, PART)[None, :], kept[:, None], 0.0),)
@@ -324,33 +292,31 @@ def segment_kernel(
             tokens = ((start + c * C) * H + h) * K
             _store_transposed(read + tokens, tl.zeros([BV, C], tl.float32), H * K, cols, K, length - c * C)
     cols = tile * BV + tl.arange(0, BV)
-    _store_state(state, S, cols, width, K, BK)
+    store_state(state, S, cols, width, K, BK)
 
 
-@triton.jit(do_not_specialize=["T", "NT"])
+@triton.jit(do_not_specialize=["has_dfinal", "wants_dinitial", "T", "NT"])
 def reverse_kernel(
-    Q, E, Kt, total, A_qk, A, do, dfinal_state, cu_seqlens, ends, T, NT,
-    dZ, dstates, dinitial_state,
+    Q, E, Kt, total, A_qk, A, do, dfinal_state, has_dfinal, cu_seqlens, ends, T, NT,
+    dZ, dstates, dinitial_state, wants_dinitial,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """do [B * T, HV, V] and dfinal_state [N, HV, K, V], each None where zero.
+    """do [B * T, HV, V] or None where zero; dfinal_state [N, HV, K, V] in fp32, read where has_dfinal is 1, else zeros.
 
     Writes dZ [B * T, HV, V], dstates [NC, HV, V, K], the gradient of the state that each chunk leaves with, and
-    dinitial_state [N, HV, K, V] where given."""
+    dinitial_state [N, HV, K, V] in fp32 where wants_dinitial is 1."""
     n, hv, piece = _program(HV, (V + BV - 1) // BV)
     h = hv // (HV // H)
     cols = piece * BV + tl.arange(0, BV)
     dtype: tl.constexpr = Q.dtype.element_ty
     chunk, chunks, start, length = _span(n, ends, cu_seqlens, T, NT, PACKED)
-    PART: tl.constexpr = _part_size(BK)
+    PART: tl.constexpr = part_size(BK)
     rows = tl.arange(0, C)
     square = rows[:, None] * C + rows[None, :]
 
     state = (n.to(tl.int64) * HV + hv) * K * V
-    if dfinal_state is not None:
-        dfinal_state += state
-    dS = _load_state(dfinal_state, cols, V, K, BK, BV)
+    dS = load_state(dfinal_state + state, has_dfinal, cols, V, K, BK)
     if do is not None:
         tokens = ((start + (chunks - 1) * C) * HV + hv) * V
         left = tl.where(chunks > 0, length - (chunks - 1) * C, 0)  # an empty sequence has no last chunk to read
@@ -389,5 +355,5 @@ def reverse_kernel(
             dz = cast(dot(dz, tl.load(A + prepared * C * C + square), PRECISION), dtype)
         _store_transposed(dZ + tokens, dz, HV * V, cols, V, count)
         dS = _updated(dS, decays, decay, cast(-dz.to(tl.float32), dtype), erased, part, BK, PRECISION)
-    if dinitial_state is not None:
-        _store_state(dinitial_state + state, dS, cols, V, K, BK)
+    if wants_dinitial > 0:
+        store_state(dinitial_state + state, dS, cols, V, K, BK)

@@ -1,0 +1,60 @@
+"""What the maps of segments do to states: M S + D, and P S to outputs. See ``segments``.
+
+Value head j has key head j // (HV // H); the value heads of one key head are laid side by side, one matrix.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["apart", "apply", "apply_transposed", "by_heads", "fold", "read", "read_transposed", "side_by_side"]
+
+
+def side_by_side(S: Tensor, heads: int) -> Tensor:
+    """States [..., HV, K, V] -> [..., heads, K, HV / heads * V]: what belongs to one key head is one matrix."""
+    return S.unflatten(-3, (heads, -1)).transpose(-3, -2).flatten(-2)
+
+
+def apart(S: Tensor, V: int) -> Tensor:
+    """The inverse of ``side_by_side``."""
+    return S.unflatten(-1, (-1, V)).transpose(-3, -2).flatten(-4, -3)
+
+
+def by_heads(x: Tensor, heads: int) -> Tensor:
+    """Tokens [B, T, HV, V] -> [B, heads, T, HV / heads * V]."""
+    return x.unflatten(2, (heads, -1)).flatten(3).transpose(1, 2)
+
+
+def apply(M: Tensor, S: Tensor) -> Tensor:
+    """M S of M [..., H, K, K] and a state [..., HV, K, V], where value head j has key head j // (HV // H)."""
+    return apart(M @ side_by_side(S, M.shape[-3]), S.shape[-1])
+
+
+def apply_transposed(M: Tensor, dS: Tensor) -> Tensor:
+    """M^T dS."""
+    return apply(M.mT, dS)
+
+
+def fold(M: Tensor, D: Tensor, state: Tensor | None, transposed: bool = False) -> tuple[Tensor, Tensor]:
+    """The states that n segments in a row are entered with [B, n, HV, K, V], and the one that the last leaves
+    [B, HV, K, V]. M [B, n, H, K, K], D [B, n, HV, K, V]; state [B, HV, K, V] in D's dtype enters the first, None for
+    zeros. transposed: by M^T, from the last segment to the first, as gradients of states go."""
+    maps = list(zip((M.mT if transposed else M).unbind(1), D.unbind(1), strict=True))
+    states = [torch.zeros_like(D[:, 0]) if state is None else state]
+    for M, D in reversed(maps) if transposed else maps:
+        states.append(apply(M, states[-1]) + D)
+    *entered, left = states
+    return torch.stack(entered[::-1] if transposed else entered, 1), left
+
+
+def read(P: Tensor, S: Tensor) -> Tensor:
+    """P S for every token [B, T, HV, V], of P [B, T, H, K]: what outputs owe to the entering state [B, HV, K, V].
+
+    Multiplied in P's dtype, as the kernels multiply a state: tensor cores take it."""
+    o = P.transpose(1, 2) @ side_by_side(S.to(P.dtype), P.shape[2])
+    return o.unflatten(-1, (-1, S.shape[-1])).permute(0, 2, 1, 3, 4).flatten(2, 3)
+
+
+def read_transposed(P: Tensor, do: Tensor, dtype: torch.dtype) -> Tensor:
+    """P^T dO summed over tokens, in ``dtype``: the gradient that outputs give to the entering state."""
+    dS = P.permute(0, 2, 3, 1) @ by_heads(do.to(P.dtype), P.shape[2])
+    return apart(dS.to(dtype), do.shape[-1])
