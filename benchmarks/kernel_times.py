@@ -233,6 +233,8 @@ COLUMNS = {
     "reverse": ("backward", "reverse_kernel"),
     "gradient": ("backward", "gradient_kernel"),
 }
+# What else joins segments, forward and backward together.
+JOINS = {"fold": "fold_kernel", OPERATORS: OPERATORS}
 CALLS = {
     "B = 8, T = 4,096": ("B8T4096", "raw"),
     "B = 1, T = 16,384": ("B1T16384", "raw"),
@@ -278,7 +280,8 @@ def _tables(found):
     """{mark: Markdown}. found: rows by shape and case."""
     calls = [found[call] for call in CALLS.values()]
     times = [[name, *column] for name, *column in zip(COLUMNS, *map(_cells, calls), strict=True)]
-    times.append([OPERATORS, *(_sum([row for row in rows if row["kernel"] == OPERATORS], 2) for rows in calls)])
+    for name, kernel in JOINS.items():
+        times.append([name, *(_sum([row for row in rows if row["kernel"] == kernel], 2) for rows in calls)])
     times.append(["**forward + backward**", *(f"**{_sum(rows)}**" for rows in calls)])
     times.append(["flash-linear-attention 0.6.0", *(_fla(case, shape) for shape, case in CALLS.values())])
     tables = {"times": table(["", *CALLS], times)}

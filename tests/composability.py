@@ -72,7 +72,7 @@ FEATURES = {
     "Triton kernels compiled for sm_80, sm_90, sm_100, gfx942": [("test_aot.py", "test_no_kernel")],
     "Triton kernels equal the definition in the interpreter": [
         ("test_triton_chunk.py", "test_"), ("test_triton_recurrent.py", "test_"), ("test_triton_conv.py", "test_"),
-        ("test_triton_segment.py", "test_"),
+        ("test_triton_segment.py", "test_"), ("test_triton_fold.py", "test_"),
     ],
     "import without Triton, TorchTitan, transformers": [(LIBRARY, "test_importing")],
     "CUDA graphs, and no wait for the GPU": [

@@ -62,7 +62,7 @@ def assert_the_code_is_that_of_the_docs(reports):
     """To a tenth: with more, or in another configuration, the kernels are others than the page says."""
     found = {}
     for report in reports:
-        if report["op"] in ("chunk", "segment", "recurrent", "decode") and report["options"] == "plain":
+        if report["op"] in ("chunk", "segment", "fold", "recurrent", "decode") and report["options"] == "plain":
             config = ", ".join(f"{name} {value}" for name, value in report["config"].items())
             inputs = f"{report['op']}, {report['kind']}, {report['size']}"
             found.setdefault((report["target"], report["kernel"], inputs, config), []).append(report["code"] / 1024)
@@ -74,10 +74,15 @@ def assert_the_code_is_that_of_the_docs(reports):
 
 
 @pytest.mark.parametrize(
-    "op, kernels", [("segment", {"prepare_kernel", "segment_kernel"}), *slowly(("chunk", CHUNK_KERNELS))]
+    "op, kind, kernels",
+    [
+        ("segment", "bf16", {"prepare_kernel", "segment_kernel"}),
+        ("fold", "bf16 raw", {"fold_kernel"}),
+        *slowly(("chunk", "bf16", CHUNK_KERNELS)),
+    ],
 )
-def test_what_training_runs_on_hopper_fits_and_uses_wgmma(op, kernels):
-    reports = compiled("--target", "sm_90", "--op", op, "--kind", "bf16", "--size", "128", "--options", "plain")
+def test_what_training_runs_on_hopper_fits_and_uses_wgmma(op, kind, kernels):
+    reports = compiled("--target", "sm_90", "--op", op, "--kind", kind, "--size", "128", "--options", "plain")
     assert {report["kernel"] for report in reports} == kernels
     assert_faultless(reports)
     assert_hopper_uses_wgmma_and_little_code(reports)
@@ -116,41 +121,69 @@ def test_a_configuration_that_outgrows_the_target_is_found_out():
     assert any("shared memory" in fault for report in reports for fault in report["faults"])
 
 
-# In a process of its own, which compiles what is there once. "fills": enough sequences for every processor.
+# In a process of its own, which compiles what is there once.
 VARIANTS = """
-import sys, torch, triton
-from types import SimpleNamespace
+import collections, json, sys, torch
 sys.path.insert(0, sys.argv[1])
 from calls import gdn2_inputs
 from launches import recorded
 from aot import TARGETS, _compile
 from gdn2_titan import ops
-found = set()
-segments = 1 if sys.argv[3] == "1" else sys.argv[3]
-for B, T in ((1, 1), (1, 16), (1, 17), (1, 64), (1, 100), (1, 2048), (2, 4096), (1, 8192), (3, 333), (1, 4095)):
-    inputs = gdn2_inputs("bf16 raw", B, T, 2, 64, 64, erases=sys.argv[2] == "gated", requires_grad=True)
+found = collections.defaultdict(set)
+erase, segments, calls = json.loads(sys.argv[2])
+for B, T, state, through, options in calls:
+    inputs = gdn2_inputs("bf16 raw", B, T, 2, 64, 64, erases=erase, requires_grad=True, state=state, **options)
     with recorded(90) as launches:
-        o = ops.chunk_gdn2(**inputs, backend="triton", num_segments=segments)[0]
-        torch.autograd.grad(o, [x for x in inputs.values() if torch.is_tensor(x)], torch.empty_like(o))
+        outputs = ops.chunk_gdn2(**inputs, backend="triton", num_segments=segments)
+        if through:
+            outputs = [outputs[i] for i in through]
+            leaves = [x for x in inputs.values() if torch.is_tensor(x) and x.requires_grad]
+            torch.autograd.grad(outputs, leaves, [torch.empty_like(x) for x in outputs], allow_unused=True)
     for launch in launches:
-        found.add((launch.name, _compile(launch, launch.candidates[0], TARGETS["sm_90"][1]).hash))
-print(sorted(name for name, _ in found))
+        found[launch.name].add(_compile(launch, launch.candidates[0], TARGETS["sm_90"][1]).hash)
+print(json.dumps({name.removesuffix("_kernel"): len(hashes) for name, hashes in found.items()}))
 """
 
 
-# Of prepare and scan, one forward and one in backward.
-SIX = ["gradient_kernel", "prepare_kernel", "prepare_kernel", "reverse_kernel", "scan_kernel", "scan_kernel"]
+def variants(*calls, erases=True, segments="auto"):
+    """{kernel: how many compiled forms serve ``calls``}. A call: B, T, whether a state enters, which of its results a
+    loss reads, and more arguments of ``gdn2_inputs``."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", VARIANTS, AOT.parent, json.dumps([erases, segments, calls])]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+SHAPES = ((1, 1), (1, 16), (1, 17), (1, 64), (1, 100), (1, 2048), (2, 4096), (1, 8192), (3, 333), (1, 4095))
+SIX = {"prepare": 2, "scan": 2, "reverse": 1, "gradient": 1}  # of prepare and scan one forward and one in backward
+NINE = SIX | {"segment": 1, "fold": 2}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("segments, want", [("1", SIX), ("auto", sorted([*SIX, "segment_kernel", "scan_kernel",
-                                                                        "reverse_kernel"]))])  # fmt: skip
-@pytest.mark.parametrize("erase", ["gated", "none"])
+@pytest.mark.parametrize("segments, want", [(1, SIX), ("auto", NINE)])
+@pytest.mark.parametrize("erases", [True, False])
 def test_batches_and_lengths_of_any_size_are_served_by_six_compiled_kernels_and_three_of_segments(
-    erase, segments, want
+    erases, segments, want
 ):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", VARIANTS, AOT.parent, erase, segments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == str(want)
+    assert variants(*((B, T, False, [0], {}) for B, T in SHAPES), erases=erases, segments=segments) == want
+
+
+@pytest.mark.slow
+def test_no_kernel_has_more_than_six_compiled_forms_whatever_a_process_calls():
+    """Any batch and length, documents by resets, packed or not, a state that enters or not, a loss on either result or
+    both, and no loss."""
+    kinds = {}, {"resets": True}, {"packed": True}
+    found = variants(
+        *(
+            (1 if options.get("packed") else B, T, state, through, options)
+            for B, T in ((1, 100), (2, 333), (1, 4096))
+            for state in (False, True)
+            for through in ([], [0], [1], [0, 1])
+            for options in kinds
+            if state or 1 not in through
+        )
+    )
+    # Each of the kinds, and: prepare and scan forward and in backward, scan forward with and without a state, reverse
+    # and gradient without a gradient of o.
+    assert found == {"prepare": 6, "scan": 6, "reverse": 4, "gradient": 6, "segment": 2, "fold": 2}

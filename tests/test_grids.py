@@ -41,7 +41,8 @@ def run_gdn2(B, T, H, HV, cu_seqlens=None):
     chunk.chunk_backward(o, final_state, inputs, OPTIONS)
     recurrent.recurrent_forward(inputs, OPTIONS)
     if cu_seqlens is None:
-        chunk.segment_forward(inputs._replace(initial_state=None), OPTIONS)
+        _, _, M, D = chunk.segment_forward(inputs._replace(initial_state=None), OPTIONS)
+        chunk.fold(M.unsqueeze(1), D.unsqueeze(1), final_state)
 
 
 def run_conv(B, T, D, cu_seqlens=None, count=1):
@@ -54,13 +55,14 @@ def run_conv(B, T, D, cu_seqlens=None, count=1):
 
 
 GDN2 = {"prepare_kernel", "scan_kernel", "reverse_kernel", "gradient_kernel", "recurrent_kernel"}
+CUT = {"segment_kernel", "fold_kernel"}
 CONV = {f"causal_conv1d_{name}_kernel" for name in ("forward", "backward", "sum", "update")}
 CASES = {
-    "65,600 sequences times heads": (lambda: run_gdn2(4100, 64, 16, 16), GDN2 | {"segment_kernel"}),
-    "65,600 by grouped value heads": (lambda: run_gdn2(2050, 1, 4, 32), GDN2 | {"segment_kernel"}),
-    "65,600 key heads": (lambda: run_gdn2(1, 64, 65_600, 65_600), GDN2 | {"segment_kernel"}),
+    "65,600 sequences times heads": (lambda: run_gdn2(4100, 64, 16, 16), GDN2 | CUT),
+    "65,600 by grouped value heads": (lambda: run_gdn2(2050, 1, 4, 32), GDN2 | CUT),
+    "65,600 key heads": (lambda: run_gdn2(1, 64, 65_600, 65_600), GDN2 | CUT),
     "2,050 packed documents of 32 heads": (lambda: run_gdn2(1, 2050 * 9, 32, 32, packed([9] * 2050)), GDN2),
-    "16M tokens": (lambda: run_gdn2(1, 1 << 24, 16, 16), GDN2 | {"segment_kernel"}),
+    "16M tokens": (lambda: run_gdn2(1, 1 << 24, 16, 16), GDN2 | CUT),
     "16M tokens through convolutions": (lambda: run_conv(1, 1 << 24, 8192), CONV),
     "4M channels": (lambda: run_conv(1, 64, 1 << 22), CONV),
     "4M channels of q, k and v each": (lambda: run_conv(1, 64, 1 << 22, count=3), CONV),

@@ -43,7 +43,7 @@ def fold_kernel(
     cols = tl.program_id(0) % SLICES * BV + tl.arange(0, BV)
     n, hv = row // HV, row % HV
     of_row = row.to(tl.int64) * K * V
-    S = load_state(state + of_row, has_state, cols, V, K, BK)
+    S = load_state(state + of_row, has_state, cols, V, K, BK, BV)
     for step in range(count):
         segment = n.to(tl.int64) * count + step
         if TRANSPOSED:
@@ -51,7 +51,7 @@ def fold_kernel(
         of_segment = (segment * HV + hv) * K * V
         transition = M + (segment * H + hv // (HV // H)) * K * K
         store_state(entered + of_segment, S, cols, V, K, BK)
-        sums = load_state(D + of_segment, 1, cols, V, K, BK)
+        sums = load_state(D + of_segment, 1, cols, V, K, BK, BV)
         for j in tl.static_range(PARTS):  # and not outermost i: then all of S were operands at once
             more = ()
             for i in tl.static_range(PARTS):

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ...triton.products import cast, dot, sigmoid
 from .rows import C
-from .state import load_state, part_size, store_state, zero_state
+from .state import load_state, part_size, store_state
 
 __all__ = ["reverse_kernel", "scan_kernel", "segment_kernel"]
 
@@ -196,7 +196,9 @@ def scan_kernel(
     cols = piece * BV + tl.arange(0, BV)
     chunk, chunks, start, length = _span(n, ends, cu_seqlens, T, NT, PACKED)
     state = (n.to(tl.int64) * HV + hv) * K * V
-    S = load_state(initial_state + state, has_initial, cols, V, K, BK)
+    if initial_state is not None:
+        initial_state += state
+    S = load_state(initial_state, has_initial, cols, V, K, BK, BV)
     S = _run(
         S, Q, E, Kt, total, A_qk, A, v, w, o, R, states, hv // (HV // H), hv, cols, chunk, chunks, start, length,
         H, HV, K, V, BK, BV, SIGMOID, PRECISION,
@@ -263,7 +265,7 @@ def segment_kernel(
     width = K
     if values:
         S = _run(
-            zero_state(BV, BK), Q, E, Kt, total, A_qk, A, v, w, o, None, None,
+            load_state(None, 0, tile * BV, V, K, BK, BV), Q, E, Kt, total, A_qk, A, v, w, o, None, None,
             h, hv, tile * BV + tl.arange(0, BV), chunk, chunks, start, length, H, HV, K, V, BK, BV, SIGMOID, PRECISION,
         )  # fmt: skip
         # Not before _run: of two branches that end alike Triton (3.9) makes one end, and then gives the shared memory
@@ -316,7 +318,7 @@ def reverse_kernel(
     square = rows[:, None] * C + rows[None, :]
 
     state = (n.to(tl.int64) * HV + hv) * K * V
-    dS = load_state(dfinal_state + state, has_dfinal, cols, V, K, BK)
+    dS = load_state(dfinal_state + state, has_dfinal, cols, V, K, BK, BV)
     if do is not None:
         tokens = ((start + (chunks - 1) * C) * HV + hv) * V
         left = tl.where(chunks > 0, length - (chunks - 1) * C, 0)  # an empty sequence has no last chunk to read

@@ -6,7 +6,7 @@ It is a tuple of parts of the key channels: operands of 256 of them at once woul
 import triton
 import triton.language as tl
 
-__all__ = ["load_state", "part_size", "store_state", "zero_state"]
+__all__ = ["load_state", "part_size", "store_state"]
 
 
 @triton.constexpr_function
@@ -16,23 +16,17 @@ def part_size(BK: int) -> int:
 
 
 @triton.jit
-def load_state(state, given, cols, V, K: tl.constexpr, BK: tl.constexpr):
-    """A state [K, V] in fp32 as parts [BV, PART]; where given is 0, and not 1, zeros."""
+def load_state(state, given, cols, V, K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """A state [K, V] in fp32 as parts [BV, PART]; zeros for None, and where given is 0 and not 1."""
     PART: tl.constexpr = part_size(BK)
     S = ()
     for i in tl.static_range(BK // PART):
-        rows = i * PART + tl.arange(0, PART)
-        inside = (rows < K * given)[None, :] & (cols < V)[:, None]
-        S += (tl.load(state + rows[None, :] * V + cols[:, None], mask=inside, other=0.0),)
-    return S
-
-
-@triton.jit
-def zero_state(BV: tl.constexpr, BK: tl.constexpr):
-    PART: tl.constexpr = part_size(BK)
-    S = ()
-    for _ in tl.static_range(BK // PART):
-        S += (tl.zeros([BV, PART], tl.float32),)
+        if state is None:
+            S += (tl.zeros([BV, PART], tl.float32),)
+        else:
+            rows = i * PART + tl.arange(0, PART)
+            inside = (rows < K * given)[None, :] & (cols < V)[:, None]
+            S += (tl.load(state + rows[None, :] * V + cols[:, None], mask=inside, other=0.0),)
     return S
 
 
