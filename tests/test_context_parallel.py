@@ -10,6 +10,7 @@ import torch.distributed as dist
 from gdn2_titan.ops import chunk_gdn2, context_parallel_gdn2
 from gdn2_titan.ops.context_parallel.api import begin_gdn2
 from gdn2_titan.ops.context_parallel.layout import LAYOUTS, SequenceShards
+from gdn2_titan.ops.gdn2 import maps
 from gdn2_titan.ops.gdn2.arguments import GDN2Inputs, GDN2Options
 from tests.context_parallel_cases import SEQUENCES, shard
 from tests.gdn2_cases import RAW, cast, cotangents, leaves, make, random_resets, run
@@ -61,13 +62,13 @@ def assert_near(name, got, want, bound):
     assert error <= bound * max(size, 1), f"{name} is off by {error:.2e} where the largest is {size:.2e}"
 
 
-def compare(rank, size, layout, exchange, inputs, want, final, through, bound):
+def compare(rank, size, layout, exchange, inputs, want, final, through, bound, backend="auto"):
     """``through``: what the loss reads. Of the final state, only the loss of the last rank reads it."""
     grads = cotangents(inputs)
     positions = SequenceShards.of(dist.group.WORLD, layout).positions(inputs["q"].shape[1] // size)
     local = shard(inputs, positions)
     o, state = context_parallel_gdn2(
-        **local, group=dist.group.WORLD, layout=layout, exchange=exchange, output_final_state=final
+        **local, group=dist.group.WORLD, layout=layout, exchange=exchange, output_final_state=final, backend=backend
     )
     assert (state is not None) == final
     assert_near("o", o, want["o"][:, positions], bound)
@@ -129,6 +130,23 @@ def _compare_all(rank, size):
 @pytest.mark.parametrize("size", [3, 4, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 8))])
 def test_ranks_that_share_sequences_compute_what_one_computes(size, tmp_path):
     run_processes(_compare_all, size, tmp_path / "store", size)
+
+
+def _compare_triton(rank, size):
+    T = 2 * size * 5
+    options = dict(B=1, T=T, H=1, groups=2, K=5, V=3, resets=resets_around_edges(1, T, 2 * size), **RAW)
+    exact = cast(lasting(options), torch.float64)
+    want = run(chunk_gdn2, exact, cotangents(exact))
+    bound, both = BOUNDS[torch.float32], ("o", "final_state")
+    with mock.patch.object(maps, "fold", None):  # PyTorch's
+        for layout, exchange in itertools.product(LAYOUTS, exchanges(size)):
+            compare(rank, size, layout, exchange, cast(exact, torch.float32), want, True, both, bound, "triton")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the ranks have CPU tensors, of which compiled kernels take none")
+def test_tritons_kernels_compute_it_too(tmp_path):
+    pytest.importorskip("triton")
+    run_processes(_compare_triton, 4, tmp_path / "store", 4)
 
 
 def test_memory_crosses_every_segment_in_these_tests():

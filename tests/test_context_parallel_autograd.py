@@ -36,9 +36,9 @@ class Late:
         self.flying = torch.full_like(self.message, torch.nan)
         return self.flying
 
-    def receive_back(self, pending, dD, kept, shards):
+    def receive_back(self, pending, dD, kept, shards, backend):
         assert pending is self.flying
-        return self.form.receive_back(self.message, dD, kept, shards)
+        return self.form.receive_back(self.message, dD, kept, shards, backend)
 
 
 def _flight(rank):

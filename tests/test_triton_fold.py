@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from gdn2_titan.ops import chunk_gdn2
 from gdn2_titan.ops.gdn2.triton.fold import fold
+from tests.fold_cases import folded_by_hand, maps
 from tests.gdn2_cases import (
     DEVICE,
     RAW,
@@ -30,27 +31,6 @@ pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 FP32 = torch.float32
 
 
-def maps(B=2, count=3, H=2, groups=2, K=20, V=18, state=True):
-    """M [B, count, H, K, K] that keeps the size of a state, D and an entering state; fp32."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = (B, count, H, K, K), (B, count, H * groups, K, V), (B, H * groups, K, V)
-    M, D, S = (torch.randn(shape, generator=generator) for shape in shapes)
-    return M * K**-0.5, D, S if state else None
-
-
-def folded_by_hand(M, D, state, transposed):
-    """One value head after the other, in fp64."""
-    M, D = M.double(), D.double()
-    count, HV = D.shape[1:3]
-    entered, left = torch.empty_like(D), torch.zeros_like(D[:, 0]) if state is None else state.double()
-    for c in reversed(range(count)) if transposed else range(count):
-        entered[:, c] = left
-        matrices = [M[:, c, hv // (HV // M.shape[2])] for hv in range(HV)]
-        products = [(m.mT if transposed else m) @ left[:, hv] for hv, m in enumerate(matrices)]
-        left = torch.stack(products, 1) + D[:, c]
-    return {"entered": entered, "left": left}
-
-
 def assert_folds(given, transposed):
     found = fold(*(None if x is None else x.to(DEVICE) for x in given), transposed)
     got = dict(zip(("entered", "left"), (x.cpu() for x in found), strict=True))
@@ -60,6 +40,7 @@ def assert_folds(given, transposed):
 SIZES = {
     "odd sizes, grouped heads, batch": dict(),
     "without a state": dict(state=False),
+    "a state alone": dict(D=False),
     "one segment": dict(count=1),
     "the least": dict(B=1, H=1, groups=1, K=1, V=1),
     "heads of 128": dict(B=1, H=1, groups=1, K=128, V=16),
@@ -82,8 +63,8 @@ def test_the_memory_layout_of_maps_does_not_matter():
 
 def test_no_kernel_reads_or_writes_outside_its_tensors(monkeypatch):
     launched = fenced(monkeypatch)
-    for state in (True, False):
-        assert_folds(maps(K=5, V=3, state=state), state)
+    for transposed, options in ((True, {}), (False, dict(state=False)), (False, dict(D=False))):
+        assert_folds(maps(K=5, V=3, **options), transposed)
     assert launched == {"fold_kernel"}
 
 

@@ -34,10 +34,10 @@ def choose(shards: SequenceShards, transition: int, state: int, final: bool) -> 
     if size & (size - 1):
         return "gather"
     # Form: messages, and kernels of the rank that has most of them; with the final state there are at most 6 more. The
-    # gather multiplies and adds for each segment, the scan on both sides of each step.
+    # gather copies, and folds all in one kernel each way, in which a segment takes about as long as a launch.
     work = {
-        "gather": (2, 4 * per_rank * size),
-        "scan": (2 * steps, 15 * steps - 7 if per_rank == 1 else 21 * steps + 7),
+        "gather": (2, 6 + 2 * per_rank * size),
+        "scan": (2 * steps, 10 * steps - 2 if per_rank == 1 else 15 * steps + 7),
     }
     gather, scan = (
         messages * MESSAGE + kernels * LAUNCH

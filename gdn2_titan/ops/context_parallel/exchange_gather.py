@@ -9,7 +9,7 @@ Shapes: M [S, B, H, K, K], D [S, B, HV, K, V] of a rank's S segments, S first.
 import torch
 from torch import Tensor
 
-from ..gdn2.maps import apply, apply_transposed
+from ..gdn2.folding import fold
 from .layout import SequenceShards
 
 __all__ = ["kept", "pending_back", "receive", "receive_back", "send", "send_back"]
@@ -27,6 +27,11 @@ def kept(shards: SequenceShards) -> int:
     return shards.size * shards.per_rank
 
 
+def _segments(x, places):
+    """Those at ``places`` of x [segments, B, ...] as an axis of their own, [B, places, ...]."""
+    return torch.stack([x[place] for place in places], 1)
+
+
 def _gather(tensors, shards):
     # Its own operator, so that activation checkpointing can keep these results and not those of every all-gather.
     return torch.ops._c10d_functional.all_gather_into_tensor_coalesced(tensors, shards.size, shards.group)
@@ -42,20 +47,18 @@ def send(M: Tensor, D: Tensor, shards: SequenceShards, final: bool) -> list[Tens
 
 
 def receive(
-    pending: list[Tensor], M: Tensor, D: Tensor, shards: SequenceShards, final: bool
+    pending: list[Tensor], M: Tensor, D: Tensor, shards: SequenceShards, final: bool, backend: str
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The states that this rank's segments are entered with [S, B, HV, K, V], the one after the whole sequence or
-    None, and the transitions to keep [kept, B, H, K, K]."""
+    None, and the transitions to keep [kept, B, H, K, K]. backend: of ``chunk_gdn2``."""
     M, D = _wait(pending)
-    order, mine = _order(shards), shards.segments
-    state, entering = torch.zeros_like(D[0]), []
-    for segment, place in enumerate(order):
-        if segment in mine:
-            entering.append(state)
-        if segment == mine[-1] and not final:
-            break
-        state = D[place] + apply(M[place], state)
-    return torch.stack(entering), state if final else None, M
+    mine = shards.segments
+    before = _order(shards)[: None if final else mine[-1]]
+    if not before:
+        return torch.zeros_like(D[:1]), None, M
+    entered, left = fold(*(_segments(x, before) for x in (M, D)), None, backend)
+    states = [*entered.unbind(1), left]
+    return torch.stack([states[segment] for segment in mine]), left if final else None, M
 
 
 def pending_back(shape: torch.Size, shards: SequenceShards) -> tuple[int, ...]:
@@ -68,15 +71,13 @@ def send_back(dD: Tensor, shards: SequenceShards) -> Tensor:
     return _gather([dD], shards)[0]
 
 
-def receive_back(pending: Tensor, dD: Tensor, kept: Tensor, shards: SequenceShards) -> Tensor:
+def receive_back(pending: Tensor, dD: Tensor, kept: Tensor, shards: SequenceShards, backend: str) -> Tensor:
     """The gradients of the states that this rank's segments leave [S, B, HV, K, V]."""
     (dD,) = _wait([pending])
-    order, mine = _order(shards), shards.segments
-    dstate, leaving = torch.zeros_like(dD[0]), []
-    for segment, place in reversed(list(enumerate(order))):
-        if segment in mine:
-            leaving.insert(0, dstate)
-        if segment == mine[0]:
-            break
-        dstate = dD[place] + apply_transposed(kept[place], dstate)
-    return torch.stack(leaving)
+    first = shards.segments[0]
+    behind = _order(shards)[first + 1 :]
+    if not behind:
+        return torch.zeros_like(dD[:1])
+    left, entering = fold(*(_segments(x, behind) for x in (kept, dD)), None, backend, transposed=True)
+    states = [entering, *left.unbind(1)]
+    return torch.stack([states[segment - first] for segment in shards.segments])

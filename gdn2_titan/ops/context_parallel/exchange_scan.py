@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..gdn2.maps import apply, apply_transposed
+from ..gdn2.folding import advance
 from .layout import SequenceShards
 
 __all__ = ["kept", "ordered_after", "pending_back", "receive", "receive_back", "send", "send_back"]
@@ -76,13 +76,17 @@ def _wait(flat, *shapes):
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _chain(later, earlier):
-    """The transition through two blocks; None is the identity."""
-    return earlier if later is None else later @ earlier
+def _through(M, S, D, backend):
+    """M S + D; None is the identity for M or S, zeros for D."""
+    if M is not None and S is not None:
+        return advance(M, S, D, backend)
+    product = M if S is None else S
+    return product if D is None else product + D
 
 
-def _through(M, S):
-    return S if M is None else apply(M, S)
+def _back(M, dS, dD, backend):
+    """M^T dS + dD; None is the identity."""
+    return dS + dD if M is None else advance(M, dS, dD, backend, transposed=True)
 
 
 def kept(shards: SequenceShards) -> int:
@@ -107,7 +111,7 @@ def send(M: Tensor, D: Tensor, shards: SequenceShards, final: bool) -> list[Tens
 
 
 def receive(
-    pending: list[Tensor], M: Tensor, D: Tensor, shards: SequenceShards, final: bool
+    pending: list[Tensor], M: Tensor, D: Tensor, shards: SequenceShards, final: bool, backend: str
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """As ``exchange_gather.receive``."""
     lanes = range(shards.per_rank)
@@ -129,26 +133,26 @@ def receive(
             if not upper and behind[lane] is not None:
                 keep.append(behind[lane])
             if upper:
-                entering[lane] = entering[lane] + _through(before[lane], other_D[lane])
+                entering[lane] = _through(before[lane], other_D[lane], entering[lane], backend)
             if not whole:
                 continue
             if upper:
-                before[lane] = _chain(before[lane], other_M[lane])
+                before[lane] = _through(before[lane], other_M[lane], None, backend)
                 early, late = (other_M[lane], other_D[lane]), (M[lane], D[lane])
             else:
-                behind[lane] = _chain(other_M[lane], behind[lane]) if behind[lane] is not None else other_M[lane]
+                behind[lane] = _through(other_M[lane], behind[lane], None, backend)
                 early, late = (M[lane], D[lane]), (other_M[lane], other_D[lane])
-            next_M.append(late[0] @ early[0])
-            next_D.append(late[1] + apply(late[0], early[1]))
+            next_M.append(_through(late[0], early[0], None, backend))
+            next_D.append(_through(late[0], early[1], late[1], backend))
         if whole:
             M, D = torch.stack(next_M), torch.stack(next_D)
     if shards.per_rank == 2:
-        entering[1] = entering[1] + _through(before[1], D[0])
+        entering[1] = _through(before[1], D[0], entering[1], backend)
         if behind[0] is not None:
             keep.append(behind[0])
     final_state = None
     if final:
-        final_state = D[0] if shards.per_rank == 1 else D[1] + apply(M[1], D[0])
+        final_state = D[0] if shards.per_rank == 1 else _through(M[1], D[0], D[1], backend)
     return torch.stack(entering), final_state, torch.stack(keep) if keep else M.new_empty(0, *M.shape[1:])
 
 
@@ -162,7 +166,7 @@ def send_back(dD: Tensor, shards: SequenceShards, step: int = 0) -> Tensor:
     return _swap([dD], shards, step, to_later=False if _one_way(shards, step) else None)
 
 
-def receive_back(pending: Tensor, dD: Tensor, kept: Tensor, shards: SequenceShards) -> Tensor:
+def receive_back(pending: Tensor, dD: Tensor, kept: Tensor, shards: SequenceShards, backend: str) -> Tensor:
     """As ``exchange_gather.receive_back``."""
     lanes, kept = range(shards.per_rank), iter(kept)
     leaving, passed = [torch.zeros_like(dD[lane]) for lane in lanes], [False for _ in lanes]
@@ -174,14 +178,14 @@ def receive_back(pending: Tensor, dD: Tensor, kept: Tensor, shards: SequenceShar
         for lane, upper in enumerate(_upper(shards, step)):
             early = next(kept) if whole else None  # the transition through the earlier of the two blocks
             if not upper:
-                here = other[0][lane]
-                leaving[lane] = leaving[lane] + (apply_transposed(next(kept), here) if passed[lane] else here)
+                transition = next(kept) if passed[lane] else None
+                leaving[lane] = _back(transition, other[0][lane], leaving[lane], backend)
                 passed[lane] = True
             if whole:
                 first, second = (other[0][lane], dD[lane]) if upper else (dD[lane], other[0][lane])
-                totals.append(first + apply_transposed(early, second))
+                totals.append(_back(early, second, first, backend))
         if whole:
             dD = torch.stack(totals)
     if shards.per_rank == 2:
-        leaving[0] = leaving[0] + (apply_transposed(next(kept), dD[1]) if passed[0] else dD[1])
+        leaving[0] = _back(next(kept) if passed[0] else None, dD[1], leaving[0], backend)
     return torch.stack(leaving)

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from ..custom_op import no_autocast
 from ..gdn2.arguments import GDN2Inputs, GDN2Options
+from ..gdn2.folding import advance
 from ..gdn2.library import differentiable_chunk_gdn2_backward
-from ..gdn2.maps import apply, apply_transposed, read, read_transposed
+from ..gdn2.maps import read, read_transposed
 from ..gdn2.segments import segment_gdn2
 from .exchange import FORMS
 from .exchange_scan import ordered_after
@@ -87,11 +88,11 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do, entering, kept, pending, dD, dfinal):
         inputs, call = GDN2Inputs(*ctx.saved_tensors), ctx.call
-        shards = call.shards
+        shards, backend = call.shards, call.options.backend
         if call.mailbox is not None:
             pending = call.mailbox.pop()
         with no_autocast(do):
-            leaving = FORMS[call.form].receive_back(pending, dD, kept, shards)
+            leaving = FORMS[call.form].receive_back(pending, dD, kept, shards, backend)
             if call.final and _has_last(shards):
                 leaving = torch.cat((leaving[:-1], dfinal.unsqueeze(0)))
             *grads, dA_log, ddt_bias, dentering = differentiable_chunk_gdn2_backward(
@@ -115,10 +116,10 @@ class _Leave(torch.autograd.Function):
         ctx, call, o, P, M, D, initial_state, pending, more,
         carrier, carried_entering, carried_kept, carried_pending, carried_dD, carried_dfinal,
     ):  # fmt: skip
-        shards, ctx.call = call.shards, call
+        shards, backend, ctx.call = call.shards, call.options.backend, call
         with no_autocast(o):
             pending = [x for x in (pending, more) if x is not None]
-            entering, final_state, kept = FORMS[call.form].receive(pending, M, D, shards, call.final)
+            entering, final_state, kept = FORMS[call.form].receive(pending, M, D, shards, call.final, backend)
             if initial_state is not None and _has_first(shards):
                 entering = torch.cat((initial_state.to(D.dtype).unsqueeze(0), entering[1:]))
             entering = _from_lanes(entering)
@@ -137,7 +138,8 @@ class _Leave(torch.autograd.Function):
                 if transition is None:
                     dD = ordered_after(dD, dfinal)
                 else:
-                    dD = torch.cat((dD[:-1], (dD[-1] + apply_transposed(transition, dfinal)).unsqueeze(0)))
+                    last = advance(transition, dfinal, dD[-1], call.options.backend, transposed=True)
+                    dD = torch.cat((dD[:-1], last.unsqueeze(0)))
             pending = FORMS[call.form].send_back(dD, shards)
             if call.mailbox is not None:
                 call.mailbox[:] = [pending]
@@ -156,7 +158,8 @@ def begin(
         o, P, M, D = segment_gdn2(inputs.map_tokens(shards.rows), options)
         M, D = _lanes(M, shards), _lanes(D, shards)
         if initial_state is not None and _has_first(shards):
-            D = torch.cat(((D[0] + apply(M[0], initial_state.to(D.dtype))).unsqueeze(0), D[1:]))
+            first = advance(M[0], initial_state.to(D.dtype), D[0], options.backend)
+            D = torch.cat((first.unsqueeze(0), D[1:]))
         pending, more = (*FORMS[form].send(M, D, shards, final), None)[:2]
     call = _Call(shards, options, form, final, None if torch.compiler.is_compiling() else [])
     carriers = _Enter.apply(call, D, *inputs)

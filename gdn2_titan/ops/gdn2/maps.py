@@ -6,7 +6,7 @@ Value head j has key head j // (HV // H); the value heads of one key head are la
 import torch
 from torch import Tensor
 
-__all__ = ["apart", "apply", "apply_transposed", "by_heads", "fold", "read", "read_transposed", "side_by_side"]
+__all__ = ["apart", "by_heads", "fold", "read", "read_transposed", "side_by_side"]
 
 
 def side_by_side(S: Tensor, heads: int) -> Tensor:
@@ -24,24 +24,17 @@ def by_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(2, (heads, -1)).flatten(3).transpose(1, 2)
 
 
-def apply(M: Tensor, S: Tensor) -> Tensor:
-    """M S of M [..., H, K, K] and a state [..., HV, K, V], where value head j has key head j // (HV // H)."""
-    return apart(M @ side_by_side(S, M.shape[-3]), S.shape[-1])
+def fold(M: Tensor, D: Tensor | None, state: Tensor | None, transposed: bool = False) -> tuple[Tensor, Tensor]:
+    """S <- M S + D from segment to segment: the states that n of them are entered with [B, n, HV, K, V], and the one
+    that the last leaves [B, HV, K, V].
 
-
-def apply_transposed(M: Tensor, dS: Tensor) -> Tensor:
-    """M^T dS."""
-    return apply(M.mT, dS)
-
-
-def fold(M: Tensor, D: Tensor, state: Tensor | None, transposed: bool = False) -> tuple[Tensor, Tensor]:
-    """The states that n segments in a row are entered with [B, n, HV, K, V], and the one that the last leaves
-    [B, HV, K, V]. M [B, n, H, K, K], D [B, n, HV, K, V]; state [B, HV, K, V] in D's dtype enters the first, None for
-    zeros. transposed: by M^T, from the last segment to the first, as gradients of states go."""
-    maps = list(zip((M.mT if transposed else M).unbind(1), D.unbind(1), strict=True))
+    M [B, n, H, K, K], D [B, n, HV, K, V], None for zeros; state [B, HV, K, V], None for zeros, of which one is given,
+    enters the first. transposed: by M^T, from the last segment to the first, as gradients of states go."""
+    count, heads, V = M.shape[1], M.shape[2], (state if D is None else D).shape[-1]
     states = [torch.zeros_like(D[:, 0]) if state is None else state]
-    for M, D in reversed(maps) if transposed else maps:
-        states.append(apply(M, states[-1]) + D)
+    for c in reversed(range(count)) if transposed else range(count):
+        S = apart((M[:, c].mT if transposed else M[:, c]) @ side_by_side(states[-1], heads), V)
+        states.append(S if D is None else S + D[:, c])
     *entered, left = states
     return torch.stack(entered[::-1] if transposed else entered, 1), left
 

@@ -5,7 +5,6 @@
 One program per sequence, value head and slice of V, the state in registers, transposed as ``scan`` has it.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,14 +26,14 @@ def _block(M, i: tl.constexpr, j: tl.constexpr, K: tl.constexpr, BK: tl.constexp
     return tl.load(M + rows[:, None] * K + cols[None, :], mask=inside, other=0.0)
 
 
-@triton.jit(do_not_specialize=["has_state", "count"])
+@triton.jit(do_not_specialize=["has_D", "has_state", "count"])
 def fold_kernel(
-    M, D, state, has_state, count, entered, left,
+    M, D, has_D, state, has_state, count, entered, left,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """M [B, count, H, K, K], D [B, count, HV, K, V], state [B, HV, K, V], read where has_state is 1, else zeros; all in
-    fp32.
+    """M [B, count, H, K, K], D [B, count, HV, K, V], state [B, HV, K, V], all in fp32; D and state are read where has_D
+    and has_state are 1, else zeros.
 
     Writes entered [B, count, HV, K, V], the state that each map is applied to, and left [B, HV, K, V]."""
     SLICES: tl.constexpr = (V + BV - 1) // BV
@@ -51,7 +50,7 @@ def fold_kernel(
         of_segment = (segment * HV + hv) * K * V
         transition = M + (segment * H + hv // (HV // H)) * K * K
         store_state(entered + of_segment, S, cols, V, K, BK)
-        sums = load_state(D + of_segment, 1, cols, V, K, BK, BV)
+        sums = load_state(D + of_segment, has_D, cols, V, K, BK, BV)
         for j in tl.static_range(PARTS):  # and not outermost i: then all of S were operands at once
             more = ()
             for i in tl.static_range(PARTS):
@@ -65,16 +64,18 @@ def fold_kernel(
     store_state(left + of_row, S, cols, V, K, BK)
 
 
-def fold(M: Tensor, D: Tensor, state: Tensor | None, transposed: bool = False) -> tuple[Tensor, Tensor]:
+def fold(M: Tensor, D: Tensor | None, state: Tensor | None, transposed: bool = False) -> tuple[Tensor, Tensor]:
     """``maps.fold``, all in fp32, which NVIDIA's tensor cores multiply as three products of tf32."""
-    M, D = M.contiguous(), D.contiguous()
-    B, count, HV, K, V = D.shape
-    entered, left = torch.empty_like(D), D.new_empty(B, HV, K, V)
-    given, arch, BK = state is not None, target.arch(D), configurations.padded(K)
+    M, D, state = (None if x is None else x.contiguous() for x in (M, D, state))
+    B, count, H, K, _ = M.shape
+    HV, _, V = (state if D is None else D).shape[-3:]
+    entered, left = M.new_empty(B, count, HV, K, V), M.new_empty(B, HV, K, V)
+    arch, BK = target.arch(M), configurations.padded(K)
+    flags = dict(has_D=int(D is not None), has_state=int(state is not None))
+    D, state = (M if x is None else x for x in (D, state))  # which is not read then
     launching.launch(
         fold_kernel, lambda meta: (B * HV * triton.cdiv(V, meta["BV"]),), configurations.fold(arch, BK),
-        dict(M=M, D=D, state=state.contiguous() if given else D, has_state=int(given), count=count, entered=entered,
-             left=left),
-        dict(H=M.shape[2], HV=HV, K=K, V=V, BK=BK, TRANSPOSED=transposed, PRECISION=target.precision(arch, D.dtype)),
+        dict(M=M, D=D, state=state, count=count, entered=entered, left=left) | flags,
+        dict(H=H, HV=HV, K=K, V=V, BK=BK, TRANSPOSED=transposed, PRECISION=target.precision(arch, M.dtype)),
     )  # fmt: skip
     return entered, left
