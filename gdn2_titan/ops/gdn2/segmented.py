@@ -54,7 +54,7 @@ def _by_rows_or_heads(*tensors):
 
 
 def _add_read_(o, P, S):
-    """``o += read(P, S)`` of ``segments``; o [R, L, HV, V] and P [R, L, H, K] in one dtype."""
+    """``o += read(P, S)`` of ``maps``; o [R, L, HV, V] and P [R, L, H, K] in one dtype."""
     heads = P.shape[2]
     batches, _ = _by_rows_or_heads(by_heads(o, heads), P.transpose(1, 2), side_by_side(S.to(P.dtype), heads))
     for o, P, S in batches:
@@ -62,7 +62,7 @@ def _add_read_(o, P, S):
 
 
 def _read_transposed(P, do, dtype):
-    """``read_transposed`` of ``segments``, which cannot loop over rows: a compiler traces it for any number of them."""
+    """``read_transposed`` of ``maps``, which cannot loop over rows: a compiler traces it for any number of them."""
     V = do.shape[-1]
     batches, axis = _by_rows_or_heads(P.permute(0, 2, 3, 1), by_heads(do.to(P.dtype), P.shape[2]))
     return apart(torch.stack([P @ do for P, do in batches], axis).to(dtype), V)
