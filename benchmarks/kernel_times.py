@@ -2,6 +2,7 @@
 
     python benchmarks/kernel_times.py                                  # forward + backward, raw gates, heads of 128
     python benchmarks/kernel_times.py --shape B8T4096 --kernels gradient_kernel --set BS=16 num_warps=8 --waits
+    python benchmarks/kernel_times.py --shape --decode                 # steps of decoding instead
     python benchmarks/kernel_times.py --write                          # the tables of docs/kernels.md
 
 Every launch of ``chunk_gdn2`` at the shape is recorded with its grid and default configuration, compiled for sm_90, and
@@ -19,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 from aot import INSTRUCTION, TARGETS, _compile
+from calls import decode_step, gdn2_inputs
 from h100 import machine
 from h100.machine_code import disassemble
 from h100.memory import Arguments
@@ -35,7 +37,9 @@ from gdn2_titan.ops.gdn2.triton.matrices import sum_matrices
 ARCHITECTURE, TARGET, SHARED = TARGETS["sm_90"]
 WALKS = (6, 12)  # chunks of the short sequences
 PACKED = 2048  # tokens of each packed sequence
+BATCHES = (1, 4, 16, 64, 256)  # of decoding
 MS = 1e3
+US = 1e3  # in a millisecond
 OPERATORS = "PyTorch's own operators, by their bytes"
 
 
@@ -184,6 +188,14 @@ def rows_of(shape: str, case: str, kernels: list[str], changes: dict[str, int]) 
     return [{"shape": shape, "case": case} | row for row in found]
 
 
+def decode_row(batch: int) -> dict:
+    """The launch of a step of decoding, as of ``rows_of``: 16 heads of 128, raw gates, the states in place."""
+    with torch.no_grad(), recorded(ARCHITECTURE) as launches:
+        decode_step(**gdn2_inputs("bf16 raw", batch, 1, CASES["raw"].heads, *2 * (CASES["raw"].size,), state=True))
+    [launch] = launches
+    return {"phase": "decode", "batch": batch} | _row(launch, {1: launch}, 1, {}, CASES["raw"].floats)
+
+
 def _all_rows(jobs):
     """{(shape, case): rows}, by two processes."""
     context = multiprocessing.get_context("spawn")  # a fork would inherit the threads of torch
@@ -276,6 +288,13 @@ def _fla(case, shape):
     return text + safe
 
 
+def _steps(rows):
+    """The table of steps of decoding."""
+    head = ["sequences", "bytes alone, µs", "model, µs"]
+    return table(head, [[row["batch"], f"{US * row['bounds']['hbm']:.1f}", _range(US * row["low"], US * row["high"], 1)]
+                        for row in rows])  # fmt: skip
+
+
 def _tables(found):
     """{mark: Markdown}. found: rows by shape and case."""
     calls = [found[call] for call in CALLS.values()]
@@ -304,6 +323,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", nargs="*", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--case", nargs="*", choices=CASES, default=["raw"])
+    parser.add_argument("--decode", action="store_true", help="also steps of decoding")
     parser.add_argument("--kernels", nargs="*", default=[], metavar="NAME", help="only these")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=NUMBER", help="change the configurations")
     parser.add_argument("--waits", action="store_true", help="say where warps wait")
@@ -323,8 +343,11 @@ def main():
             print(f"{shape}, {case}")
             _print(rows, chosen.waits)
             print(f"sum {_sum(rows, 2)} ms\n")
+    steps = [decode_row(batch) for batch in BATCHES] if chosen.decode or chosen.write else []
+    if steps:
+        print("\n".join(map(json.dumps, steps)) if chosen.json else _steps(steps))
     if chosen.write:
-        fill(DOCS / "kernels.md", _tables(found))
+        fill(DOCS / "kernels.md", _tables(found) | {"decode": _steps(steps)})
 
 
 if __name__ == "__main__":

@@ -176,13 +176,16 @@ def _plop3(threads, x, mask):
 
 @_operation("SHF", "USHF")
 def _shf(threads, x, mask):
-    """To the left a, or with U64.HI the upper half of b above a; to the right b."""
+    """To the left a, or with U64.HI the upper half of b above a; to the right b, or with U64 the lower half of b above
+    a."""
     a, shift, b = (threads.read(token) for token in x.operands[1:4])
     shift = np.minimum(shift, np.uint64(63))
     if x.modifiers == ("L", "U32"):
         out = a << shift
     elif x.modifiers == ("L", "U64", "HI"):
         out = (a | b << HALF) << shift >> HALF
+    elif x.modifiers == ("R", "U64"):
+        out = (a | b << HALF) >> shift
     elif x.modifiers == ("R", "S32", "HI"):
         out = signed(b) >> shift.astype(np.int64)
     elif x.modifiers == ("R", "U32", "HI"):
