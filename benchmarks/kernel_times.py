@@ -71,6 +71,7 @@ SHAPES = {
     "B8T4096": Shape(8, 4096),
     "B1T16384": Shape(1, 16384),
     "B1T16384-whole": Shape(1, 16384, split=False),
+    "B4T8192": Shape(4, 8192),
 }
 MAMBA = Case(64, 64, 64, norm=False, sigmoid=False)
 CASES = {
@@ -252,6 +253,7 @@ CALLS = {
     "B = 1, T = 16,384": ("B1T16384", "raw"),
     "the same in one segment": ("B1T16384-whole", "raw"),
     "B = 1, T = 16,384, activated gates": ("B1T16384", "activated"),
+    "B = 4, T = 8,192": ("B4T8192", "raw"),
 }
 OTHERS = {
     "raw gates, 128": "raw",

@@ -52,9 +52,11 @@ def test_stages_can_be_chosen_and_unknown_ones_are_refused(tmp_path):
 def test_the_prediction_beside_a_time_is_that_of_the_page_on_kernels(benchmark):
     op_gpu = benchmark("op_gpu")
     page = (BENCHMARKS.parent / "docs" / "kernels.md").read_text()
-    for B, T in op_gpu.SHAPES[:2]:
+    for B, T in op_gpu.SHAPES:
         found = op_gpu.predicted(B, T)
-        assert set(found) == {op_gpu.OURS, op_gpu.FLA} and all(text in page for text in found.values())
+        # Of the third shape nobody has modelled the other's kernels.
+        assert set(found) == {op_gpu.OURS, *([op_gpu.FLA] if (B, T) != (4, 8192) else [])}
+        assert all(text in page for text in found.values())
     assert op_gpu.predicted(3, 77) == {}
 
 
