@@ -37,8 +37,8 @@ LIMITS = {torch.bfloat16: 120.0, torch.float16: 8.0, torch.float32: 20.0}
 class Call:
     """What every launch of one call shares."""
 
-    spans: dict  # cu_seqlens, ends, T, NT
-    sizes: dict  # H, K, BK, PACKED, PRECISION
+    spans: dict  # packed, cu_seqlens, ends, T, NT
+    sizes: dict  # H, K, BK, PRECISION
     chunks: int  # at least as many as there are
     sequences: int
     arch: int | str
@@ -47,15 +47,18 @@ class Call:
 def _call(inputs):
     q, cu_seqlens, N = inputs.q, inputs.cu_seqlens, inputs.num_sequences
     B, T, H, K = q.shape
-    ends, NT = None, triton.cdiv(T, CHUNK)
     chunks = inputs.square_shape[0]  # programs past the last chunk return at once
-    if cu_seqlens is not None:
+    spans = dict(packed=int(cu_seqlens is not None), T=T, NT=triton.cdiv(T, CHUNK))
+    if cu_seqlens is None:  # not read then; one compiled kernel serves packed sequences and others
+        cu_seqlens = ends = q.new_empty(1, dtype=torch.int64)
+    else:
         check_cu_seqlens(cu_seqlens, T)
+        cu_seqlens = cu_seqlens.long()
         ends = ((cu_seqlens.diff() + CHUNK - 1) // CHUNK).cumsum(0)
     architecture = target.arch(q)
     precision = target.precision(architecture, q.dtype)
-    sizes = dict(H=H, K=K, BK=configurations.padded(K), PACKED=cu_seqlens is not None, PRECISION=precision)
-    return Call(dict(cu_seqlens=cu_seqlens, ends=ends, T=T, NT=NT), sizes, chunks, N, architecture)
+    sizes = dict(H=H, K=K, BK=configurations.padded(K), PRECISION=precision)
+    return Call(spans | dict(cu_seqlens=cu_seqlens, ends=ends), sizes, chunks, N, architecture)
 
 
 def _split(q):
@@ -159,7 +162,7 @@ def segment_forward(
         segment_kernel, lambda meta: ((triton.cdiv(V, meta["BV"]) + triton.cdiv(K, meta["BV"])) * B * HV,),
         _scan_configurations(call, max(K, V), v, maps=H),
         dict(v=v, w=inputs.w, resets=inputs.resets, o=o, contribution=contribution, read=read, transition=transition)
-        | call.spans | prepared,
+        | {name: call.spans[name] for name in ("T", "NT")} | prepared,
         call.sizes | dict(HV=HV, V=V, SIGMOID=options.sigmoid),
     )  # fmt: skip
     return o, read, transition, contribution

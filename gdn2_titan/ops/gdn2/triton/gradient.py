@@ -121,13 +121,13 @@ def _without_radial(
 
 
 # The signature and the pointers at its start are those of prepare_kernel: Triton passes each one by itself.
-@triton.jit(do_not_specialize=["T", "NT", "N"])
+@triton.jit(do_not_specialize=["packed", "T", "NT", "N"])
 def gradient_kernel(
-    q, k, v, g, b, w, A_log, dt_bias, resets, cu_seqlens, ends, T, NT, N, scale, lower_bound, matrices,
+    q, k, v, g, b, w, A_log, dt_bias, resets, packed, cu_seqlens, ends, T, NT, N, scale, lower_bound, matrices,
     do, R, dZ, states, dstates, norm_q, norm_k,
     dq, dk, dv, dg, db, dw, dA_log, ddt_bias,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-    PACKED: tl.constexpr, GATE: tl.constexpr, SIGMOID: tl.constexpr, ERASE_SCALE: tl.constexpr,
+    GATE: tl.constexpr, SIGMOID: tl.constexpr, ERASE_SCALE: tl.constexpr,
     LIMIT: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Inputs as ``chunk_gdn2`` takes them, flat over B * T; do or None; R, dZ, states, dstates: from the scans;
@@ -140,7 +140,7 @@ def gradient_kernel(
     of the factor's log. It is taken with the rows as rounded for the other's product, so that what two tokens gain from
     each other cancels where their decay has no part in it."""
     i_c, h = program(H)
-    n, start, count = chunk_of(i_c, ends, cu_seqlens, T, NT, N, PACKED)
+    n, start, count = chunk_of(i_c, packed, ends, cu_seqlens, T, NT, N)
     if count == 0:
         return
     dtype: tl.constexpr = states.dtype.element_ty

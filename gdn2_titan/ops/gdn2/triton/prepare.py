@@ -30,12 +30,12 @@ def _inverse(T, PRECISION: tl.constexpr):
 
 
 # The signature and the pointers at its start are those of gradient_kernel: Triton passes each one by itself.
-@triton.jit(do_not_specialize=["T", "NT", "N"])
+@triton.jit(do_not_specialize=["packed", "T", "NT", "N"])
 def prepare_kernel(
-    q, k, g, b, A_log, dt_bias, resets, cu_seqlens, ends, T, NT, N, scale, lower_bound, matrices,
+    q, k, g, b, A_log, dt_bias, resets, packed, cu_seqlens, ends, T, NT, N, scale, lower_bound, matrices,
     Q, E, Kt, total, A_qk, A, norm_q, norm_k,
     H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
-    PACKED: tl.constexpr, GATE: tl.constexpr, SIGMOID: tl.constexpr, ERASE_SCALE: tl.constexpr,
+    GATE: tl.constexpr, SIGMOID: tl.constexpr, ERASE_SCALE: tl.constexpr,
     LIMIT: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """q, k, g, b [B * T, H, K]; Q, E, Kt [NC, H, C, BK]; total [NC, H, BK] fp32; A_qk, A [NC, H, C, C];
@@ -44,7 +44,7 @@ def prepare_kernel(
 
     BK: K padded to a power of two, worked on BS channels at a time."""
     i_c, h = program(H)
-    n, start, count = chunk_of(i_c, ends, cu_seqlens, T, NT, N, PACKED)
+    n, start, count = chunk_of(i_c, packed, ends, cu_seqlens, T, NT, N)
     if count == 0:
         return
     dtype: tl.constexpr = Q.dtype.element_ty

@@ -34,11 +34,12 @@ def program(H: tl.constexpr):
 
 
 @triton.jit
-def chunk_of(i_c, ends, cu_seqlens, T, NT, N, PACKED: tl.constexpr):
+def chunk_of(i_c, packed, ends, cu_seqlens, T, NT, N):
     """Sequence, first token [row of the flat B * T] and number of tokens of chunk i_c; no tokens: no such chunk.
 
-    NT: chunks per sequence of T tokens. Packed: ends [N], the number of chunks up to and including each sequence."""
-    if PACKED:
+    NT: chunks per sequence of T tokens. Where packed is 1, and not 0: cu_seqlens [N + 1], and ends [N], the number of
+    chunks up to and including each sequence."""
+    if packed > 0:
         low = 0
         high = N
         while low < high:  # the first sequence that ends after the chunk begins
@@ -50,8 +51,8 @@ def chunk_of(i_c, ends, cu_seqlens, T, NT, N, PACKED: tl.constexpr):
         n = low
         there = n < N
         before = tl.load(ends + n - 1, mask=there & (n > 0), other=0)
-        start = tl.load(cu_seqlens + n, mask=there, other=0).to(tl.int64) + (i_c - before) * C
-        stop = tl.load(cu_seqlens + n + 1, mask=there, other=0).to(tl.int64)
+        start = tl.load(cu_seqlens + n, mask=there, other=0) + (i_c - before) * C
+        stop = tl.load(cu_seqlens + n + 1, mask=there, other=0)
         count = tl.where(there, tl.minimum(stop - start, C), 0).to(tl.int32)
     else:
         n = i_c // NT

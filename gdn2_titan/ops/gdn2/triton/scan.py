@@ -20,13 +20,13 @@ __all__ = ["reverse_kernel", "scan_kernel", "segment_kernel"]
 
 
 @triton.jit
-def _span(n, ends, cu_seqlens, T, NT, PACKED: tl.constexpr):
+def _span(n, packed, ends, cu_seqlens, T, NT):
     """First chunk, number of chunks, first token and number of tokens of sequence n."""
-    if PACKED:
+    if packed > 0:
         before = tl.load(ends + n - 1, mask=n > 0, other=0)
-        chunks = tl.load(ends + n) - before
-        start = tl.load(cu_seqlens + n).to(tl.int64)
-        length = tl.load(cu_seqlens + n + 1).to(tl.int64) - start
+        chunks = (tl.load(ends + n) - before).to(tl.int32)
+        start = tl.load(cu_seqlens + n)
+        length = (tl.load(cu_seqlens + n + 1) - start).to(tl.int32)
     else:
         before = n.to(tl.int64) * NT
         chunks = NT
@@ -180,12 +180,12 @@ def _run(
     return S
 
 
-@triton.jit(do_not_specialize=["has_initial", "T", "NT"])
+@triton.jit(do_not_specialize=["has_initial", "packed", "T", "NT"])
 def scan_kernel(
-    Q, E, Kt, total, A_qk, A, v, w, initial_state, has_initial, cu_seqlens, ends, T, NT,
+    Q, E, Kt, total, A_qk, A, v, w, initial_state, has_initial, packed, cu_seqlens, ends, T, NT,
     o, final_state, R, states,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-    PACKED: tl.constexpr, SIGMOID: tl.constexpr, PRECISION: tl.constexpr, BV: tl.constexpr,
+    SIGMOID: tl.constexpr, PRECISION: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Q, E, Kt, total, A_qk, A: from ``prepare_kernel``; v, w [B * T, HV, V]; initial_state [N, HV, K, V] in fp32,
     read where has_initial is 1, else zeros.
@@ -194,7 +194,7 @@ def scan_kernel(
     erased, and states [NC, HV, V, K], the state that each chunk enters with; whichever is given."""
     n, hv, piece = _program(HV, (V + BV - 1) // BV)
     cols = piece * BV + tl.arange(0, BV)
-    chunk, chunks, start, length = _span(n, ends, cu_seqlens, T, NT, PACKED)
+    chunk, chunks, start, length = _span(n, packed, ends, cu_seqlens, T, NT)
     state = (n.to(tl.int64) * HV + hv) * K * V
     if initial_state is not None:
         initial_state += state
@@ -244,10 +244,10 @@ def _decay(
 # What the kernels of this file share in their signatures is spelled out: Triton reads each one by itself.
 @triton.jit(do_not_specialize=["T", "NT"])
 def segment_kernel(
-    Q, E, Kt, total, A_qk, A, v, w, resets, cu_seqlens, ends, T, NT,
+    Q, E, Kt, total, A_qk, A, v, w, resets, T, NT,
     o, contribution, read, transition,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-    PACKED: tl.constexpr, SIGMOID: tl.constexpr, PRECISION: tl.constexpr, BV: tl.constexpr,
+    SIGMOID: tl.constexpr, PRECISION: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """``scan_kernel`` from a state of zeros, and beside it, in the programs after those of a head's values, what the
     tokens do to any state: the same without values from the identity, K columns for each key head. Where nothing is
@@ -260,7 +260,7 @@ def segment_kernel(
     values = tile < tiles
     if not values and hv % (HV // H) > 0:
         return
-    chunk, chunks, start, length = _span(n, ends, cu_seqlens, T, NT, PACKED)
+    chunk, chunks, start, length = _span(n, 0, None, None, T, NT)
     state = transition + (n.to(tl.int64) * H + h) * K * K
     width = K
     if values:
@@ -297,12 +297,12 @@ def segment_kernel(
     store_state(state, S, cols, width, K, BK)
 
 
-@triton.jit(do_not_specialize=["has_dfinal", "wants_dinitial", "T", "NT"])
+@triton.jit(do_not_specialize=["has_dfinal", "wants_dinitial", "packed", "T", "NT"])
 def reverse_kernel(
-    Q, E, Kt, total, A_qk, A, do, dfinal_state, has_dfinal, cu_seqlens, ends, T, NT,
+    Q, E, Kt, total, A_qk, A, do, dfinal_state, has_dfinal, packed, cu_seqlens, ends, T, NT,
     dZ, dstates, dinitial_state, wants_dinitial,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-    PACKED: tl.constexpr, PRECISION: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """do [B * T, HV, V] or None where zero; dfinal_state [N, HV, K, V] in fp32, read where has_dfinal is 1, else zeros.
 
@@ -312,7 +312,7 @@ def reverse_kernel(
     h = hv // (HV // H)
     cols = piece * BV + tl.arange(0, BV)
     dtype: tl.constexpr = Q.dtype.element_ty
-    chunk, chunks, start, length = _span(n, ends, cu_seqlens, T, NT, PACKED)
+    chunk, chunks, start, length = _span(n, packed, ends, cu_seqlens, T, NT)
     PART: tl.constexpr = part_size(BK)
     rows = tl.arange(0, C)
     square = rows[:, None] * C + rows[None, :]
