@@ -19,6 +19,7 @@ from unittest import mock
 
 import torch
 from calls import gdn2_inputs, qkv_inputs, segment
+from keys import ROOMS, settle_keys
 from tables import describe, one_line, table, write
 
 from gdn2_titan import ops
@@ -32,7 +33,6 @@ SHAPES = {
     "long": ("bf16 raw", 1, 4096, 128, 128, {}),
     "packed, fp32": ("fp32", 1, 2000, 96, 256, {"packed": True, "state": True}),
 }
-ROOMS = ("gdn2_titan.ops.gdn2.triton", "gdn2_titan.ops.short_conv.triton")
 
 
 class Call(NamedTuple):
@@ -155,6 +155,7 @@ def main():
     chosen = parser.parse_args()
     if chosen.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device is 'cuda'; without a GPU it must be 'cpu', with TRITON_INTERPRET=1")
+    settle_keys()
     rows = check(chosen.device, chosen.tokens)
     cells = [
         [row["call"], row["result"], row.get("fault") or f"{row['error']:.1e}", "" if row["ok"] else "WRONG"]

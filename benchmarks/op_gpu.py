@@ -23,6 +23,7 @@ import re
 import torch
 import torch.nn.functional as F
 from calls import decode_step, gdn2_inputs, qkv_inputs
+from keys import settle_keys
 from tables import DOCS, describe, one_line, table, write
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.testing import do_bench
@@ -285,6 +286,7 @@ def main():
     if importlib.util.find_spec("fla") is None and FLA in chosen.implementations:
         print(f"{FLA} is not installed: nothing is compared with it.", flush=True)
         chosen.implementations.remove(FLA)
+    settle_keys()
     bench = Bench(chosen.implementations)
     facts = describe("cuda") | {"copy bandwidth": f"{bench.bandwidth / 1e9:.0f} GB/s"}
     try:

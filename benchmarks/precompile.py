@@ -130,8 +130,10 @@ def run_stage(job: tuple[str, str, str, int, int]) -> list[tuple[str, str, str]]
     import torch
     import triton
     from aot import TARGETS
+    from keys import settle_keys
     from launches import recorded
 
+    settle_keys()  # as the commands do
     arch, target, _ = TARGETS[name]
     libcuda = pathlib.Path(folder, LIBCUDA, "libcuda.so.1")
     libcuda = libcuda if libcuda.exists() and target.backend == "cuda" else None

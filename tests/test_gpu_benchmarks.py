@@ -115,3 +115,23 @@ def test_what_was_compiled_beforehand_is_found_by_the_launch_of_another_process_
     assert found(tmp_path / "cache") == str([(name, "compiled") for name in kernels])
     moved = (tmp_path / "cache").rename(tmp_path / "moved")
     assert found(moved) == str([(name, "there") for name in kernels])
+
+
+SETTLED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from keys import settle_keys
+from triton.runtime.jit import JITCallable
+from gdn2_titan.ops.gdn2.triton import gradient, recurrent, scan
+settle_keys()
+found = {name: x.hash for module in (gradient, recurrent, scan) for name, x in vars(module).items()
+         if isinstance(x, JITCallable)}
+print(len(found) > 20, [name for name, key in found.items() if key is None])
+"""
+
+
+def test_the_key_of_every_function_is_made_before_the_first_launch():
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", SETTLED, BENCHMARKS]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.stdout.split("\n")[-2] == "True []", done.stderr
