@@ -9,9 +9,7 @@ difference by the norm of the fp64 result. A line for every result; the exit sta
 """
 
 import argparse
-import importlib
 import pathlib
-import pkgutil
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -19,7 +17,7 @@ from unittest import mock
 
 import torch
 from calls import gdn2_inputs, qkv_inputs, segment
-from keys import ROOMS, settle_keys
+from keys import kernel_modules, settle_keys
 from tables import describe, one_line, table, write
 
 from gdn2_titan import ops
@@ -108,12 +106,10 @@ def results(call: Call, backend: str, double: bool = False) -> dict[str, torch.T
 
 def kernels() -> set[str]:
     """The names of all kernels of the package."""
-    modules = [
-        importlib.import_module(f"{room}.{module.name}")
-        for room in ROOMS
-        for module in pkgutil.iter_modules(importlib.import_module(room).__path__)
-    ]
-    return {name for module in modules for name, x in vars(module).items() if name.endswith("_kernel") and callable(x)}
+    return {
+        name for module in kernel_modules() for name, x in vars(module).items()
+        if name.endswith("_kernel") and callable(x)
+    }  # fmt: skip
 
 
 def check(device: str, tokens: int | None) -> list[dict]:

@@ -20,12 +20,13 @@ from typing import NamedTuple
 
 import torch
 from aot import INSTRUCTION, TARGETS, _compile
-from calls import decode_step, gdn2_inputs
+from calls import decode_step
 from h100 import machine
 from h100.machine_code import disassemble
 from h100.memory import Arguments
 from h100.model import Kernel, time_of
 from launches import recorded
+from op_gpu import BATCHES, decode_inputs
 from operators import Operators
 from tables import DOCS, fill, table
 
@@ -37,7 +38,6 @@ from gdn2_titan.ops.gdn2.triton.matrices import sum_matrices
 ARCHITECTURE, TARGET, SHARED = TARGETS["sm_90"]
 WALKS = (6, 12)  # chunks of the short sequences
 PACKED = 2048  # tokens of each packed sequence
-BATCHES = (1, 4, 16, 64, 256)  # of decoding
 MS = 1e3
 US = 1e3  # in a millisecond
 OPERATORS = "PyTorch's own operators, by their bytes"
@@ -192,7 +192,7 @@ def rows_of(shape: str, case: str, kernels: list[str], changes: dict[str, int]) 
 def decode_row(batch: int) -> dict:
     """The launch of a step of decoding, as of ``rows_of``: 16 heads of 128, raw gates, the states in place."""
     with torch.no_grad(), recorded(ARCHITECTURE) as launches:
-        decode_step(**gdn2_inputs("bf16 raw", batch, 1, CASES["raw"].heads, *2 * (CASES["raw"].size,), state=True))
+        decode_step(**decode_inputs(batch, "cpu"))
     [launch] = launches
     return {"phase": "decode", "batch": batch} | _row(launch, {1: launch}, 1, {}, CASES["raw"].floats)
 

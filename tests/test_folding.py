@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from gdn2_titan.ops.gdn2.folding import advance, fold
+from gdn2_titan.ops.gdn2.folding import advance, fold_maps
 from tests.fold_cases import folded_by_hand, maps
 
 FOLD = torch.ops.gdn2_titan.fold_maps
@@ -24,7 +24,7 @@ def in_fp64(**options):
 @pytest.mark.parametrize("case", CASES)
 def test_states_between_segments_are_those_of_one_product_after_the_other(case, transposed):
     given = in_fp64(**CASES[case])
-    entered, left = fold(*given, "auto", transposed)
+    entered, left = fold_maps(*given, "auto", transposed)
     want = folded_by_hand(*given, transposed)
     torch.testing.assert_close(entered, want["entered"], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(left, want["left"], rtol=1e-12, atol=1e-12)
@@ -33,21 +33,21 @@ def test_states_between_segments_are_those_of_one_product_after_the_other(case, 
 def test_two_maps_in_a_row_are_one():
     M, D, state = in_fp64(count=2, K=5, V=3)
     whole = advance(M[:, 1], M[:, 0], None, "auto"), advance(M[:, 1], D[:, 0], D[:, 1], "auto")
-    torch.testing.assert_close(advance(whole[0], state, whole[1], "auto"), fold(M, D, state, "auto")[1])
+    torch.testing.assert_close(advance(whole[0], state, whole[1], "auto"), fold_maps(M, D, state, "auto")[1])
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_operator_passes_opcheck(case):
     for transposed in (False, True):
-        torch.library.opcheck(FOLD.default, (*in_fp64(K=3, V=2, **CASES[case]), transposed, "auto"))
+        torch.library.opcheck(FOLD.default, (*in_fp64(K=3, V=2, **CASES[case]), "auto", transposed))
 
 
 def test_flops_are_those_of_the_products():
     with FlopCounterMode(display=False) as counter:
-        fold(*in_fp64(B=2, count=3, H=2, groups=2, K=5, V=3), "auto")
+        fold_maps(*in_fp64(B=2, count=3, H=2, groups=2, K=5, V=3), "auto")
     assert counter.get_total_flops() == 2 * (2 * 3 * 4) * 5 * 5 * 3
 
 
 def test_what_cannot_be_served_is_refused():
     with pytest.raises(ValueError, match="the state (is on cpu|has dtype).*, use backend='torch'"):
-        fold(*in_fp64(), "triton")
+        fold_maps(*in_fp64(), "triton")

@@ -10,6 +10,7 @@ import torch
 
 from gdn2_titan.ops.gdn2.arguments import GDN2Inputs, GDN2Options
 from gdn2_titan.ops.gdn2.triton import chunk, recurrent
+from gdn2_titan.ops.gdn2.triton.fold import fold
 from gdn2_titan.ops.short_conv.arguments import ConvInputs
 from gdn2_titan.ops.short_conv.triton import launches as causal_conv1d
 from gdn2_titan.ops.triton import launching
@@ -42,7 +43,7 @@ def run_gdn2(B, T, H, HV, cu_seqlens=None):
     recurrent.recurrent_forward(inputs, OPTIONS)
     if cu_seqlens is None:
         _, _, M, D = chunk.segment_forward(inputs._replace(initial_state=None), OPTIONS)
-        chunk.fold(M.unsqueeze(1), D.unsqueeze(1), final_state)
+        fold(M.unsqueeze(1), D.unsqueeze(1), final_state)
 
 
 def run_conv(B, T, D, cu_seqlens=None, count=1):

@@ -9,7 +9,7 @@ Shapes: M [S, B, H, K, K], D [S, B, HV, K, V] of a rank's S segments, S first.
 import torch
 from torch import Tensor
 
-from ..gdn2.folding import fold
+from ..gdn2.folding import fold_maps
 from .layout import SequenceShards
 
 __all__ = ["kept", "pending_back", "receive", "receive_back", "send", "send_back"]
@@ -56,7 +56,7 @@ def receive(
     before = _order(shards)[: None if final else mine[-1]]
     if not before:
         return torch.zeros_like(D[:1]), None, M
-    entered, left = fold(*(_segments(x, before) for x in (M, D)), None, backend)
+    entered, left = fold_maps(*(_segments(x, before) for x in (M, D)), None, backend)
     states = [*entered.unbind(1), left]
     return torch.stack([states[segment] for segment in mine]), left if final else None, M
 
@@ -78,6 +78,6 @@ def receive_back(pending: Tensor, dD: Tensor, kept: Tensor, shards: SequenceShar
     behind = _order(shards)[first + 1 :]
     if not behind:
         return torch.zeros_like(dD[:1])
-    left, entering = fold(*(_segments(x, behind) for x in (kept, dD)), None, backend, transposed=True)
+    left, entering = fold_maps(*(_segments(x, behind) for x in (kept, dD)), None, backend, transposed=True)
     states = [entering, *left.unbind(1)]
     return torch.stack([states[segment - first] for segment in shards.segments])

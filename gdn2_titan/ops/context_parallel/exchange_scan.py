@@ -76,17 +76,12 @@ def _wait(flat, *shapes):
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _through(M, S, D, backend):
-    """M S + D; None is the identity for M or S, zeros for D."""
+def _through(M, S, D, backend, transposed=False):
+    """M S + D, or M^T S + D; None is the identity for M or S, zeros for D."""
     if M is not None and S is not None:
-        return advance(M, S, D, backend)
+        return advance(M, S, D, backend, transposed)
     product = M if S is None else S
     return product if D is None else product + D
-
-
-def _back(M, dS, dD, backend):
-    """M^T dS + dD; None is the identity."""
-    return dS + dD if M is None else advance(M, dS, dD, backend, transposed=True)
 
 
 def kept(shards: SequenceShards) -> int:
@@ -179,13 +174,13 @@ def receive_back(pending: Tensor, dD: Tensor, kept: Tensor, shards: SequenceShar
             early = next(kept) if whole else None  # the transition through the earlier of the two blocks
             if not upper:
                 transition = next(kept) if passed[lane] else None
-                leaving[lane] = _back(transition, other[0][lane], leaving[lane], backend)
+                leaving[lane] = _through(transition, other[0][lane], leaving[lane], backend, True)
                 passed[lane] = True
             if whole:
                 first, second = (other[0][lane], dD[lane]) if upper else (dD[lane], other[0][lane])
-                totals.append(_back(early, second, first, backend))
+                totals.append(_through(early, second, first, backend, True))
         if whole:
             dD = torch.stack(totals)
     if shards.per_rank == 2:
-        leaving[0] = _back(next(kept) if passed[0] else None, dD[1], leaving[0], backend)
+        leaving[0] = _through(next(kept) if passed[0] else None, dD[1], leaving[0], backend, True)
     return torch.stack(leaving)

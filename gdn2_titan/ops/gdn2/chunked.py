@@ -29,9 +29,8 @@ from .arguments import GDN2Inputs, GDN2Options
 from .flops import CHUNK
 from .gates import activate, activate_backward
 from .intra import intra_chunk, intra_chunk_backward
-from .maps import fold
 
-__all__ = ["chunk_backward", "chunk_forward", "fold", "segment_forward"]
+__all__ = ["chunk_backward", "chunk_forward", "segment_forward"]
 
 # Tokens times heads that are worked on at a time: each intermediate result is then about 2 MB (K = 64), which stays in
 # the cache and in memory that malloc already holds, and a sequence of any length needs no more of them.

@@ -45,7 +45,7 @@ def _use_triton(inputs, backend):
 
 
 def kernels(inputs: GDN2Inputs, backend: str) -> ModuleType:
-    """The module whose ``chunk_forward``, ``chunk_backward``, ``segment_forward`` and ``fold`` serve a call."""
+    """The module whose ``chunk_forward``, ``chunk_backward`` and ``segment_forward`` serve a call."""
     if _use_triton(inputs, backend):
         from .triton import chunk  # not before it is needed: Triton is not everywhere
 

@@ -19,6 +19,7 @@ from ..custom_op import define, differentiable, differentiable_once, no_autocast
 from ..dispatch import triton_can_serve
 from .arguments import GDN2Inputs, GDN2Options
 from .flops import CHUNK, backward_flops, segment_flops
+from .folding import fold
 from .library import ARGUMENTS, GATED, GRADIENTS, OPTIONS, SQUARES, given, kernels, known, new_squares, or_empty
 from .maps import apart, by_heads, side_by_side
 
@@ -77,11 +78,10 @@ def _segmented_forward(*args):
     with no_autocast(q):
         rows = inputs.map_tokens(lambda x: _rows(x, count))
         squares = new_squares(rows, options.backend)
-        served_by = kernels(rows, options.backend)
-        o, P, M, D = served_by.segment_forward(rows, options, *given(squares))
+        o, P, M, D = kernels(rows, options.backend).segment_forward(rows, options, *given(squares))
         M, D = M.unflatten(0, (-1, count)), D.unflatten(0, (-1, count))
         state = None if initial_state is None else initial_state.to(D.dtype)
-        entering, state = served_by.fold(M, D, state)
+        entering, state = fold(M, D, state, options.backend)
         o, P, owing = o.contiguous(), P.contiguous(), _owing(initial_state)
         _add_read_(o[owing], P[owing], entering.flatten(0, 1)[owing])
     return o.view(v.shape), state.contiguous(), P.view(q.shape), entering, M.contiguous(), *squares
@@ -106,10 +106,10 @@ def _segmented_backward(do, dfinal_state, read_rows, entering, transitions, *arg
             dread = _read_transposed(_rows(read_rows, count)[owing], do[owing], entering.dtype)
             dentering.flatten(0, 1)[owing] = dread
         rows = inputs.map_tokens(lambda x: _rows(x, count), initial_state=entering.flatten(0, 1))
-        served_by, squares = kernels(rows, options.backend), given(args[ARGUMENTS:])
+        squares = given(args[ARGUMENTS:])
         dstate = None if dfinal_state is None else dfinal_state.to(entering.dtype)
-        leaving, dstate = served_by.fold(transitions, dentering, dstate, transposed=True)
-        grads = served_by.chunk_backward(do, leaving.flatten(0, 1), rows, options, *squares)
+        leaving, dstate = fold(transitions, dentering, dstate, options.backend, transposed=True)
+        grads = kernels(rows, options.backend).chunk_backward(do, leaving.flatten(0, 1), rows, options, *squares)
         pairs = zip(grads.tokens, inputs.tokens, strict=True)
         tokens = [None if x is None else grad.view(x.shape) for grad, x in pairs]
         dinitial_state = None if initial_state is None else dstate.to(initial_state.dtype)

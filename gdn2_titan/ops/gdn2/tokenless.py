@@ -8,9 +8,8 @@ from torch import Tensor
 
 from ..checks import check_cu_seqlens
 from .arguments import GDN2Inputs, GDN2Options
-from .maps import fold
 
-__all__ = ["chunk_backward", "chunk_forward", "fold", "segment_forward"]
+__all__ = ["chunk_backward", "chunk_forward", "segment_forward"]
 
 
 def _through(state, inputs, dtype):

@@ -19,13 +19,12 @@ from ...triton import launching, target
 from ..arguments import GDN2Inputs, GDN2Options
 from ..flops import CHUNK
 from . import configurations
-from .fold import fold
 from .gradient import gradient_kernel
 from .matrices import sum_matrices
 from .prepare import prepare_kernel
 from .scan import reverse_kernel, scan_kernel, segment_kernel
 
-__all__ = ["chunk_backward", "chunk_forward", "fold", "segment_forward"]
+__all__ = ["chunk_backward", "chunk_forward", "segment_forward"]
 
 
 # Of the decay of a block that is one product: exp of half of it, and of its negative, are factors of numbers in this

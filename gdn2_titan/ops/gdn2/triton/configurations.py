@@ -73,6 +73,6 @@ def gradient(arch: int | str, BK: int, V: int, itemsize: int) -> tuple[dict, ...
 
 def fold(arch: int | str, BK: int) -> tuple[dict, ...]:
     """BV value channels to a program, the fewest: where sequences are cut there are few heads. The next segment's map
-    is loaded ahead where shared memory holds two."""
+    is loaded ahead where shared memory holds it."""
     ahead = BK <= 128 and not _amd(arch)
     return (dict(BV=16, num_warps=8, num_stages=2 if ahead else 1),)
