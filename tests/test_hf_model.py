@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from gdn2_titan.convert.hf import GDN2Cache, GDN2Config, GDN2ForCausalLM
+from gdn2_titan.convert.hf import GDN2Cache, GDN2Config, GDN2ForCausalLM, GDN2ForSequenceClassification
+from gdn2_titan.convert.hf.cache_gdn2 import CACHE, CACHE_NAMES
 from gdn2_titan.models import GDN2ModelArgs
 from tests.hf_cases import (
     GREEDY,
@@ -109,6 +110,20 @@ def test_a_window_of_any_size_continues(window):
     assert_equal(torch.cat(logits, 1), ours(ids))
 
 
+@pytest.mark.parametrize("name", CACHE_NAMES)
+@torch.no_grad()
+def test_a_cache_is_given_by_either_name_that_transformers_has_for_it(name):
+    theirs, ours = pair()
+    classes = GDN2ForSequenceClassification(theirs.config).eval()
+    ids, caches = tokens(1, 12), [GDN2Cache(3) for _ in range(3)]
+    for model, cache in zip((theirs, theirs.model, classes), caches, strict=True):
+        model(ids[:, :5], **{name: cache})
+        outputs = model(ids[:, 5:], **{name: cache})
+        assert outputs[CACHE] is cache and cache.seen == 12
+        if model is theirs:
+            assert_equal(outputs.logits, ours(ids)[:, 5:])
+
+
 def cached(theirs, length, piece=1000):
     """Bytes of the cache after ``length`` tokens in pieces, and after one more token."""
     cache = GDN2Cache(theirs.config.n_layers)
@@ -167,14 +182,15 @@ def test_beams_from_the_cache_are_those_of_full_recomputation(pattern):
     )
 
 
-def test_generation_continues_from_a_returned_cache():
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_generation_continues_from_a_returned_cache(name):
     theirs, ours = pair()
     text = tokens(1, 9)
     options = dict(max_new_tokens=20, **GREEDY)
     first = theirs.generate(text, attention_mask=torch.ones_like(text), return_dict_in_generate=True, **options)
     mask = torch.ones_like(first.sequences)
-    more = theirs.generate(first.sequences, attention_mask=mask, past_key_values=first.past_key_values, **options)
-    assert more.shape == (1, 49)
+    more = theirs.generate(first.sequences, attention_mask=mask, **{name: first[CACHE]}, **options)
+    assert more.shape == (1, 49) and first[CACHE].seen == 48
     assert_greedy(ours, text[0], more[0, 9:])
 
 
@@ -263,6 +279,8 @@ def test_layers_on_disk_give_the_same_logits_and_tokens(tmp_path):
     "inputs, error, message",
     [
         (dict(past_key_values=DynamicCache()), TypeError, "past_key_values is a DynamicCache"),
+        (dict(cache=DynamicCache()), TypeError, "cache is a DynamicCache"),
+        (dict(cache=GDN2Cache(2), past_key_values=GDN2Cache(2)), ValueError, "are two caches; they must be one"),
         (dict(inputs_embeds=torch.zeros(2, 4, 32)), ValueError, "both of input_ids and inputs_embeds"),
         (dict(input_ids=None), ValueError, "neither of input_ids and inputs_embeds"),
     ],

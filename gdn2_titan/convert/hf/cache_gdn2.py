@@ -5,8 +5,13 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
-__all__ = ["GDN2Cache", "REACH"]
+__all__ = ["CACHE", "CACHE_NAMES", "GDN2Cache", "REACH", "name_and_cache"]
+
+# What transformers has called a cache, in calls and in outputs; and what the installed version does.
+CACHE_NAMES = ("past_key_values", "cache")  # the second from 5.24 on
+CACHE = next(name for name in reversed(CACHE_NAMES) if name in BaseModelOutputWithPast.__dataclass_fields__)
 
 # Tokens that a cache can be taken back by, at most: the inputs of the states are kept for as many.
 REACH = 256
@@ -26,6 +31,7 @@ class GDN2Cache(Cache):
     """
 
     is_compileable, is_croppable = False, True
+    is_linear = (False,)  # one number for all layers: tokens seen are counted, and ``generate`` passes over them
 
     def __init__(self, n_layers: int) -> None:
         super().__init__(layers=[])
@@ -107,3 +113,16 @@ class GDN2Cache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+
+def name_and_cache(**given: Any) -> tuple[str, Any]:
+    """The one that is given of CACHE_NAMES, by any version of transformers; None where none is.
+
+    Raises:
+        ValueError: two caches are given.
+    """
+    named = {name: given[name] for name in CACHE_NAMES if given.get(name) is not None}
+    first, *others = named.items() or [(CACHE, None)]
+    if any(cache is not first[1] for _, cache in others):
+        raise ValueError("cache and past_key_values are two caches; they must be one, the names mean the same argument")
+    return first

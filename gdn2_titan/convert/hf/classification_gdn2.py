@@ -13,7 +13,7 @@ from transformers.utils import can_return_tuple
 
 from gdn2_titan.models.batch_invariant import linear_of
 
-from .cache_gdn2 import GDN2Cache
+from .cache_gdn2 import CACHE, GDN2Cache
 from .configuration_gdn2 import GDN2Config
 from .modeling_gdn2 import GDN2Decoder, GDN2PreTrainedModel
 
@@ -59,7 +59,7 @@ class GDN2ForSequenceClassification(_DecoderWithHead):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
         return modeling_outputs.SequenceClassifierOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE: getattr(outputs, CACHE)}
         )
 
     def _last_tokens(self, hidden: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:

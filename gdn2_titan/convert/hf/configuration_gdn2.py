@@ -40,7 +40,7 @@ class GDN2Config(PretrainedConfig):
     """
 
     model_type = "gdn2"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     # num_key_value_heads is a property: it is a number also where the field is None.
     attribute_map = {name: field for name, field in FIELD_OF.items() if name != "num_key_value_heads"}
 

@@ -23,7 +23,7 @@ from gdn2_titan.models.layer import GatedDeltaNet2
 from gdn2_titan.models.old_names import OLD_NAMES
 from gdn2_titan.ops.elementwise import BATCH_INVARIANT
 
-from .cache_gdn2 import REACH, GDN2Cache
+from .cache_gdn2 import CACHE, CACHE_NAMES, REACH, GDN2Cache, name_and_cache
 from .call_gdn2 import Call, cut, refuse_unrecorded
 from .configuration_gdn2 import GDN2Config
 from .packing_gdn2 import PACKING
@@ -105,7 +105,7 @@ class GDN2PreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GDN2DecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _keep_in_fp32_modules_strict = DECAYS
     _supports_sdpa = True
 
@@ -169,11 +169,13 @@ class GDN2Decoder(GDN2PreTrainedModel):
         output_hidden_states: bool | None = None, output_attentions: bool | None = None,
         position_ids: Tensor | None = None, resets: Tensor | None = None, cu_seqlens: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None, cu_seq_lens_k: Tensor | None = None,
-        max_length_q: int | None = None, max_length_k: int | None = None, seq_idx: Tensor | None = None, **kwargs: Any,
+        max_length_q: int | None = None, max_length_k: int | None = None, seq_idx: Tensor | None = None,
+        cache: GDN2Cache | None = None, **kwargs: Any,
     ) -> BaseModelOutputWithPast:  # fmt: skip
         """input_ids [B, T], or inputs_embeds [B, T, D], that follow the tokens that a GDN2Cache has seen.
 
         A cache that is given is used and updated; with ``use_cache`` and none given there is a new one in the output.
+        ``cache`` and ``past_key_values`` are one argument: transformers renamed it in 5.24.
         attention_mask: [B, tokens seen + T], 0 for padding, anywhere. Padding changes nothing; the output there is that
         of the last token of text before it in the row, zeros where there is none.
 
@@ -192,7 +194,7 @@ class GDN2Decoder(GDN2PreTrainedModel):
             given = "neither" if input_ids is None else "both"
             raise ValueError(f"{given} of input_ids and inputs_embeds given; exactly one must be")
         h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = self._cache(past_key_values, use_cache, len(h))
+        cache = self._cache(use_cache, len(h), *name_and_cache(cache=cache, past_key_values=past_key_values))
         seen = 0 if cache is None else cache.seen
         _check_other_words(kwargs | {"output_attentions": output_attentions}, seen, h.shape[1])
         words = dict(
@@ -231,7 +233,7 @@ class GDN2Decoder(GDN2PreTrainedModel):
             if call is not None:
                 cache.add(call.end(self.layers, h))
         hidden_states = (*hidden_states, h) if output_hidden_states else None
-        return BaseModelOutputWithPast(last_hidden_state=h, past_key_values=cache, hidden_states=hidden_states)
+        return BaseModelOutputWithPast(last_hidden_state=h, hidden_states=hidden_states, **{CACHE: cache})
 
     def _in_two(
         self, h: Tensor, mask: Tensor | None, words: dict[str, Any], cache: GDN2Cache, output_hidden_states: bool
@@ -243,7 +245,7 @@ class GDN2Decoder(GDN2PreTrainedModel):
             of_these = None if mask is None else mask[:, : mask.shape[1] - length + end]
             outputs.append(
                 self(
-                    inputs_embeds=h[:, start:end], attention_mask=of_these, past_key_values=cache,
+                    inputs_embeds=h[:, start:end], attention_mask=of_these, cache=cache,
                     output_hidden_states=output_hidden_states, return_dict=True, **cut(words, start, end),
                 )
             )  # fmt: skip
@@ -251,8 +253,8 @@ class GDN2Decoder(GDN2PreTrainedModel):
             torch.cat(parts, 1) for parts in zip(*(each.hidden_states or () for each in outputs), strict=True)
         ]
         return BaseModelOutputWithPast(
-            last_hidden_state=torch.cat([each.last_hidden_state for each in outputs], 1), past_key_values=cache,
-            hidden_states=tuple(hidden_states) or None,
+            last_hidden_state=torch.cat([each.last_hidden_state for each in outputs], 1),
+            hidden_states=tuple(hidden_states) or None, **{CACHE: cache},
         )  # fmt: skip
 
     def _angles_and_masks(self, piece: Piece, states: list[Any]) -> tuple[Tensor | None, dict[str, Tensor]]:
@@ -268,14 +270,14 @@ class GDN2Decoder(GDN2PreTrainedModel):
         masks = {kind: piece.mask(args.window if kind == "swa" else None, keys) for kind, keys in kept.items()}
         return rotary_angles(piece.positions(), args.hidden_size // args.attn_heads, args.rope_theta), masks
 
-    def _cache(self, given: Any, use_cache: bool | None, batch: int) -> GDN2Cache | None:
+    def _cache(self, use_cache: bool | None, batch: int, name: str, given: Any) -> GDN2Cache | None:
         if given is not None:
             if not isinstance(given, GDN2Cache):
-                raise TypeError(f"past_key_values is a {type(given).__name__}; it must be a GDN2Cache")
+                raise TypeError(f"{name} is a {type(given).__name__}; it must be a GDN2Cache")
             if len(given) != self.args.n_layers:
-                raise ValueError(f"past_key_values has {len(given)} layers; it must have {self.args.n_layers}")
+                raise ValueError(f"{name} has {len(given)} layers; it must have {self.args.n_layers}")
             if given.seen and given.batch_size != batch:
-                raise ValueError(f"past_key_values has {given.batch_size} rows; it must have {batch} as the input has")
+                raise ValueError(f"{name} has {given.batch_size} rows; it must have {batch} as the input has")
             return given
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -299,7 +301,7 @@ class GDN2ForCausalLM(GDN2PreTrainedModel, GenerationMixin):
         past_key_values: GDN2Cache | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
         use_cache: bool | None = None, output_hidden_states: bool | None = None, logits_to_keep: int | Tensor = 0,
         position_ids: Tensor | None = None, resets: Tensor | None = None, cu_seqlens: Tensor | None = None,
-        seq_idx: Tensor | None = None, **kwargs: Any,
+        seq_idx: Tensor | None = None, cache: GDN2Cache | None = None, **kwargs: Any,
     ) -> CausalLMOutputWithPast:  # fmt: skip
         """As GDN2Decoder's, which takes ``kwargs``. logits_to_keep: of how many last tokens, 0 for all, or a tensor of
         indices. labels: [B, T], shifted inside, -100 where there is no loss; so the last token of a document has the
@@ -310,7 +312,7 @@ class GDN2ForCausalLM(GDN2PreTrainedModel, GenerationMixin):
         outputs = self.model(
             input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values,
             inputs_embeds=inputs_embeds, use_cache=use_cache, output_hidden_states=output_hidden_states,
-            position_ids=position_ids, resets=resets, cu_seqlens=cu_seqlens, seq_idx=seq_idx,
+            position_ids=position_ids, resets=resets, cu_seqlens=cu_seqlens, seq_idx=seq_idx, cache=cache,
             return_dict=True, **kwargs,
         )  # fmt: skip
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -319,7 +321,7 @@ class GDN2ForCausalLM(GDN2PreTrainedModel, GenerationMixin):
         if labels is not None or of_loss.get("shift_labels") is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **of_loss)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE: getattr(outputs, CACHE)}
         )
 
     def _of_the_loss(self, names):
@@ -353,21 +355,25 @@ class GDN2ForCausalLM(GDN2PreTrainedModel, GenerationMixin):
                 f"assistant_early_exit is {generation_config.assistant_early_exit!r}; it must be left out, this model "
                 "has no exit before its last layer"
             )
-        if model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"]._is_user_defined = True
+        _, cache = name_and_cache(**{name: model_kwargs.pop(name, None) for name in CACHE_NAMES})
+        if cache is not None:
+            cache._is_user_defined = True
         elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = GDN2Cache(self.config.n_layers)
+            cache = GDN2Cache(self.config.n_layers)
             if generation_config.is_assistant:
-                model_kwargs["past_key_values"].activate_past_recording()
+                cache.activate_past_recording()
+        if cache is not None:
+            model_kwargs[CACHE] = cache
 
-    def _assisted_decoding(self, *args: Any, past_key_values: GDN2Cache | None = None, **kwargs: Any) -> Any:
+    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
         """transformers', which lets a cache record its past, and then leaves it so."""
-        recorded = past_key_values is None or past_key_values.calls is not None
+        cache = kwargs.get(CACHE)
+        recorded = cache is None or cache.calls is not None
         try:
-            return super()._assisted_decoding(*args, past_key_values=past_key_values, **kwargs)
+            return super()._assisted_decoding(*args, **kwargs)
         finally:
             if not recorded:
-                past_key_values.calls = None
+                cache.calls = None
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
         """Raises ValueError: ``generate_batch`` keeps pages of keys and values, which this model's states are not."""
@@ -375,4 +381,6 @@ class GDN2ForCausalLM(GDN2PreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any) -> Any:
         # Embeddings by name: transformers reads in this signature whether generation may start from them.
-        return super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
+        inputs = super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
+        # PEFT 0.21 looks for the older name under any transformers, and takes every step for a first one without it.
+        return inputs | (dict.fromkeys(CACHE_NAMES, inputs[CACHE]) if CACHE in inputs else {})
