@@ -56,6 +56,11 @@ def register_shardings() -> None:
         _register_shardings()
 
 
+def _is_dtensor(x):
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
 def no_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
     """Autocast reaches into an op's eager body but not into its compiled call: the two must not differ."""
     kind = x.device.type
@@ -114,13 +119,24 @@ def differentiable(op: OpOverload, setup_context: Callable, backward: Callable) 
     return call
 
 
-def differentiable_once(backward_op: OpOverload, names: str) -> Callable:
-    """backward_op(*args), whose derivative is an error: without one, autograd would take gradients for constants."""
+def differentiable_once(backward_op: OpOverload, names: str, like: str) -> Callable:
+    """backward_op(*args), whose derivative is an error: without one, autograd would take gradients for constants.
+
+    like: the argument that the first one, a gradient or None, has the shape and dtype of."""
 
     def refuse(ctx, *grads):
         raise RuntimeError(f"{names} cannot be differentiated twice; {backward_op._name} has no derivative")
 
-    return differentiable(backward_op, lambda ctx, inputs, output: None, refuse)
+    at = [argument.name for argument in backward_op._schema.arguments].index(like)
+    once = differentiable(backward_op, lambda ctx, inputs, output: None, refuse)
+
+    def call(*args):
+        if args[0] is None and _is_dtensor(args[at]):
+            # DTensor of torch 2.11 looks for the mesh in the first argument alone.
+            args = torch.zeros_like(args[at]), *args[1:]
+        return once(*args)
+
+    return call
 
 
 def overwriting(op: OpOverload, *names: str) -> Callable:

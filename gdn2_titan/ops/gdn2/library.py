@@ -185,7 +185,7 @@ def _backward(ctx, do, dfinal_state, *others):
 _differentiable_chunk_gdn2 = differentiable(_chunk_op, _setup_context, _backward)
 _differentiable_saving = differentiable(_saving_op, _setup_context, _backward)
 differentiable_recurrent_gdn2 = differentiable(_recurrent_op, _setup_context, _backward)
-differentiable_chunk_gdn2_backward = differentiable_once(_backward_op, "chunk_gdn2 and recurrent_gdn2")
+differentiable_chunk_gdn2_backward = differentiable_once(_backward_op, "chunk_gdn2 and recurrent_gdn2", like="v")
 inplace_recurrent_gdn2 = overwriting(_inplace_op, "state")
 
 

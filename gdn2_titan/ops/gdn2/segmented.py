@@ -152,7 +152,7 @@ def _backward(ctx, do, dfinal_state, *others):
 
 
 _differentiable_forward = differentiable(_forward_op, _setup_context, _backward)
-_differentiable_backward = differentiable_once(_backward_op, "chunk_gdn2")
+_differentiable_backward = differentiable_once(_backward_op, "chunk_gdn2", like="v")
 
 
 def _map_products(q_shape, v_shape, segments):

@@ -212,8 +212,8 @@ def _gradients_qkv(ctx, *grads):
 
 differentiable_conv1d = differentiable(_op, _setup_one, _gradients_one)
 differentiable_conv1d_qkv = differentiable(_qkv_op, _setup_qkv, _gradients_qkv)
-_differentiable_backward = differentiable_once(_backward_op, "causal_conv1d")
-_differentiable_qkv_backward = differentiable_once(_qkv_backward_op, "causal_conv1d_qkv")
+_differentiable_backward = differentiable_once(_backward_op, "causal_conv1d", like="x")
+_differentiable_qkv_backward = differentiable_once(_qkv_backward_op, "causal_conv1d_qkv", like="q")
 inplace_conv1d = overwriting(_inplace_op, "state")
 inplace_conv1d_qkv = overwriting(_qkv_inplace_op, *QKV_STATES)
 
