@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs the test suite with TorchTitan 0.2.2, then what concerns TorchTitan with 0.3.0; TITAN=0.2 or TITAN=0.3 runs one of
-# the two, TITAN=vllm the tests of vLLM's engine. Without arguments: every promise once, in minutes. --all: every test,
-# those of vLLM's engine too. Other arguments go to pytest, which then runs what they choose, slow or not:
-# ./run_tests.sh tests/test_models.py -k conv
+# the two, TITAN=vllm the tests of vLLM's engine and of the transformers model under the older transformers that vLLM
+# wants. Without arguments: every promise once, in minutes. --all: every test, those of TITAN=vllm too. Other arguments go
+# to pytest, which then runs what they choose, slow or not: ./run_tests.sh tests/test_models.py -k conv
 # JOBS: tests at a time, by default one a core; JOBS=0 for --pdb and the like.
 set -e
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
@@ -10,7 +10,7 @@ cd "$ROOT"
 
 NO_TESTS=5
 default=(-m "not slow")
-vllm=(tests/test_serve_engine.py tests/test_serve_http.py)
+vllm=(tests/test_serve_engine.py tests/test_serve_http.py tests/test_hf_model.py)
 environments=${TITAN:-0.2 0.3}
 if [ "$1" = --all ]; then
     shift
