@@ -7,6 +7,9 @@ import ast
 import functools
 import graphlib
 import importlib.metadata
+import re
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -131,6 +134,70 @@ def test_a_package_of_others_is_imported_only_where_it_belongs(package):
                 if not module.startswith(tuple(f"{place}." for place in OTHERS[package])):
                     wrong.append(_place(path, line))
     assert found and not wrong, "\n".join(wrong)
+
+
+def _distribution(name):
+    return name.lower().replace("_", "-")
+
+
+def _of_extra(name, project):
+    """The packages that an extra installs, None for the bare package, and those that each wants for itself."""
+    wanted = project["dependencies"] + (project["optional-dependencies"][name] if name else [])
+    for requirement in wanted:
+        package, of = re.match(r"([\w.-]+)(?:\[([\w,]+)\])?", requirement).groups()
+        if package == project["name"]:
+            for extra in of.split(","):
+                yield from _of_extra(extra, project)
+            continue
+        yield _distribution(package)
+        try:
+            others = importlib.metadata.requires(package) or []
+        except importlib.metadata.PackageNotFoundError:
+            others = []  # vLLM has an environment of its own
+        yield from (_distribution(re.match(r"[\w.-]+", each)[0]) for each in others if "extra ==" not in each)
+
+
+def _at_import(node):
+    """The nodes that run when a file is imported: not those of functions."""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield child
+            yield from _at_import(child)
+
+
+@pytest.mark.parametrize(
+    "extra, entries",
+    [
+        (None, ["ops", "models", "parallel"]),
+        ("titan", ["titan", "titan.config_registry", "titan.tokenize"]),
+        ("hf", ["convert.hf", "convert.__main__", "generate", "evaluate.__main__"]),
+        ("eval", ["evaluate.harness"]),
+        ("serve", ["serve", "serve.model"]),
+        ("study", ["study.__main__"]),
+    ],
+)
+def test_what_an_entry_imports_is_installed_by_its_extra(extra, entries):
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
+    allowed, files = set(_of_extra(extra, project)), {_module(path): path for path in FILES}
+    distributions = importlib.metadata.packages_distributions()
+    waiting, seen, wrong = [tuple(entry.split(".")) for entry in entries], set(), []
+    assert files.keys() >= set(waiting)
+    while waiting:
+        module = waiting.pop()
+        if module not in files or module in seen:
+            continue
+        seen.add(module)
+        waiting.extend(module[:n] for n in range(1, len(module)))  # the packages that it lies in
+        lines = {node.lineno for node in _at_import(_tree(files[module])) if hasattr(node, "lineno")}
+        for line, name in _imported(files[module]):
+            package, *rest = name.split(".")
+            if line not in lines or package in sys.stdlib_module_names:
+                continue
+            if package == "gdn2_titan":
+                waiting += [tuple(rest[:n]) for n in range(1, len(rest) + 1)]
+            elif not allowed & {*map(_distribution, distributions.get(package, [package]))}:
+                wrong.append(f"{_place(files[module], line)}: {package}")
+    assert not wrong, "\n".join(sorted(wrong))
 
 
 def test_no_file_is_longer_than_a_reader_can_hold():
