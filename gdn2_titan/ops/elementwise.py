@@ -33,4 +33,5 @@ def silu(x: Tensor) -> Tensor:
 
 def softplus(x: Tensor) -> Tensor:
     """torch.nn.functional.softplus of fp32 or fp64, any shape."""
-    return x.clamp_min(0) + torch.log1p(_exp_of_minus_abs(x))
+    # Not by clamp_min, whose slope at 0 is 1 until torch 2.13, as wanted here, and 0 from 2.14 on.
+    return torch.where(x < 0, 0.0, x) + torch.log1p(_exp_of_minus_abs(x))

@@ -29,6 +29,12 @@ def _inverse_norm(x):
     return torch.rsqrt(x.square().sum(-1, keepdim=True) + NORM_EPS)
 
 
+def _between(x, low=-math.inf, high=math.inf):
+    """x.clamp(low, high), with a slope of 1 at its ends, which torch's has until 2.13 and not from 2.14 on."""
+    x = x if low == -math.inf else torch.where(x < low, low, x)
+    return x if high == math.inf else torch.where(x > high, high, x)
+
+
 def _gate(g, A_log, dt_bias):
     """rate [H, 1], stretch [H, 1] and x [B, T, H, K] of g's dtype with the log-decay -rate * softplus(x), whatever the
     finite inputs; softplus(x) is finite.
@@ -41,14 +47,14 @@ def _gate(g, A_log, dt_bias):
     info = torch.finfo(g.dtype)
     faint = math.log(info.tiny)
     A_log = A_log.to(g.dtype)[:, None]
-    rate = A_log.clamp(faint, STRONG).exp()
-    stretch = (faint - A_log).relu().clamp(max=-faint).neg().exp()
+    rate = _between(A_log, faint, STRONG).exp()
+    stretch = _between((faint - A_log).relu(), high=-faint).neg().exp()
     strong = A_log > STRONG
-    x = g * stretch + torch.where(strong, A_log.clamp(max=info.max), 0.0)
+    x = g * stretch + torch.where(strong, _between(A_log, high=info.max), 0.0)
     rest = torch.where(strong, -STRONG, 0.0)  # not A_log - STRONG, which is rounded
     if dt_bias is not None:
         rest = rest + dt_bias.to(g.dtype).reshape(g.shape[2:]) * stretch
-    return rate, stretch, (x + rest).clamp(max=info.max)
+    return rate, stretch, _between(x + rest, high=info.max)
 
 
 def _bounded_gate(g, A_log, dt_bias):
@@ -61,15 +67,16 @@ def _bounded_gate(g, A_log, dt_bias):
     """
     info = torch.finfo(g.dtype)
     x = g if dt_bias is None else g + dt_bias.to(g.dtype).reshape(g.shape[2:])
-    x = x.clamp(-info.max, info.max)
+    x = _between(x, -info.max, info.max)
     if A_log is None:
-        return x.new_ones(()), x.clamp(-SATURATED, SATURATED)
+        return x.new_ones(()), _between(x, -SATURATED, SATURATED)
     A_log = A_log.to(g.dtype)[:, None]
     faint, strong = math.log(info.tiny), max(STRONG, 0.5 * math.log(info.max))
-    held = A_log.clamp(faint, strong)
-    rest = (A_log - held).clamp(faint, -faint)
-    slope = (held + rest.clamp(max=0.0)).exp()
-    x = (x * held.exp()).clamp(-SATURATED, SATURATED) * rest.clamp(max=0.0).exp()
+    held = _between(A_log, faint, strong)
+    rest = _between(A_log - held, faint, -faint)
+    less = _between(rest, high=0.0)
+    slope = (held + less).exp()
+    x = _between(x * held.exp(), -SATURATED, SATURATED) * less.exp()
     # Where exp(A_log) is too large: for autograd, with the same slope.
     more = (x.detach() * rest.detach().clamp_min(0.0).exp()).clamp(-SATURATED, SATURATED) - x.detach()
     return slope, x + more
