@@ -49,7 +49,8 @@ for stage in "$@"; do
         a) logged a 90 check_gpu python benchmarks/check_gpu.py --out "$out" ;;
         b) logged b 240 op_gpu python benchmarks/op_gpu.py --out "$out" --lengths \
             --implementations gdn2_titan flash-linear-attention "softmax attention" ;;
-        c) logged c 300 tests python -m pytest -m gpu -p no:cacheprovider --durations=10 --junitxml="$out/tests.xml" ;;
+        c) logged c 300 tests python -m pytest -m gpu -p no:cacheprovider --durations=10 --junitxml="$out/tests.xml" \
+            tests/test_gpu.py tests/test_triton_*.py ;;
         d) logged d 180 train_gpu python benchmarks/train_gpu.py --out "$out" --flavor 400M 1.3B --shape 4096x4 \
             --how eager compiled --warmup 3 --steps 5 ;;
     esac

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.concerns import concerns_titan
+
 pytest.importorskip("triton")
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
 
 
 @pytest.fixture
@@ -39,6 +43,14 @@ def test_a_stage_that_fails_does_not_keep_the_next_from_running_and_the_exit_sta
     assert ["exit status 3" in line for line in lines] == [True, False, False, False]
     limits = [int(line.split(" s of ")[1].split(",")[0]) for line in lines]
     assert sum(limits) <= 15 * 60 - 60 and max(limits) <= 10 * 60
+
+
+def test_the_stage_of_tests_takes_every_file_that_is_for_a_gpu_and_none_that_wants_torchtitan(tmp_path):
+    assert run_stages(tmp_path, "c").returncode == 0
+    asked = {ROOT / word for word in (tmp_path / "asked").read_text().split() if word.endswith(".py")}
+    marks = re.compile(r"^pytestmark = .*pytest\.mark\.gpu", re.MULTILINE)
+    marked = {path for path in (ROOT / "tests").rglob("test_*.py") if marks.search(path.read_text())}
+    assert len(marked) > 5 and marked <= asked and not any(map(concerns_titan, asked))
 
 
 def test_stages_can_be_chosen_and_unknown_ones_are_refused(tmp_path):
