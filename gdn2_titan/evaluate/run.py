@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 import gdn2_titan
 from gdn2_titan.convert.atomic import write_text
 from gdn2_titan.convert.errors import ConvertError
@@ -138,8 +140,8 @@ def _sentences(missing):
 
 def _about(options, step, model, haystack):
     """What a reader of the figures wants to know of how they were made."""
-    versions = {"gdn2_titan": gdn2_titan.__version__}
-    for name in ("torch", "transformers", "lm_eval", "datasets"):
+    versions = {"gdn2_titan": gdn2_titan.__version__, "torch": torch.__version__}  # which build, too
+    for name in ("transformers", "lm_eval", "datasets"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     settings = {name: value for name, value in vars(options).items() if name != "output"}
