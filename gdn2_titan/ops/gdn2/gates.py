@@ -29,10 +29,11 @@ def _inverse_norm(x):
     return torch.rsqrt(x.square().sum(-1, keepdim=True) + NORM_EPS)
 
 
-def _between(x, low=-math.inf, high=math.inf):
-    """x.clamp(low, high), with a slope of 1 at its ends, which torch's has until 2.13 and not from 2.14 on."""
-    x = x if low == -math.inf else torch.where(x < low, low, x)
-    return x if high == math.inf else torch.where(x > high, high, x)
+def _between(A_log, low, high):
+    """A_log.clamp(low, high), with a slope of 1 at its ends, which torch's has until 2.13 and not from 2.14 on.
+
+    For what is made of A_log, [H, 1]: of what each token has, the decay is flat where it is clamped."""
+    return torch.where(A_log > high, high, torch.where(A_log < low, low, A_log))
 
 
 def _gate(g, A_log, dt_bias):
@@ -48,13 +49,13 @@ def _gate(g, A_log, dt_bias):
     faint = math.log(info.tiny)
     A_log = A_log.to(g.dtype)[:, None]
     rate = _between(A_log, faint, STRONG).exp()
-    stretch = _between((faint - A_log).relu(), high=-faint).neg().exp()
+    stretch = _between((faint - A_log).relu(), 0.0, -faint).neg().exp()
     strong = A_log > STRONG
-    x = g * stretch + torch.where(strong, _between(A_log, high=info.max), 0.0)
+    x = g * stretch + torch.where(strong, _between(A_log, STRONG, info.max), 0.0)
     rest = torch.where(strong, -STRONG, 0.0)  # not A_log - STRONG, which is rounded
     if dt_bias is not None:
         rest = rest + dt_bias.to(g.dtype).reshape(g.shape[2:]) * stretch
-    return rate, stretch, _between(x + rest, high=info.max)
+    return rate, stretch, (x + rest).clamp(max=info.max)
 
 
 def _bounded_gate(g, A_log, dt_bias):
@@ -67,16 +68,16 @@ def _bounded_gate(g, A_log, dt_bias):
     """
     info = torch.finfo(g.dtype)
     x = g if dt_bias is None else g + dt_bias.to(g.dtype).reshape(g.shape[2:])
-    x = _between(x, -info.max, info.max)
+    x = x.clamp(-info.max, info.max)
     if A_log is None:
-        return x.new_ones(()), _between(x, -SATURATED, SATURATED)
+        return x.new_ones(()), x.clamp(-SATURATED, SATURATED)
     A_log = A_log.to(g.dtype)[:, None]
     faint, strong = math.log(info.tiny), max(STRONG, 0.5 * math.log(info.max))
     held = _between(A_log, faint, strong)
     rest = _between(A_log - held, faint, -faint)
-    less = _between(rest, high=0.0)
+    less = _between(rest, faint, 0.0)
     slope = (held + less).exp()
-    x = _between(x * held.exp(), -SATURATED, SATURATED) * less.exp()
+    x = (x * held.exp()).clamp(-SATURATED, SATURATED) * less.exp()
     # Where exp(A_log) is too large: for autograd, with the same slope.
     more = (x.detach() * rest.detach().clamp_min(0.0).exp()).clamp(-SATURATED, SATURATED) - x.detach()
     return slope, x + more
