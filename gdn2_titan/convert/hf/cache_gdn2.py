@@ -115,14 +115,14 @@ class GDN2Cache(Cache):
         self.map(lambda x: x.repeat_interleave(repeats, dim=0))
 
 
-def name_and_cache(**given: Any) -> tuple[str, Any]:
-    """The one that is given of CACHE_NAMES, by any version of transformers; None where none is.
+def name_and_cache(past_key_values: Any, cache: Any) -> tuple[str, Any]:
+    """The one of the two, of which transformers gives either, that is given, and its name; None where none is.
 
     Raises:
         ValueError: two caches are given.
     """
-    named = {name: given[name] for name in CACHE_NAMES if given.get(name) is not None}
-    first, *others = named.items() or [(CACHE, None)]
-    if any(cache is not first[1] for _, cache in others):
+    if past_key_values is None:
+        return "cache", cache
+    if cache is not None and cache is not past_key_values:
         raise ValueError("cache and past_key_values are two caches; they must be one, the names mean the same argument")
-    return first
+    return "past_key_values", past_key_values

@@ -8,6 +8,8 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from gdn2_titan.models.args import MIXERS, GDN2ModelArgs
 
+from .cache_gdn2 import CACHE_NAMES
+
 __all__ = ["GDN2Config"]
 
 # What tools that know no GDN-2 ask a config for, and the field that it is.
@@ -40,7 +42,7 @@ class GDN2Config(PretrainedConfig):
     """
 
     model_type = "gdn2"
-    keys_to_ignore_at_inference = ["past_key_values", "cache"]
+    keys_to_ignore_at_inference = list(CACHE_NAMES)
     # num_key_value_heads is a property: it is a number also where the field is None.
     attribute_map = {name: field for name, field in FIELD_OF.items() if name != "num_key_value_heads"}
 

@@ -194,7 +194,7 @@ class GDN2Decoder(GDN2PreTrainedModel):
             given = "neither" if input_ids is None else "both"
             raise ValueError(f"{given} of input_ids and inputs_embeds given; exactly one must be")
         h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = self._cache(use_cache, len(h), *name_and_cache(cache=cache, past_key_values=past_key_values))
+        cache = self._cache(use_cache, len(h), *name_and_cache(past_key_values, cache))
         seen = 0 if cache is None else cache.seen
         _check_other_words(kwargs | {"output_attentions": output_attentions}, seen, h.shape[1])
         words = dict(
@@ -355,7 +355,7 @@ class GDN2ForCausalLM(GDN2PreTrainedModel, GenerationMixin):
                 f"assistant_early_exit is {generation_config.assistant_early_exit!r}; it must be left out, this model "
                 "has no exit before its last layer"
             )
-        _, cache = name_and_cache(**{name: model_kwargs.pop(name, None) for name in CACHE_NAMES})
+        _, cache = name_and_cache(*(model_kwargs.pop(name, None) for name in CACHE_NAMES))
         if cache is not None:
             cache._is_user_defined = True
         elif generation_config.use_cache is not False:
